@@ -1,0 +1,13 @@
+"""flashcomm: low-bit collectives for tensor-parallel LLM inference (Flash Communication, arXiv 2412.04964).
+
+Importing it registers `torch.ops.flashcomm` and does nothing else: no GPU is touched, no compiler and no engine
+imported.
+"""
+
+from flashcomm.communicator import Communicator
+from flashcomm.errors import FlashcommError
+from flashcomm.ops import all_reduce
+from flashcomm.wire.format import WireFormat
+
+__version__ = "0.1.0"
+__all__ = ["Communicator", "FlashcommError", "WireFormat", "__version__", "all_reduce"]

@@ -1,0 +1,144 @@
+"""How ranks make sure they are about to do the same thing: an error is raised on all of them or on none.
+
+Settings are compared once, when a Communicator is made. Calls are compared every time where a peer's mistake would
+otherwise kill the process (gloo aborts on a message of unexpected size): each rank sends 128 bytes that say what it is
+about to do, looks at everybody's, and all come to the same verdict. On GPUs that would stall the host, so it is off
+there unless asked for.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError
+from flashcomm.settings import Settings
+from flashcomm.transports.process_group import ProcessGroupTransport
+from flashcomm.wire.torch_codec import DTYPES
+
+SETTINGS_BYTES = 2048
+CALLS = ("all_reduce", "reduce_scatter", "all_gather")
+_MAX_DIMS = 8
+_WORDS = 16  # int64 per rank: version, call, number of the call, problem, dtype, dims, up to 8 sizes, 2 spare
+_VERSION = 1
+
+
+class Problem(enum.IntEnum):
+    """Why a rank cannot take part in a call with its tensor."""
+
+    NONE = 0
+    NO_TENSOR = 1
+    DTYPE = 2
+    DEVICE = 3
+    LAYOUT = 4
+    GRADIENT = 5
+    DIVIDE = 6
+    DIMS = 7
+
+    def text(self, x: Any, device: torch.device, world: int) -> str:
+        """For the rank whose tensor it is: what was given, what is allowed, what to do."""
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        return f"got {got}: {self.advice(device, world)}"
+
+    def advice(self, device: torch.device, world: int) -> str:
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        return {
+            Problem.NONE: "",
+            Problem.NO_TENSOR: "a torch.Tensor is needed",
+            Problem.DTYPE: f"the dtype must be one of {dtypes}; convert it, or use torch.distributed for it",
+            Problem.DEVICE: f"the tensor must be on {device.type} for this group's backend; move it there",
+            Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense()",
+            Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
+            Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world}; pad it",
+            Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape it",
+        }[self]
+
+
+def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
+    """The device of the tensors this group will be given: the one asked for, else CUDA under NCCL, else the CPU."""
+    if asked not in (None, "cpu", "cuda"):
+        raise SettingsError(f"device={asked!r}: allowed are 'cpu' and 'cuda'")
+    has_nccl = torch.cuda.is_available() and any(
+        d.type == "cuda" and "nccl" in group._get_backend(d).name().lower() for d in group._device_types
+    )
+    if asked == "cuda" and not has_nccl:
+        raise SettingsError("device='cuda' needs a group with the NCCL backend: init_process_group('nccl')")
+    return torch.device("cuda", torch.cuda.current_device()) if has_nccl and asked != "cpu" else torch.device("cpu")
+
+
+def problem_with(name: str, x: Any, device: torch.device, world: int) -> Problem:
+    """What is wrong with this rank's tensor for the call `name`, if anything."""
+    if not isinstance(x, Tensor):
+        return Problem.NO_TENSOR
+    if x.dtype not in DTYPES:
+        return Problem.DTYPE
+    if x.device.type != device.type:
+        return Problem.DEVICE
+    if x.layout != torch.strided:
+        return Problem.LAYOUT
+    if x.requires_grad and torch.is_grad_enabled():
+        return Problem.GRADIENT
+    if x.dim() > _MAX_DIMS:
+        return Problem.DIMS
+    if name != "all_reduce" and (x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world)):
+        return Problem.DIVIDE
+    return Problem.NONE
+
+
+def agree_on_call(transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int) -> None:
+    """Return if every rank is about to make this very call; otherwise raise the same InputError on all of them."""
+    words = [_VERSION, CALLS.index(name), number, int(problem)]
+    if isinstance(x, Tensor) and problem not in (Problem.DTYPE, Problem.DIMS):
+        words += [DTYPES.index(x.dtype), x.dim(), *x.shape]
+    mine = torch.tensor(words + [0] * (_WORDS - len(words)), dtype=torch.int64)
+    rows = _gather(transport, mine.view(torch.uint8), "agreement on the call").view(torch.int64).tolist()
+    if all(row == rows[0] for row in rows) and not rows[0][3]:
+        return
+    lines = []
+    for rank, (_, call, count, code, dtype, dims, *sizes) in enumerate(rows):
+        what = f"{CALLS[call]} number {count}"
+        if code:
+            lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world)}")
+        else:
+            lines.append(f"  rank {rank}: {what} of {tuple(sizes[:dims])} {str(DTYPES[dtype]).removeprefix('torch.')}")
+    raise InputError("the ranks did not make the same valid call; nothing was sent:\n" + "\n".join(lines))
+
+
+def agree_on_settings(transport: ProcessGroupTransport, mine: Settings | FlashcommError) -> Settings:
+    """This rank's settings, if they are valid and equal on every rank; otherwise the same error on all of them."""
+    said: dict[str, Any]
+    if isinstance(mine, Settings):
+        said = mine.as_dict()
+    else:
+        said = {"error": str(mine)[: SETTINGS_BYTES // 2], "kind": type(mine).__name__}
+    payload = json.dumps(said).encode()
+    if len(payload) > SETTINGS_BYTES:
+        raise SettingsError(f"settings of {len(payload)} bytes; {SETTINGS_BYTES} are allowed")
+    padded = torch.frombuffer(bytearray(payload.ljust(SETTINGS_BYTES)), dtype=torch.uint8)
+    everybody = [json.loads(bytes(row.tolist())) for row in _gather(transport, padded, "comparing settings")]
+    errors = [(rank, s) for rank, s in enumerate(everybody) if "error" in s]
+    if errors:
+        ranks = ", ".join(str(rank) for rank, _ in errors)
+        kind = FormatError if errors[0][1]["kind"] == "FormatError" else SettingsError
+        raise kind(f"rank {ranks}: {errors[0][1]['error']}")
+    differing = [key for key in everybody[0] if any(s[key] != everybody[0][key] for s in everybody)]
+    if differing or not isinstance(mine, Settings):
+        told = "\n".join(
+            f"  {k}: " + ", ".join(f"rank {r} {s[k]!r}" for r, s in enumerate(everybody)) for k in differing
+        )
+        raise SettingsError(f"settings differ between ranks; give all of them the same:\n{told}")
+    return mine
+
+
+def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str) -> Tensor:
+    """uint8 (world, n) on the CPU: every rank's `mine` (n,). Waits for it on the host."""
+    sent = transport.n_bytes_sent
+    out = torch.empty((transport.world, mine.numel()), dtype=torch.uint8, device=transport.device)
+    transport.all_gather(out, mine.to(transport.device), what).wait()
+    transport.n_bytes_sent = sent  # the counter is of messages
+    return out.cpu()

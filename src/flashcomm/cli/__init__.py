@@ -1,0 +1,1 @@
+"""The `flashcomm` command line."""

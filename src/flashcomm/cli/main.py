@@ -1,0 +1,306 @@
+"""The `flashcomm` command: doctor, generate, ttft, bench, plot. Each takes `--json`; exit code 0 only if all went well.
+
+Here are options, progress and tables; what runs on the ranks is in the module of each command's name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from flashcomm.errors import FlashcommError, SettingsError
+
+app = typer.Typer(
+    name="flashcomm",
+    help=__doc__.splitlines()[0],
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure collectives, each verified before it is timed.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
+World = Annotated[int, typer.Option("--world", "-n", min=1, help="Number of ranks.")]
+Link = Annotated[
+    str | None, typer.Option(help="Give every rank a network namespace and a link of this rate, e.g. 100mbit.")
+]
+Device = Annotated[str, typer.Option(help="cpu (gloo), cuda (NCCL), or auto: cuda where there are enough GPUs.")]
+Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
+Model = Annotated[Path, typer.Option(help="Model directory: config.json and safetensors, or one GGUF file.")]
+MinBytes = Annotated[str | None, typer.Option(help="Leave smaller messages to the backend, e.g. 64K.")]
+Algorithm = Annotated[str | None, typer.Option(help="auto, native, one_shot or two_shot.")]
+Timeout = Annotated[float, typer.Option(help="Seconds after which the whole run is given up.")]
+Csv = Annotated[
+    Path | None, typer.Option(help="Write the rows, with machine, versions, date and command, to this file.")
+]
+
+
+@app.command()
+def doctor(
+    world: World = 2,
+    format: Annotated[str | None, typer.Option("--format", "-f", help="Wire format.")] = None,
+    row: Annotated[int, typer.Option(min=1, help="Length of a row (hidden size).")] = 4096,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    json: Json = False,
+) -> None:
+    """Show machine, links and versions, and which path would run for which size, and why not the others."""
+    from flashcomm.cli import doctor as command
+    from flashcomm.cli import report
+    from flashcomm.settings import Settings
+
+    where = _device(device, world)
+    settings = Settings.resolve(where, format=format)
+    found = command.examine(world, row, _dtype(dtype).itemsize, settings, where)
+    if json:
+        return report.print_json(found)
+    for section in ("machine", "versions", "paths", "settings"):
+        report.console.print(f"[bold]{section}[/bold]")
+        for key, value in found[section].items():
+            report.console.print(f"  {key:16} {value}", markup=False)
+    rows = [c | {"not": "\n".join(f"{k}: {v}" for k, v in c["not"].items())} for c in found["choices"]]
+    title = f"all-reduce of {dtype} rows of {row} as {settings.fmt}, {world} ranks on {where}"
+    report.print_table(
+        title, {"size": "bytes", "path": "path", "wire_bytes": "wire bytes", "why": "why", "not": "why not"}, rows
+    )
+    return None
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    world: World = 2,
+    format: Annotated[str, typer.Option("--format", "-f", help="Wire format of the all-reduces.")] = "int8",
+    tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 64,
+    min_bytes: MinBytes = None,
+    algorithm: Algorithm = None,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    link: Link = None,
+    timeout: Timeout = 600,
+    json: Json = False,
+) -> None:
+    """Generate greedily with a tensor-parallel model; starts its ranks itself, or joins under torchrun."""
+    from flashcomm.cli import generate as command
+    from flashcomm.cli import report
+    from flashcomm.cli.models import check_model
+
+    where, settings = _prepare(format, device, world, min_bytes, algorithm)
+    check_model(model, world)
+    streamed = [] if json else [""]
+
+    def on_text(text: Any) -> None:
+        if streamed:
+            streamed[0] += text
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    args = (model, format, prompt, tokens, _dtype(dtype), settings)
+    result = _run(command.generate, world, args, device=where, link=link, timeout=timeout, on_event=on_text)
+    if result is None:  # under torchrun, not rank 0
+        return
+    if json:
+        report.print_json(result)
+    else:
+        sent = report.human(result["wire_bytes"])
+        told = (
+            f"{len(result['tokens'])} tokens in {result['seconds']} s, {world} ranks, {format}; each rank sent {sent}"
+        )
+        report.err_console.print(f"\n[dim]{told}[/dim]")
+
+
+@app.command()
+def ttft(
+    model: Model,
+    world: World = 2,
+    formats: Annotated[str, typer.Option(help="Wire formats, separated by commas.")] = "bf16,int8,int4",
+    tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 3,
+    min_bytes: MinBytes = None,
+    algorithm: Algorithm = None,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    link: Link = None,
+    timeout: Timeout = 600,
+    csv: Csv = None,
+    json: Json = False,
+) -> None:
+    """Time to first token by wire format, bytes on the wire, and speed-up over bf16."""
+    from flashcomm.cli import report
+    from flashcomm.cli import ttft as command
+    from flashcomm.cli.link import parse_rate
+    from flashcomm.cli.models import check_model
+
+    names = _formats(formats)
+    where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
+    rate = parse_rate(link) if link else None
+    check_model(model, world)
+    args = (model, names, tokens, repeats, _dtype(dtype), rate, settings)
+    with _progress(json) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def on_event(event: Any) -> None:
+            done, total = event["turn"], event["turns"]
+            bar.update(task, description=f"{event['format']:9}", completed=done, total=total)
+
+        rows: Any = _run(command.ttft, world, args, device=where, link=link, timeout=timeout, on_event=on_event)
+    if rows is None:
+        return
+    if csv:
+        report.write_csv(csv, [{"model": model.name, "link": link or "none"} | r for r in rows])
+    if json:
+        report.print_json({"model": model.name, "link": link, "rows": rows, **report.environment()})
+        return
+    columns = {"format": "format", "ttft_s": "TTFT s", "compute_s": "compute s", "wire_bytes": "wire bytes/rank"}
+    columns |= {"predicted_s": "predicted s"} if link else {}
+    over = f" over {link}" if link else ""
+    report.print_table(f"{model.name}, {tokens} tokens, {world} ranks{over}", columns | {"speedup": "x bf16"}, rows)
+    if link:
+        report.console.print(
+            "[dim]predicted = compute + wire bytes at the link's rate; compute = without the all-reduces[/dim]"
+        )
+
+
+@bench_app.command("all_reduce")
+def bench_all_reduce(
+    world: World = 2,
+    formats: Annotated[
+        str, typer.Option(help="Wire formats, separated by commas; bf16 is always measured.")
+    ] = "int8,int4",
+    begin: Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")] = "64K",
+    end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
+    factor: Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")] = 2,
+    row: Annotated[
+        int, typer.Option(min=1, help="Length of a row (hidden size), where it divides the message.")
+    ] = 4096,
+    turns: Annotated[int, typer.Option(min=1, help="Alternating samples; the median counts.")] = 7,
+    min_bytes: MinBytes = "0",
+    chunk_bytes: Annotated[str | None, typer.Option(help="Message bytes coded and sent at a time.")] = None,
+    algorithm: Algorithm = None,
+    device: Device = "auto",
+    dtype: Dtype = "bf16",
+    link: Link = None,
+    timeout: Timeout = 1800,
+    csv: Csv = None,
+    json: Json = False,
+) -> None:
+    """All-reduce by size and format: nccl-tests columns, wire bytes, error, speed-up over the best lossless path."""
+    from flashcomm.cli import bench as command
+    from flashcomm.cli import report
+    from flashcomm.settings import parse_size
+
+    if world < 2:
+        raise SettingsError("a bench of a collective needs --world 2 or more")
+    names = _formats(formats)
+    where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
+    settings |= {"chunk_bytes": chunk_bytes} if chunk_bytes else {}
+    sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
+    if not sizes:
+        raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
+    args = (names, sizes, row, _dtype(dtype), turns, settings)
+    with _progress(json) as bar:
+        task = bar.add_task("starting", total=len(sizes))
+
+        def on_event(event: Any) -> None:
+            bar.update(task, description=f"{event['size']} {event['format']}", completed=sizes.index(event["size"]))
+
+        rows: Any = _run(command.all_reduce, world, args, device=where, link=link, timeout=timeout, on_event=on_event)
+    if rows is None:
+        return
+    rows = [r | {"link": link or "none"} for r in rows]
+    if csv:
+        report.write_csv(csv, rows)
+    if json:
+        report.print_json({"rows": rows, **report.environment()})
+        return
+    columns = ("size", "count", "type", "format", "path", "time_us", "algbw", "busbw", "wire_bytes", "error", "speedup")
+    title = f"all_reduce, {world} ranks on {where}{f' over {link}' if link else ''} (GB/s of uncompressed bytes)"
+    report.print_table(title, {c: c for c in columns}, rows)
+
+
+@app.command()
+def plot(
+    source: Annotated[Path, typer.Argument(help="A CSV written by bench or ttft.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to put the picture: .svg or .png.")],
+    json: Json = False,
+) -> None:
+    """Draw a CSV of bench or ttft."""
+    from flashcomm.cli import report
+    from flashcomm.cli.plot import plot as draw
+
+    draw(source, output)
+    if json:
+        report.print_json({"picture": str(output)})
+
+
+def _run(target: Callable[..., object], world: int, args: tuple[Any, ...], **options: Any) -> Any:
+    from flashcomm.cli import launch
+
+    options["timeout_s"] = options.pop("timeout")
+    return launch.run(target, world, args, **options)
+
+
+def _prepare(
+    fmt: str, device: str, world: int, min_bytes: str | None, algorithm: str | None
+) -> tuple[str, dict[str, Any]]:
+    """(device, settings), wrong ones refused before any rank starts."""
+    from flashcomm.settings import Settings
+
+    where = _device(device, world)
+    settings: dict[str, Any] = {k: v for k, v in (("min_bytes", min_bytes), ("algorithm", algorithm)) if v is not None}
+    Settings.resolve(where, format=fmt, **settings)
+    return where, settings
+
+
+def _formats(text: str) -> list[str]:
+    from flashcomm.wire.format import WireFormat
+
+    return [str(WireFormat.parse(part)) for part in text.split(",")]
+
+
+def _device(asked: str, world: int) -> str:
+    import torch
+
+    if asked not in ("auto", "cpu", "cuda"):
+        raise SettingsError(f"--device {asked}: allowed are auto, cpu and cuda")
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world else "cpu"
+    return asked
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name not in known:
+        raise SettingsError(f"--dtype {name}: allowed are {', '.join(known)}")
+    return known[name]
+
+
+def _progress(quiet: bool) -> Progress:
+    from flashcomm.cli.report import err_console
+
+    parts = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*parts, console=err_console, transient=True, disable=quiet or not err_console.is_terminal)
+
+
+def main() -> None:
+    """The console script: errors we know in one line on stderr and exit code 1, Ctrl-C 130."""
+    try:
+        app()
+    except FlashcommError as why:
+        typer.echo(f"flashcomm: {why}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Models on disk: check what can be checked before any rank starts, then load one rank's part.
+
+A model is a directory as Hugging Face writes it (config.json and safetensors), or one with a single GGUF file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashcomm.errors import FlashcommError, InputError, UnavailableError
+
+
+def check_model(path: Path, world: int) -> Any:
+    """The model's config, after making sure that files are whole and that `world` ranks can share the model.
+
+    Raises InputError saying what is missing, corrupt or indivisible; UnavailableError without transformers.
+    """
+    transformers = import_transformers()
+    source = _source(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **source)
+    except Exception as why:  # transformers raises what its parsers raise
+        raise InputError(f"{path} has no readable model config: {_first_line(why)}") from why
+    for file in sorted(path.glob("*.safetensors")):
+        _check_safetensors(file)
+    indivisible = [
+        f"{name}={size}"
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        if (size := getattr(config, name, None)) and size % world
+    ]
+    if indivisible:
+        heads = [getattr(config, n) for n in ("num_attention_heads", "num_key_value_heads") if getattr(config, n, None)]
+        possible = [w for w in range(1, min(heads, default=1) + 1) if all(h % w == 0 for h in heads)]
+        raise InputError(
+            f"{world} ranks cannot share {path.name}: {', '.join(indivisible)} is not a multiple of {world}; "
+            f"its heads allow --world {', '.join(map(str, possible))}"
+        )
+    return config
+
+
+def load_model(path: Path, world: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) of this rank, in evaluation mode; with world > 1 under transformers' tensor parallelism."""
+    transformers = import_transformers()
+    from transformers.distributed import DistributedConfig
+
+    transformers.utils.logging.disable_progress_bar()
+    plan = {"distributed_config": DistributedConfig(tp_size=world, tp_plan="auto")} if world > 1 else {}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **plan, **_source(path))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **_source(path))
+    except FlashcommError:
+        raise
+    except Exception as why:
+        raise InputError(f"{path} cannot be loaded: {type(why).__name__}: {_first_line(why)}") from why
+    return model.to(device).eval(), tokenizer
+
+
+def import_transformers() -> Any:
+    """The transformers module, quiet. Raises UnavailableError with the command that installs it."""
+    try:
+        import transformers
+    except ImportError as why:
+        raise UnavailableError("this command needs transformers: pip install 'flashcomm[transformers]'") from why
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def _source(path: Path) -> dict[str, str]:
+    """The arguments that tell transformers which file to read: none, or the directory's one GGUF file."""
+    if not path.is_dir():
+        raise InputError(
+            f"no model directory at {path}: give a directory with config.json and weights, or a GGUF file in it"
+        )
+    if (path / "config.json").exists():
+        if not any(path.glob("*.safetensors")):
+            raise InputError(f"{path} has a config.json but no *.safetensors weights: download them again")
+        return {}
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) != 1:
+        raise InputError(f"{path} holds {len(gguf)} GGUF files and no config.json: exactly one of either is needed")
+    return {"gguf_file": gguf[0].name}
+
+
+def _check_safetensors(file: Path) -> None:
+    """Raises InputError unless the header is readable and the file as long as it says."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            handle.keys()
+    except Exception as why:  # safetensors' own error type is not importable in every version
+        raise InputError(f"{file} is corrupt or cut short ({_first_line(why)}): download it again") from why
+
+
+def _first_line(why: BaseException) -> str:
+    return (str(why).strip().splitlines() or [type(why).__name__])[0]

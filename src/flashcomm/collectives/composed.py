@@ -1,0 +1,210 @@
+"""Collectives composed of a codec and two byte verbs: quantise, exchange, dequantise and reduce.
+
+A message is cut into chunks, and stages of neighbouring chunks run side by side: while chunk c is on the wire, chunk
+c+1 is quantised and chunk c-1 reduced. Every function returns when all is done (on GPUs: enqueued).
+
+                  stage 0                 stage 1                                     stage 2
+    one_shot      encode, all-gather ~    decode_sum
+    two_shot      encode, all-to-all ~    decode_sum, encode own shard, all-gather ~  decode all shards
+    ~ in flight until the next stage of that chunk
+
+    buffer      written by     read by             free when
+    send[c%3]   encode         the exchange of c   that exchange was waited for, one stage later
+    recv[c%3]   the exchange   decode_sum of c     that decode returned (on GPUs: is enqueued on the same stream)
+    so three slots are enough: stage s of chunk c and stage s' of chunk c' run at the same time only if |c - c'| <= 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from flashcomm.transports.process_group import Pending, ProcessGroupTransport
+from flashcomm.wire.format import Layout, StepFormat, WireFormat, bounds
+
+SLOTS = 3
+
+
+@dataclass
+class Workspace:
+    """Wire buffers, kept between calls and grown when a call needs more; all sizes in bytes."""
+
+    device: torch.device
+    _kept: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, slot: int, n_bytes: int) -> Tensor:
+        """uint8 (n_bytes,): the same memory for the same name and slot until a larger one is asked for."""
+        kept = self._kept.get((name, slot % SLOTS))
+        if kept is None or kept.numel() < n_bytes:
+            kept = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+            self._kept[name, slot % SLOTS] = kept
+        return kept[:n_bytes]
+
+
+@dataclass
+class Context:
+    """What every composed collective needs: how to code, how to send, where to put bytes, how large a chunk is."""
+
+    fmt: WireFormat
+    codec: ModuleType
+    transport: ProcessGroupTransport
+    workspace: Workspace
+    chunk_bytes: int
+
+    @property
+    def world(self) -> int:
+        return self.transport.world
+
+    def layout(self, step: StepFormat, message: Tensor) -> Layout:
+        return Layout(step, message.shape[-1] if message.dim() else 1, message.element_size())
+
+    def chunks(self, message: Tensor, unit: int) -> list[tuple[int, int]]:
+        """Spans of about `chunk_bytes` that together are the message, cut on multiples of `unit` in their row."""
+        count = max(1, message.numel() * message.element_size() // self.chunk_bytes)
+        ends = bounds(0, message.numel(), message.shape[-1] if message.dim() else 1, unit, count)
+        return [(a, b) for a, b in pairwise(ends) if a < b]
+
+
+def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
+    """All-reduce x into out (same shape and dtype; out may be x): everybody sends all to all. Both contiguous."""
+    layout, world = ctx.layout(ctx.fmt.reduce, x), ctx.world
+    chunks = ctx.chunks(x, ctx.fmt.unit)
+    flat_x, flat_out = x.view(-1), out.view(-1)
+    received: dict[int, tuple[Pending, Tensor]] = {}
+
+    def send(c: int) -> None:
+        start, stop = chunks[c]
+        size = layout.nbytes(start, stop)
+        wire = ctx.workspace.take("send", c, size)
+        ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
+        wires = ctx.workspace.take("recv", c, world * size).view(world, size)
+        received[c] = ctx.transport.all_gather(wires, wire, f"one-shot all-gather, chunk {c + 1}/{len(chunks)}"), wires
+
+    def reduce(c: int) -> None:
+        start, stop = chunks[c]
+        pending, wires = received.pop(c)
+        pending.wait()
+        ctx.codec.decode_sum(wires, layout, start, stop, flat_out[start:stop], x.dtype)
+
+    _pipeline(len(chunks), send, reduce)
+
+
+def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
+    """All-reduce x into out (same shape and dtype; out may be x): reduce-scatter, then all-gather. Both contiguous.
+
+    The owner of a shard, too, takes its result from the wire bytes, so that all ranks hold the same bits.
+    """
+    reduce_layout, gather_layout = ctx.layout(ctx.fmt.reduce, x), ctx.layout(ctx.fmt.gather, x)
+    world, rank = ctx.world, ctx.transport.rank
+    chunks = ctx.chunks(x, ctx.fmt.unit)
+    shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, world) for start, stop in chunks]
+    flat_x, flat_out = x.view(-1), out.view(-1)
+    scattered: dict[int, tuple[Pending, Tensor]] = {}
+    gathered: dict[int, tuple[Pending, Tensor]] = {}
+    sum_dtype = x.dtype if ctx.fmt.gather.lossless else torch.float32
+
+    def scatter(c: int) -> None:
+        pieces = [(i, shards[c][i], shards[c][i + 1]) for i in range(world)]
+        scattered[c] = _scatter(ctx, reduce_layout, flat_x, pieces, c, f"two-shot reduce, chunk {c + 1}/{len(chunks)}")
+
+    def reduce(c: int) -> None:
+        start, stop = shards[c][rank : rank + 2]
+        pending, wires = scattered.pop(c)
+        pending.wait()
+        total = ctx.workspace.take("sum", 0, (stop - start) * sum_dtype.itemsize).view(sum_dtype)
+        size = max(gather_layout.nbytes(a, b) for a, b in pairwise(shards[c]))
+        wire = ctx.workspace.take("gather-send", c, size)
+        if stop > start:
+            ctx.codec.decode_sum(wires, reduce_layout, start, stop, total, x.dtype)
+            ctx.codec.encode(total, gather_layout, start, stop, wire)
+        everybodys = ctx.workspace.take("gather-recv", c, world * size).view(world, size)
+        what = f"two-shot gather, chunk {c + 1}/{len(chunks)}"
+        gathered[c] = ctx.transport.all_gather(everybodys, wire, what), everybodys
+
+    def finish(c: int) -> None:
+        pending, wires = gathered.pop(c)
+        pending.wait()
+        for i, (start, stop) in enumerate(pairwise(shards[c])):
+            if stop > start:
+                wire = wires[i : i + 1]
+                ctx.codec.decode_sum(wire, gather_layout, start, stop, flat_out[start:stop], x.dtype)
+
+    _pipeline(len(chunks), scatter, reduce, finish)
+
+
+def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
+    """Sum x over ranks; rank j's out is slice j of dimension 0 (world equal slices). Both contiguous."""
+    layout, n = ctx.layout(ctx.fmt.reduce, out), out.numel()
+    chunks = ctx.chunks(out, ctx.fmt.unit)
+    flat_x, flat_out = x.view(-1), out.view(-1)
+    scattered: dict[int, tuple[Pending, Tensor]] = {}
+
+    def scatter(c: int) -> None:
+        pieces = [(i, *chunks[c]) for i in range(ctx.world)]
+        scattered[c] = _scatter(ctx, layout, flat_x, pieces, c, f"reduce-scatter, chunk {c + 1}/{len(chunks)}", n)
+
+    def reduce(c: int) -> None:
+        start, stop = chunks[c]
+        pending, wires = scattered.pop(c)
+        pending.wait()
+        ctx.codec.decode_sum(wires, layout, start, stop, flat_out[start:stop], x.dtype)
+
+    _pipeline(len(chunks), scatter, reduce)
+
+
+def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
+    """out is every rank's x, one after the other along dimension 0, all of them decoded from the wire. Contiguous."""
+    layout, n, world = ctx.layout(ctx.fmt.gather, x), x.numel(), ctx.world
+    chunks = ctx.chunks(x, ctx.fmt.unit)
+    flat_x, flat_out = x.view(-1), out.view(-1)
+    received: dict[int, tuple[Pending, Tensor]] = {}
+
+    def send(c: int) -> None:
+        start, stop = chunks[c]
+        size = layout.nbytes(start, stop)
+        wire = ctx.workspace.take("send", c, size)
+        ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
+        wires = ctx.workspace.take("recv", c, world * size).view(world, size)
+        received[c] = ctx.transport.all_gather(wires, wire, f"all-gather, chunk {c + 1}/{len(chunks)}"), wires
+
+    def finish(c: int) -> None:
+        start, stop = chunks[c]
+        pending, wires = received.pop(c)
+        pending.wait()
+        for i in range(world):
+            values = flat_out[i * n + start : i * n + stop]
+            ctx.codec.decode_sum(wires[i : i + 1], layout, start, stop, values, x.dtype)
+
+    _pipeline(len(chunks), send, finish)
+
+
+def _scatter(
+    ctx: Context,
+    layout: Layout,
+    values: Tensor,
+    pieces: list[tuple[int, int, int]],
+    slot: int,
+    what: str,
+    stride: int = 0,
+) -> tuple[Pending, Tensor]:
+    """Encode per rank i its piece (i, start, stop) of values, shifted by i*stride, and start the all-to-all."""
+    size = max(layout.nbytes(start, stop) for _, start, stop in pieces)
+    wires = ctx.workspace.take("send", slot, ctx.world * size).view(ctx.world, size)
+    for i, start, stop in pieces:
+        if stop > start:
+            ctx.codec.encode(values[i * stride + start : i * stride + stop], layout, start, stop, wires[i])
+    received = ctx.workspace.take("recv", slot, ctx.world * size).view(ctx.world, size)
+    return ctx.transport.all_to_all(received, wires, what), received
+
+
+def _pipeline(n_chunks: int, *stages: Callable[[int], None]) -> None:
+    """Run stage s of chunk c at step c + s: later chunks start before earlier ones end."""
+    for step in range(n_chunks + len(stages) - 1):
+        for s, stage in enumerate(stages):
+            if 0 <= step - s < n_chunks:
+                stage(step - s)

@@ -1,0 +1,195 @@
+"""A process group, a wire format and a workspace: the object that runs low-bit collectives.
+
+    with flashcomm.Communicator(group, "int4") as comm:       # collective: ranks compare their settings
+        y = comm.all_reduce(x)                                # a new tensor of x's shape and dtype
+        print(comm.explain(x.shape, x.dtype))                 # which way, and why not the others
+
+Results are those of `flashcomm.reference`, the same bits on every rank (`native` excepted: the backend's own sum).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashcomm import agreement, policy
+from flashcomm.collectives import composed
+from flashcomm.errors import ClosedError, FlashcommError, InputError, SettingsError
+from flashcomm.settings import Settings
+from flashcomm.transports.process_group import ProcessGroupTransport
+from flashcomm.wire import codec_for
+from flashcomm.wire.format import WireFormat
+
+log = logging.getLogger("flashcomm")
+
+
+class Communicator:
+    """Low-bit collectives over one process group. Making one is collective: every rank of the group must.
+
+    group: a torch.distributed process group; None is the default group. device: "cpu" or "cuda", where the tensors
+    will be; None is CUDA where the group's backend is NCCL, else the CPU.
+    format: a wire format or its text ("int4", "int4-g32", "int4/int8", "bf16"). The other arguments are those of
+    `flashcomm.settings`, which also come from FLASHCOMM_* variables. Use one Communicator from one thread and, on
+    GPUs, one stream at a time.
+
+    Raises FormatError or SettingsError, on every rank, when any rank's settings are wrong or differ from the others';
+    CommunicationError when a rank does not come within the time-out.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        format: str | WireFormat | None = None,
+        *,
+        device: str | None = None,
+        algorithm: str | None = None,
+        min_bytes: int | str | None = None,
+        chunk_bytes: int | str | None = None,
+        timeout_s: float | None = None,
+        check: bool | None = None,
+        debug: str | None = None,
+    ) -> None:
+        if group is None:
+            if not dist.is_initialized():
+                raise SettingsError("no process group: call torch.distributed.init_process_group first, or pass group=")
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):  # also GroupMember.NON_GROUP_MEMBER
+            raise SettingsError(
+                "this rank is not a member of the group (or group= is no process group): it must not take part"
+            )
+        self.group = group
+        self.device = agreement.group_device(group, device)
+        try:
+            given: dict[str, Any] = {"format": format, "algorithm": algorithm, "min_bytes": min_bytes}
+            given |= {"chunk_bytes": chunk_bytes, "timeout_s": timeout_s, "check": check, "debug": debug}
+            mine: Settings | FlashcommError = Settings.resolve(self.device.type, **given)
+        except FlashcommError as why:
+            mine = why  # raised below, once every rank knows of it
+        probe_timeout = mine.timeout_s if isinstance(mine, Settings) else 60.0
+        self.transport = ProcessGroupTransport(group, self.device, probe_timeout)
+        self.settings = agreement.agree_on_settings(self.transport, mine)
+        self.format = self.settings.format
+        self.calls: Counter[str] = Counter()
+        self._context = composed.Context(
+            self.format,
+            codec_for(self.device.type),
+            self.transport,
+            composed.Workspace(self.device),
+            self.settings.chunk_bytes,
+        )
+        self._n_calls = 0
+        self._closed = False
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def world(self) -> int:
+        return self.transport.world
+
+    def all_reduce(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum of x over all ranks, x's shape and dtype, the same bits on every rank.
+
+        x: bf16, fp16 or fp32, any shape and strides, not modified; the last dimension is the row that quantisation
+        groups do not cross. out: where to put the result (contiguous, x's shape and dtype; may be x); None makes one.
+        Cost: see `explain`. Raises InputError, ClosedError or CommunicationError.
+        """
+        call = self._enter("all_reduce", x)
+        result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        if x.numel() == 0:
+            return result
+        plan = policy.choose(call, self.format, self.settings.algorithm, self.settings.min_bytes).plan
+        self._count("all_reduce", plan.algorithm, x)
+        if plan.algorithm in ("copy", "native"):
+            result.copy_(x)
+            if plan.algorithm == "native":
+                self.transport.all_reduce_native(result, "native all-reduce").wait()
+        else:
+            run = composed.one_shot if plan.algorithm == "one_shot" else composed.two_shot
+            run(x.contiguous(), result, self._context)
+        return result
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """This rank's slice, along dimension 0, of the sum of x over all ranks; coded once, as `format.reduce`.
+
+        x: shape (world * n, ...); returns (n, ...). Raises as `all_reduce`; InputError where world does not divide.
+        """
+        self._enter("reduce_scatter", x)
+        out = torch.empty((x.shape[0] // self.world, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        return self._exchange("reduce_scatter", x, out)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's x, one after the other along dimension 0, coded as `format.gather`, the own one included.
+
+        x: shape (n, ...); returns (world * n, ...). Raises as `all_reduce`.
+        """
+        self._enter("all_gather", x)
+        out = torch.empty((x.shape[0] * self.world, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        return self._exchange("all_gather", x, out)
+
+    def explain(self, shape: Sequence[int], dtype: torch.dtype) -> policy.Choice:
+        """Which way an all-reduce of this shape and dtype goes, how many bytes a rank sends, why not the other ways."""
+        call = self._call(tuple(shape), dtype)
+        return policy.choose(call, self.format, self.settings.algorithm, self.settings.min_bytes)
+
+    def close(self) -> None:
+        """Free the workspace. Not collective. A call afterwards raises ClosedError; closing again is fine."""
+        self._closed = True
+        self._context.workspace = composed.Workspace(self.device)
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        return f"Communicator(rank {self.rank} of {self.world}, {self.format}, {self.device.type}{state})"
+
+    def _exchange(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        """Run reduce_scatter or all_gather of x into out."""
+        if x.numel() == 0:
+            return out
+        if self.world == 1:
+            self._count(name, "copy", x)
+            return out.copy_(x)
+        self._count(name, "composed", x)
+        run = composed.reduce_scatter if name == "reduce_scatter" else composed.all_gather
+        run(x.contiguous(), out, self._context)
+        return out
+
+    def _enter(self, name: str, x: Tensor) -> policy.Call:
+        """Check this rank's input and, where settings say so, that all ranks make the same call."""
+        if self._closed:
+            raise ClosedError(f"{name} on a closed Communicator: make a new one")
+        self._n_calls += 1
+        problem = agreement.problem_with(name, x, self.device, self.world)
+        if self.settings.check and self.world > 1:
+            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls)
+        elif problem:
+            raise InputError(f"{name}: {problem.text(x, self.device, self.world)}")
+        return self._call(tuple(x.shape), x.dtype)
+
+    def _call(self, shape: tuple[int, ...], dtype: torch.dtype) -> policy.Call:
+        row = shape[-1] if shape else 1
+        return policy.Call(math.prod(shape), row, dtype.itemsize, self.world, self.device.type)
+
+    def _count(self, name: str, way: str, x: Tensor) -> None:
+        key = f"{name}/{way}"
+        if self.settings.debug == "info" and not self.calls[key]:
+            log.warning("%r: first %s goes %s, shape %s %s", self, name, way, tuple(x.shape), x.dtype)
+        self.calls[key] += 1

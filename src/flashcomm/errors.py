@@ -1,0 +1,43 @@
+"""Every exception flashcomm raises on purpose.
+
+    FlashcommError
+    ├── FormatError         a format string or a group size that does not exist       (also a ValueError)
+    ├── SettingsError       an argument or FLASHCOMM_* value that is not allowed,
+    │                       or one that differs between ranks                         (also a ValueError)
+    ├── InputError          a tensor that cannot be reduced, or ranks that called
+    │                       with different shapes, dtypes or operations               (also a ValueError)
+    ├── UnavailableError    an explicitly requested path that cannot run here
+    ├── CommunicationError  a peer died, or did not answer within the time-out
+    └── ClosedError         a Communicator was used after close()
+
+Each message says what was asked, what is allowed and what to do. Where a collective is involved the same
+error is raised on every rank of the group.
+"""
+
+
+class FlashcommError(RuntimeError):
+    """Base of all errors raised by flashcomm."""
+
+
+class FormatError(FlashcommError, ValueError):
+    """A wire format that does not exist."""
+
+
+class SettingsError(FlashcommError, ValueError):
+    """A setting that is not allowed, or that is not the same on every rank."""
+
+
+class InputError(FlashcommError, ValueError):
+    """A tensor this call cannot take, or calls that differ between ranks."""
+
+
+class UnavailableError(FlashcommError):
+    """A path that was asked for by name and cannot run here."""
+
+
+class CommunicationError(FlashcommError):
+    """A peer died or did not answer within the time-out."""
+
+
+class ClosedError(FlashcommError):
+    """A Communicator was used after close()."""

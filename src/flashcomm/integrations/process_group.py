@@ -1,0 +1,93 @@
+"""`backend="flashcomm"`: any torch.distributed program, unchanged, with low-bit sums.
+
+    import flashcomm.integrations.process_group                       # registers the backend
+    torch.distributed.init_process_group("flashcomm")                 # FLASHCOMM_FORMAT=int4 python program.py
+
+or for one dimension of a mesh: `init_device_mesh(..., backend_override={"tp": "flashcomm"})`. Under it lie gloo for CPU
+tensors and NCCL for CUDA tensors; they carry everything that is not a SUM all-reduce of one dense bf16, fp16 or fp32
+tensor of at least FLASHCOMM_MIN_BYTES, bit for bit as without us. Such a sum is lossy wherever the program asks for it:
+gradients and losses included. It is meant for inference.
+
+The seam is a Python subclass of ProcessGroup, because torch (2.11 to 2.13) calls a Python Backend's methods from
+Python only, and functional collectives and DTensor come from C++.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
+
+from flashcomm.communicator import Communicator
+from flashcomm.settings import Settings
+from flashcomm.wire.torch_codec import DTYPES
+
+NAME = "flashcomm"
+_SUM: Any = dist.ReduceOp.SUM
+
+
+class FlashProcessGroup(dist.ProcessGroup):
+    """A process group whose large floating-point sums are low-bit; all else goes to gloo and NCCL."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]  # the constructor meant for Python subclasses
+        self._inner = dist.ProcessGroup(store, rank, size)  # the same backends, without our all-reduce
+        for device, kind, backend in _backends(store, rank, size, timeout):
+            for group in (self, self._inner):
+                group._register_backend(torch.device(device), kind, backend)
+        self._settings = {device: Settings.resolve(device) for device in ("cpu", "cuda")}
+        self._communicators: dict[str, Communicator] = {}
+
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
+        """Called for every all-reduce on this group; the result is written in place, as torch.distributed wants it."""
+        options = opts if isinstance(opts, AllreduceOptions) else AllreduceOptions()
+        if opts is not None and options is not opts:
+            options.reduceOp = opts
+        many = tensors if isinstance(tensors, (list, tuple)) else [tensors]
+        if len(many) != 1 or options.reduceOp != _SUM or not self._takes(many[0]):
+            return self._inner.allreduce(list(many), options)
+        (x,) = many
+        dense = x.is_contiguous()
+        result = self._communicator(x.device.type).all_reduce(x.detach(), out=x.detach() if dense else None)
+        if not dense:
+            x.detach().copy_(result)
+        done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        done.set_result([x])
+        return _create_work_from_future(done)  # type: ignore[no-any-return]
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether this sum is ours: a fact about dtype and size, equal on every rank."""
+        if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings:
+            return False
+        settings = self._settings[x.device.type]
+        return not settings.format.lossless and x.numel() * x.element_size() >= settings.min_bytes
+
+    def _communicator(self, device_type: str) -> Communicator:
+        if device_type not in self._communicators:
+            self._communicators[device_type] = Communicator(self._inner, device=device_type)
+        return self._communicators[device_type]
+
+    def getBackendName(self) -> str:  # noqa: N802  torch's name
+        return NAME
+
+
+def _backends(store: Store, rank: int, size: int, timeout: timedelta) -> list[tuple[str, Any, Any]]:
+    kinds = dist.ProcessGroup.BackendType
+    gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, timeout)
+    gloo._set_sequence_number_for_group()
+    found: list[tuple[str, Any, Any]] = [("cpu", kinds.GLOO, gloo)]
+    if dist.is_nccl_available() and torch.cuda.is_available():
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        nccl = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
+        nccl._set_sequence_number_for_group()
+        found.append(("cuda", kinds.NCCL, nccl))
+    return found
+
+
+dist.Backend.register_backend(NAME, FlashProcessGroup, devices=["cpu", "cuda"])

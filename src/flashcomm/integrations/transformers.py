@@ -1,0 +1,115 @@
+"""Low-bit all-reduce in Hugging Face transformers (>= 5.17) tensor parallelism, with one line of user code:
+
+    flashcomm.integrations.transformers.enable("int4")
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
+
+`enable` replaces the "rowwise" styles of the tensor-parallel plan by a subclass whose one difference is the all-reduce
+after a row-parallel Linear (two a layer in a Llama). It changes models loaded afterwards, in this process, until
+`disable`; training, embeddings and mixture-of-experts sums keep transformers' own path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcomm.communicator import Communicator
+from flashcomm.errors import UnavailableError
+from flashcomm.settings import Settings
+
+try:
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
+except ImportError as why:
+    raise UnavailableError(
+        f"flashcomm.integrations.transformers needs transformers 5.17 or later ({why}): "
+        "pip install 'flashcomm[transformers]', or use backend='flashcomm' (flashcomm.integrations.process_group)"
+    ) from why
+
+STYLES = ("rowwise", "rowwise_rep", "rowwise_split_input")
+
+
+class Reducer:
+    """The all-reduce of all styles in force: settings, and a Communicator per group and settings, made at first use."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+        self.skip = False
+        self.communicators: dict[tuple[Any, str], Communicator] = {}
+
+    def __call__(self, partial: Tensor, mesh: Any) -> Tensor:
+        """Sum the partial results over the mesh's tensor-parallel group."""
+        if self.skip:
+            return partial
+        group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+        key = (group, repr(sorted(self.settings.items())))
+        if key not in self.communicators:
+            self.communicators[key] = Communicator(group, **self.settings)
+        return self.communicators[key].all_reduce(partial)
+
+
+class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships no types
+    """A row-parallel Linear that ends in a low-bit all-reduce; the bias, if any, is added after it, exactly."""
+
+    def __init__(self, base: Any, reducer: Reducer) -> None:
+        super().__init__(
+            input_layouts=base.input_layouts, output_layouts=base.output_layouts, use_local_output=base.use_local_output
+        )
+        self.reducer = reducer
+
+    def transform_output_post_forward(self, module: Any, output: Any, mesh: Any) -> Any:
+        """Called by transformers with the partial sums of this rank."""
+        inference = isinstance(module, torch.nn.Linear) and type(output) is Tensor and not output.requires_grad
+        if not inference or not self.output_layouts.is_replicate():
+            return super().transform_output_post_forward(module, output, mesh)
+        summed = self.reducer(output, mesh)
+        bias = module._parameters.get("bias")
+        return summed if bias is None else summed + getattr(bias, "to_local", lambda: bias)()
+
+
+def enable(format: str | None = None, **settings: Any) -> None:
+    """Use low-bit all-reduce in models loaded from now on; arguments as for `flashcomm.Communicator`.
+
+    Call it on every rank, with the same arguments, before `from_pretrained`. Called again it changes the settings,
+    also of the models loaded since the first call. Raises FormatError and SettingsError at once.
+    """
+    Settings.resolve("cpu", format=format, **settings)
+    reducer = _reducer() or Reducer()
+    reducer.settings = {"format": format, **settings}
+    for name in STYLES:
+        if not isinstance(ALL_PARALLEL_STYLES[name], FlashRowwise):
+            ALL_PARALLEL_STYLES[name] = FlashRowwise(ALL_PARALLEL_STYLES[name], reducer)
+
+
+def disable() -> None:
+    """Give models loaded from now on transformers' own all-reduce again."""
+    for name in STYLES:
+        if isinstance(ALL_PARALLEL_STYLES[name], FlashRowwise):
+            del ALL_PARALLEL_STYLES[name]
+
+
+@contextmanager
+def without_all_reduce(active: bool = True) -> Iterator[None]:
+    """Leave the all-reduce out inside a with block: wrong results, but the time of everything else."""
+    reducer = _reducer()
+    if reducer is None:
+        raise UnavailableError("without_all_reduce: call enable() first")
+    reducer.skip = active
+    try:
+        yield
+    finally:
+        reducer.skip = False
+
+
+def communicators() -> list[Communicator]:
+    """The Communicators made so far: their `calls` and `transport.n_bytes_sent` tell what went which way."""
+    reducer = _reducer()
+    return list(reducer.communicators.values()) if reducer else []
+
+
+def _reducer() -> Reducer | None:
+    style = ALL_PARALLEL_STYLES[STYLES[0]]
+    return style.reducer if isinstance(style, FlashRowwise) else None

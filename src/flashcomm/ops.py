@@ -1,0 +1,73 @@
+"""`flashcomm.all_reduce` for people, `torch.ops.flashcomm.all_reduce` for compiled graphs and engines.
+
+Both run a Communicator out of a table, made at the first call with its group and format (that call is collective and
+compares settings). The op names it by one string, "group" or "format@group": the c10d name of a registered process
+group and the wire format, without which FLASHCOMM_FORMAT or the default decides.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+from flashcomm.communicator import Communicator
+from flashcomm.errors import SettingsError
+from flashcomm.wire.format import WireFormat
+
+_table: dict[tuple[str, str], Communicator] = {}
+
+
+def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of x over the ranks of group (None: the default group), as a new tensor; see `Communicator.all_reduce`.
+
+    format: a wire format such as "int4"; None leaves it to FLASHCOMM_FORMAT or the default. Works under
+    `torch.compile(fullgraph=True, dynamic=True)`. Raises as `Communicator` and `Communicator.all_reduce` do.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.flashcomm.all_reduce(x, op_name(format, group))  # type: ignore[no-any-return]
+    return _kept(op_name(format, group), x).all_reduce(x)
+
+
+def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> str:
+    """The second argument of `torch.ops.flashcomm.all_reduce` for this format and group."""
+    if group is None:
+        if not dist.is_initialized():
+            raise SettingsError("no process group: call torch.distributed.init_process_group first, or pass group=")
+        group = dist.group.WORLD
+    assert group is not None
+    if format is None:
+        return group.group_name
+    text = format if isinstance(format, str) else str(format)  # parsed when it is run: Dynamo traces this function
+    return f"{text}@{group.group_name}"
+
+
+def _kept(name: str, x: Tensor) -> Communicator:
+    """The Communicator of that name for x's device, made now if there is none for the group as it is now."""
+    text, at, group_name = name.rpartition("@")
+    try:
+        group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    except RuntimeError as why:
+        raise SettingsError(f"no process group named {group_name!r}: use flashcomm.ops.op_name(format, group)") from why
+    key = (name, x.device.type)
+    kept = _table.get(key)
+    if kept is None or kept.group is not group or kept.closed:  # a group made anew may carry an old name
+        kept = _table[key] = Communicator(group, text if at else None, device=x.device.type)
+    return kept
+
+
+_library = torch.library.Library("flashcomm", "DEF")  # type: ignore[no-untyped-call]
+_library.define("all_reduce(Tensor x, str group) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def _run(x: Tensor, group: str) -> Tensor:
+    return _kept(group, x).all_reduce(x)
+
+
+_library.impl("all_reduce", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("flashcomm::all_reduce", lib=_library)  # type: ignore[untyped-decorator]
+def _fake(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,111 @@
+"""The settings of a Communicator: keyword argument > `FLASHCOMM_*` environment variable > default, read once.
+
+    FLASHCOMM_FORMAT       wire format                                          int8
+    FLASHCOMM_ALGORITHM    auto, native, one_shot or two_shot                   auto
+    FLASHCOMM_MIN_BYTES    `auto` leaves smaller messages to the backend        64K on CPUs, 1M on GPUs
+    FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time               1M on CPUs, 32M on GPUs
+    FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
+    FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs
+    FLASHCOMM_DEBUG        off, or info: print the first use of every path      off
+
+All of them must be equal on all ranks of a group.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flashcomm import policy
+from flashcomm.errors import SettingsError
+from flashcomm.wire.format import WireFormat
+
+DEFAULT_FORMAT = "int8"
+ALGORITHMS = ("auto", *policy.ALGORITHMS)
+NAMES = ("FORMAT", "ALGORITHM", "MIN_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK", "DEBUG")
+_PREFIX = "FLASHCOMM_"
+_SIZE = re.compile(r"(\d+)\s*([kmg]?)(?:i?b)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Resolved and checked; `fmt` is a WireFormat in text form, so that settings compare across ranks as text."""
+
+    fmt: str
+    algorithm: str
+    min_bytes: int
+    chunk_bytes: int
+    timeout_s: float
+    check: bool
+    debug: str
+
+    @property
+    def format(self) -> WireFormat:
+        return WireFormat.parse(self.fmt)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def resolve(cls, device_type: str, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
+        """Settings for a group whose tensors live on `device_type`; `given` values of None count as not given.
+
+        Raises FormatError or SettingsError. Warns of FLASHCOMM_* names it does not know.
+        """
+        env = os.environ if environ is None else environ
+        warn_unknown(env)
+
+        def value(name: str, default: Any) -> Any:
+            return given[name] if given.get(name) is not None else env.get(_PREFIX + name.upper(), default)
+
+        cpu = device_type == "cpu"
+        return cls(
+            fmt=str(WireFormat.parse(value("format", DEFAULT_FORMAT))),
+            algorithm=_one_of("algorithm", value("algorithm", "auto"), ALGORITHMS),
+            min_bytes=parse_size("min_bytes", value("min_bytes", 64 << 10 if cpu else 1 << 20)),
+            chunk_bytes=parse_size("chunk_bytes", value("chunk_bytes", 1 << 20 if cpu else 32 << 20), least=1),
+            timeout_s=_seconds(value("timeout_s", 60.0)),
+            check=_flag("check", value("check", cpu)),
+            debug=_one_of("debug", value("debug", "off"), ("off", "info")),
+        )
+
+
+def warn_unknown(environ: Mapping[str, str]) -> None:
+    """Warn of every FLASHCOMM_* variable that no setting reads: most likely a misspelling."""
+    for name in sorted(environ):
+        if name.startswith(_PREFIX) and name[len(_PREFIX) :] not in NAMES:
+            known = ", ".join(_PREFIX + n for n in NAMES)
+            warnings.warn(f"{name} is not a flashcomm setting and is ignored; there are {known}", stacklevel=3)
+
+
+def parse_size(name: str, value: int | str, least: int = 0) -> int:
+    """A number of bytes: 65536, '64K', '16M', '1GiB' (powers of 1024)."""
+    match = _SIZE.fullmatch(str(value).strip())
+    size = int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()] if match else -1
+    if size < least:
+        raise SettingsError(f"{name}={value!r}: give a number of bytes of at least {least}, such as 65536, 64K or 16M")
+    return size
+
+
+def _seconds(value: float | str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise SettingsError(f"timeout_s={value!r}: give a positive number of seconds")
+    return seconds
+
+
+def _flag(name: str, value: bool | str) -> bool:
+    return value if isinstance(value, bool) else _one_of(name, value, ("0", "1")) == "1"
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise SettingsError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
+    return value

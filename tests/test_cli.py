@@ -1,0 +1,247 @@
+"""The command line as a user runs it: whole processes, exit codes, one JSON object, clear errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashcomm.cli import link
+
+MODEL = Path(__file__).parent.parent / ".assets" / "smollm2-135m-instruct"
+needs_model = pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="no model: run scripts/fetch_assets.py")
+BENCH = ("bench", "all_reduce")
+NO_LINK = link.probe()
+needs_link = pytest.mark.skipif(NO_LINK is not None, reason=f"no network namespaces: {NO_LINK}")
+
+
+def flashcomm(*args: object, timeout: float = 200, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flashcomm.cli.main", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+
+
+def as_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Not 0, nothing on stdout, one message without a traceback that holds all parts."""
+    assert done.returncode not in (0, -6, -11), done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+class TestDoctor:
+    def test_json(self) -> None:
+        got = as_json(flashcomm("doctor", "--world", 3, "--format", "int4", "--row", 576, "--json"))
+        assert set(got) == {"machine", "versions", "paths", "settings", "choices"}
+        assert got["settings"]["fmt"] == "int4"
+        paths = {c["size"]: c["path"] for c in got["choices"]}
+        assert paths[4096] == "native"
+        assert paths[1 << 24] == "two_shot"
+        assert all(set(c["not"]) | {c["path"]} == {"native", "one_shot", "two_shot"} for c in got["choices"])
+
+    def test_table_and_environment(self) -> None:
+        done = flashcomm("doctor", FLASHCOMM_FORMAT="int5-g64", FLASHCOMM_MIN_BYTE="7")
+        assert done.returncode == 0
+        assert "as int5-g64, 2 ranks" in done.stdout
+        assert "FLASHCOMM_MIN_BYTE is not a flashcomm setting" in done.stderr
+
+    def test_help_names_every_command(self) -> None:
+        out = flashcomm("--help").stdout
+        assert all(name in out for name in ("doctor", "generate", "ttft", "bench", "plot"))
+
+
+class TestBench:
+    def test_json_csv_and_plot(self, tmp_path: Path) -> None:
+        sizes = ("-b", 20000, "-e", 40000, "--row", 576, "--turns", 2)
+        done = flashcomm(*BENCH, "-n", 3, "--formats", "int8,int4/int8", *sizes, "--csv", tmp_path / "b.csv", "--json")
+        got = as_json(done)
+        assert [(r["size"], r["format"]) for r in got["rows"]] == [
+            (size, fmt) for size in (20000, 40000) for fmt in ("bf16", "int8", "int4/int8")
+        ]
+        for row in got["rows"]:
+            assert row["world"] == 3
+            assert row["time_us"] > 0
+            assert row["wire_bytes"] > 0
+            assert row["algbw"] == pytest.approx(row["size"] / row["time_us"] / 1e3, rel=1e-2)
+            assert row["busbw"] == pytest.approx(row["algbw"] * 4 / 3, rel=1e-2)
+            assert row["speedup"] > 0
+        by = {(r["size"], r["format"]): r for r in got["rows"]}
+        assert by[20000, "bf16"]["speedup"] == 1.0
+        assert by[20000, "bf16"]["error"] < 0.01 < by[20000, "int4/int8"]["error"]
+        assert by[40000, "int8"]["wire_bytes"] < 0.6 * 2 * 40000
+        rows = list(csv.DictReader((tmp_path / "b.csv").open()))
+        assert len(rows) == 6
+        assert all(rows[0][key] for key in ("machine", "torch", "python", "date", "command", "flashcomm"))
+        assert "bench all_reduce" in rows[0]["command"]
+        as_json(flashcomm("plot", tmp_path / "b.csv", "-o", tmp_path / "b.svg", "--json"))
+        assert (
+            "over the best lossless path" in (tmp_path / "b.svg").read_text()
+            or (tmp_path / "b.svg").stat().st_size > 5000
+        )
+
+    @needs_link
+    def test_a_link_limits_the_rate(self) -> None:
+        """1 MB over 50 Mbit/s takes 168 ms and the frame headers uncompressed, a quarter as int4."""
+        rows = as_json(flashcomm(*BENCH, "--formats", "int4", "-b", "1M", "-e", "1M", "--turns", 3,
+                                 "--link", "50mbit", "--json"))["rows"]  # fmt: skip
+        by = {r["format"]: r for r in rows}
+        least_us = 2**20 * 8 / 50
+        assert least_us < by["bf16"]["time_us"] < 1.6 * least_us
+        assert by["int4"]["speedup"] > 2.2
+
+    def test_refusals(self) -> None:
+        refused(flashcomm(*BENCH, "--formats", "int4,int9"), "9 bits asked for", "a format is int2")
+        refused(flashcomm(*BENCH, "-n", 1), "needs --world 2")
+        refused(flashcomm(*BENCH, "-b", "big"), "--begin='big': give a number of bytes")
+        refused(flashcomm(*BENCH, "-b", "2M", "-e", "1M"), "no sizes from 2M to 1M")
+        refused(flashcomm(*BENCH, "--dtype", "int8"), "allowed are bf16, fp16, fp32")
+        refused(flashcomm(*BENCH, "--device", "tpu"), "allowed are auto, cpu and cuda")
+        refused(flashcomm(*BENCH, "--device", "cuda"), "no CUDA device")
+        refused(flashcomm(*BENCH, "--link", "fast"), "fast")
+        refused(flashcomm("plot", "none.csv", "-o", "x.svg"), "none.csv cannot be read")
+
+    def test_no_orphans_after_a_kill(self) -> None:
+        """The parent dies by SIGKILL: so do its ranks, within seconds."""
+        marker = f"FC_TEST_{os.getpid()}"
+        command = [
+            sys.executable,
+            "-m",
+            "flashcomm.cli.main",
+            "bench",
+            "all_reduce",
+            "-b",
+            "16M",
+            "-e",
+            "64M",
+            "--turns",
+            "99",
+        ]
+        parent = subprocess.Popen(
+            command, env={**os.environ, "MARKER": marker}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while _processes_with(marker) < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert _processes_with(marker) >= 3
+        parent.kill()
+        parent.wait()
+        while _processes_with(marker) and time.monotonic() < deadline + 10:
+            time.sleep(0.2)
+        assert _processes_with(marker) == 0
+
+
+def _processes_with(marker: str) -> int:
+    count = 0
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            count += f"MARKER={marker}".encode() in environ.read_bytes()
+        except OSError:
+            continue
+    return count
+
+
+@needs_model
+class TestModel:
+    PROMPT = "What is the capital of France?"
+
+    def generate(self, fmt: str, world: int = 3, **env: str) -> dict[str, Any]:
+        args = (
+            "--model",
+            MODEL,
+            "--world",
+            world,
+            "--format",
+            fmt,
+            "--prompt",
+            self.PROMPT,
+            "--tokens",
+            8,
+            "--min-bytes",
+            "0",
+        )
+        return as_json(flashcomm("generate", *args, "--dtype", "fp32", "--json", **env))
+
+    def test_three_ranks_say_what_one_says(self) -> None:
+        """A real model: lossless and 8-bit all-reduces over 3 ranks give the tokens of a single process."""
+        single, lossless, coded = self.generate("bf16", world=1), self.generate("bf16"), self.generate("int8")
+        assert "Paris" in single["text"]
+        assert lossless["tokens"] == single["tokens"]
+        assert coded["tokens"] == single["tokens"]
+        assert single["wire_bytes"] == 0
+        assert coded["wire_bytes"] < 0.3 * lossless["wire_bytes"]  # 8.5 of 32 bits
+        assert sum(coded["calls"].values()) == 60 * len(coded["tokens"])
+        assert set(coded["calls"]) <= {"all_reduce/one_shot", "all_reduce/two_shot"}
+
+    def test_torchrun(self) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "-m", "flashcomm.cli.main"]
+        args = ["generate", "--model", MODEL, "--world", 3, "--format", "int8", "--prompt", self.PROMPT, "--tokens", 4]
+        command = [*torchrun, *map(str, args), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert as_json(done)["world"] == 3
+
+    def test_ttft(self, tmp_path: Path) -> None:
+        args = ("ttft", "--model", MODEL, "--world", 3, "--formats", "int4", "--tokens", 128, "--repeats", 1)
+        got = as_json(flashcomm(*args, "--csv", tmp_path / "t.csv", "--json"))
+        lossless, coded = got["rows"]
+        assert (lossless["format"], coded["format"]) == ("bf16", "int4")
+        assert lossless["speedup"] == 1.0
+        assert lossless["wire_bytes"] == 60 * 4 * 128 * 576 * 2 // 3
+        assert 3.4 < lossless["wire_bytes"] / coded["wire_bytes"] < 3.8
+        assert 0 < lossless["compute_s"] < lossless["ttft_s"]
+        assert lossless["predicted_s"] is None
+        as_json(flashcomm("plot", tmp_path / "t.csv", "-o", tmp_path / "t.png", "--json"))
+
+    @needs_link
+    def test_ttft_over_a_link(self) -> None:
+        args = (
+            "ttft",
+            "--model",
+            MODEL,
+            "--world",
+            3,
+            "--formats",
+            "int4",
+            "--tokens",
+            128,
+            "--repeats",
+            1,
+            "--link",
+            "50mbit",
+        )
+        rows = as_json(flashcomm(*args, "--json"))["rows"]
+        by = {r["format"]: r for r in rows}
+        assert by["bf16"]["predicted_s"] == pytest.approx(
+            by["bf16"]["compute_s"] + by["bf16"]["wire_bytes"] * 8 / 50e6 * 1514 / 1448, rel=1e-3
+        )
+        assert by["int4"]["speedup"] > 1.3
+
+    def test_refusals(self, tmp_path: Path) -> None:
+        say = ("--prompt", "x", "--json")
+        refused(flashcomm("generate", "--model", tmp_path / "none", *say), "no model directory at")
+        refused(flashcomm("generate", "--model", tmp_path, *say), "0 GGUF files and no config.json")
+        refused(flashcomm("generate", "--model", MODEL, "--world", 2, *say), "2 ranks cannot share", "--world 1, 3")
+        refused(
+            flashcomm("generate", "--model", MODEL, "--world", 3, "-f", "int4-g99", *say), "a group of 99 asked for"
+        )
+        broken = tmp_path / "broken"
+        shutil.copytree(MODEL, broken)
+        weights = broken / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+        refused(
+            flashcomm("generate", "--model", broken, "--world", 3, *say), "is corrupt or cut short", "download it again"
+        )
+        (broken / "config.json").write_text("{not json")
+        refused(flashcomm("generate", "--model", broken, "--world", 3, *say), "no readable model config")

@@ -1,0 +1,195 @@
+"""Collectives over real gloo, ranks as threads: equal to the reference bit for bit, the same bits on every rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import gloo_group, raise_first, run_ranks, same_bits, tough
+
+from flashcomm import Communicator, WireFormat, reference
+
+SHAPES = [(5, 576), (2, 3, 640), (1, 2880), (7,), (), (3, 1), (0, 64), (4, 0), (1, 1)]
+
+
+def all_reduce_everywhere(
+    world: int, fmt: str, algorithm: str, tensors: list[list[torch.Tensor]], **settings: object
+) -> list[list[torch.Tensor]]:
+    """Per rank its results for each list of per-rank tensors, all through one Communicator."""
+
+    def body(group: object, rank: int) -> list[torch.Tensor]:
+        with Communicator(group, fmt, algorithm=algorithm, **settings) as comm:  # type: ignore[arg-type]
+            return [comm.all_reduce(per_rank[rank]) for per_rank in tensors]
+
+    return raise_first(run_ranks(world, body))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_all_reduce_equals_the_reference(world: int, algorithm: str) -> None:
+    for fmt, dtype in (("int4", torch.bfloat16), ("int5-g32/int8", torch.float16), ("bf16", torch.float32)):
+        tensors = [[tough(shape, dtype, 10 * s + r) for r in range(world)] for s, shape in enumerate(SHAPES)]
+        results = all_reduce_everywhere(world, fmt, algorithm, tensors, chunk_bytes=2000)
+        for i, per_rank in enumerate(tensors):
+            want = getattr(reference, algorithm)(per_rank, WireFormat.parse(fmt))
+            for rank in range(world):
+                assert same_bits(results[rank][i], want), (fmt, per_rank[0].shape, rank)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_reduce_scatter_and_all_gather_equal_the_reference(world: int) -> None:
+    fmt = "int4/int8"
+    shapes = [(2, 576), (1, 7), (3,), (2, 0), (4, 3, 130)]
+    for s, shape in enumerate(shapes):
+        whole = [tough((shape[0] * world, *shape[1:]), torch.bfloat16, 10 * s + r) for r in range(world)]
+        parts = [tough(shape, torch.bfloat16, 99 * s + r) for r in range(world)]
+
+        def body(
+            group: object, rank: int, whole: list[torch.Tensor] = whole, parts: list[torch.Tensor] = parts
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            with Communicator(group, fmt, chunk_bytes=500) as comm:  # type: ignore[arg-type]
+                return comm.reduce_scatter(whole[rank]), comm.all_gather(parts[rank])
+
+        results = raise_first(run_ranks(world, body))
+        scattered = reference.reduce_scatter(whole, WireFormat.parse(fmt))
+        gathered = reference.all_gather(parts, WireFormat.parse(fmt))
+        for rank in range(world):
+            assert same_bits(results[rank][0], scattered[rank])
+            assert same_bits(results[rank][1], gathered)
+
+
+def test_how_a_message_is_cut_does_not_matter() -> None:
+    """Chunks of any size, one or three ranks' shards: the same bits."""
+    tensors = [[tough((9, 1000), torch.bfloat16, r) for r in range(3)]]
+    want = reference.two_shot(tensors[0], WireFormat.parse("int4"))
+    for chunk_bytes in (1, 300, 2000, 5001, 1 << 30):
+        for result in all_reduce_everywhere(3, "int4", "two_shot", tensors, chunk_bytes=chunk_bytes):
+            assert same_bits(result[0], want)
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    batch = [tough((8, 576), torch.bfloat16, r) for r in range(3)]
+    alone = [x[5:6].clone() for x in batch]
+    for algorithm in ("one_shot", "two_shot"):
+        whole, row = all_reduce_everywhere(3, "int4", algorithm, [batch, alone])[0]
+        assert same_bits(whole[5:6], row)
+
+
+def test_a_group_never_reaches_into_the_next_row() -> None:
+    x = torch.zeros(2, 576)
+    x[1] = 1000.0  # a neighbour that would ruin the scale
+    x[0, 512:] = 0.001
+    got = all_reduce_everywhere(2, "int4", "one_shot", [[x, x]])[0][0]
+    assert torch.allclose(got[0, 512:], torch.tensor(0.002), rtol=2**-7)
+
+
+def test_the_reference_is_what_the_method_says() -> None:
+    """Plain loops over values and ranks, sharing no code with the codec: the definition once more, by hand."""
+    import struct
+
+    def bf16_up(x: float) -> float:
+        bits = struct.unpack("<I", struct.pack("<f", x))[0]
+        return struct.unpack("<f", struct.pack("<I", (bits + 0xFFFF) & 0xFFFF0000))[0]
+
+    def coded(values: list[float], levels: int) -> list[float]:
+        f = lambda v: torch.tensor(v, dtype=torch.float64).float().item()  # noqa: E731  round once to float32
+        low, high = min(values), max(values)
+        scale = bf16_up(max(f(f(high - low) / levels), f(max(abs(low), abs(high)) * 2**-14), 2.0**-110))
+        inv = f(1 / scale)
+        zero = round(f(low * inv))
+        return [scale * (min(max(round(f(v * inv)) - zero, 0), levels) + zero) for v in values]
+
+    world, n, group = 3, 40, 16
+    tensors = [torch.randn(1, n) * (r + 1) for r in range(world)]
+    want = []
+    for begin in range(0, n, group):
+        parts = [coded(t[0, begin : begin + group].tolist(), 15) for t in tensors]
+        total = [torch.tensor(0.0)] * len(parts[0])
+        for part in parts:
+            total = [t + torch.tensor(v) for t, v in zip(total, part, strict=True)]
+        want += coded([t.item() for t in total], 255)
+    got = reference.two_shot(tensors, WireFormat.parse("int4-g16/int8-g16"))
+    assert got[0].tolist() == [torch.tensor(v).item() for v in want]
+
+
+def test_error_of_two_steps_is_within_the_sum_of_bounds() -> None:
+    """Contract 4: half a step for every rank, half a step for the second pass, one rounding to the dtype."""
+    from flashcomm.wire import torch_codec
+    from flashcomm.wire.format import Layout
+
+    fmt = WireFormat.parse("int4/int6")
+    tensors = [tough((6, 576), torch.float32, r) for r in range(4)]
+    layout = Layout(fmt.reduce, 576, 4)
+    limit = sum(torch_codec.error_bound(t.view(-1), layout, 0, t.numel()) for t in tensors)
+    first = reference.one_shot(tensors, fmt)
+    limit = limit + torch_codec.error_bound(first.view(-1), Layout(fmt.gather, 576, 4), 0, first.numel())
+    exact = torch.stack([t.double() for t in tensors]).sum(0)
+    error = (reference.two_shot(tensors, fmt).double() - exact).abs().view(-1)
+    rounding = torch.stack([t.double().abs() for t in tensors]).sum(0).view(-1) * 4 * 2**-23
+    assert (error <= limit.double() + rounding).all()
+    assert (error / limit).max() > 0.7
+
+
+def test_input_is_not_touched_and_strides_do_not_matter() -> None:
+    base = [tough((576, 6), torch.bfloat16, r) for r in range(2)]
+    views = [x.t() for x in base]
+    kept = [x.clone() for x in base]
+    want = reference.one_shot([v.contiguous() for v in views], WireFormat.parse("int4"))
+    for result in all_reduce_everywhere(2, "int4", "one_shot", [views]):
+        assert same_bits(result[0], want)
+        assert result[0].is_contiguous()
+    assert all(same_bits(x, k) for x, k in zip(base, kept, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["native", "one_shot", "two_shot"])
+def test_out_may_be_the_input(algorithm: str) -> None:
+    tensors = [tough((5, 1152), torch.float32, r) for r in range(3)]
+
+    def body(group: object, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with Communicator(group, "int4", algorithm=algorithm, chunk_bytes=1000) as comm:  # type: ignore[arg-type]
+            want = comm.all_reduce(tensors[rank])
+            x = tensors[rank].clone()
+            assert comm.all_reduce(x, out=x) is x
+            return x, want
+
+    for x, want in raise_first(run_ranks(3, body)):
+        assert same_bits(x, want)
+
+
+def test_sub_groups_of_a_larger_world() -> None:
+    """Four ranks, of which {0, 1, 3} and {2} are groups: each sums its own."""
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    tensors = [tough((4, 576), torch.bfloat16, r) for r in range(4)]
+    members = {0: [0, 1, 3], 1: [0, 1, 3], 2: [2], 3: [0, 1, 3]}
+
+    def body(_: object, rank: int) -> torch.Tensor:
+        mine = members[rank]
+        group = gloo_group(dist.PrefixStore(str(mine), store), mine.index(rank), len(mine))
+        return Communicator(group, "int4", min_bytes=0).all_reduce(tensors[rank])
+
+    results = raise_first(run_ranks(4, body))
+    fmt = WireFormat.parse("int4")
+    three = [tensors[r] for r in (0, 1, 3)]
+    assert Communicator  # the policy picks one-shot for so few bytes
+    assert all(same_bits(results[r], reference.one_shot(three, fmt)) for r in (0, 1, 3))
+    assert same_bits(results[2], tensors[2])
+
+
+def test_alternating_shapes_back_to_back() -> None:
+    """Two hundred calls whose shapes change call by call, on one workspace."""
+    shapes = [(1, 576), (33, 576), (2, 64), (17, 130), (1, 1), (8, 2880)]
+    tensors = [
+        [[tough(s, torch.bfloat16, 7 * i + r + k) for r in range(2)] for i, s in enumerate(shapes)] for k in range(2)
+    ]
+    fmt = WireFormat.parse("int4")
+    want = [[reference.two_shot(per_rank, fmt) for per_rank in group] for group in tensors]
+
+    def body(group: object, rank: int) -> int:
+        with Communicator(group, "int4", algorithm="two_shot", check=False, chunk_bytes=3000) as comm:  # type: ignore[arg-type]
+            for call in range(200):
+                k, i = call // 6 % 2, call % 6
+                assert same_bits(comm.all_reduce(tensors[k][i][rank]), want[k][i]), call
+        return 1
+
+    assert raise_first(run_ranks(2, body)) == [1, 1]

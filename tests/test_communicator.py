@@ -1,0 +1,268 @@
+"""Settings, agreement between ranks, bad input, and which way a message goes."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import gloo_group, raise_first, run_ranks, same_bits
+
+from flashcomm import Communicator, FlashcommError, WireFormat, policy, reference
+from flashcomm.errors import ClosedError, CommunicationError, FormatError, InputError, SettingsError
+from flashcomm.settings import Settings, parse_size
+
+
+def errors_of(results: list[object], kind: type[BaseException]) -> set[str]:
+    """The messages of all ranks, each of which must have raised exactly `kind`."""
+    assert all(type(r) is kind for r in results), results
+    return {str(r) for r in results}
+
+
+class TestSettings:
+    def test_argument_over_environment_over_default(self) -> None:
+        env = {"FLASHCOMM_FORMAT": "int5", "FLASHCOMM_MIN_BYTES": "2K", "FLASHCOMM_CHECK": "0"}
+        got = Settings.resolve("cpu", env)
+        assert (got.fmt, got.min_bytes, got.check, got.algorithm) == ("int5", 2048, False, "auto")
+        given = Settings.resolve("cpu", env, format="int4", min_bytes=7, check=True)
+        assert (given.fmt, given.min_bytes, given.check) == ("int4", 7, True)
+        default = Settings.resolve("cpu", {})
+        assert (default.fmt, default.min_bytes, default.check) == ("int8", 65536, True)
+        assert Settings.resolve("cuda", {}).check is False
+
+    @pytest.mark.parametrize(
+        ("env", "message"),
+        [
+            ({"FLASHCOMM_ALGORITHM": "ring"}, "algorithm='ring': allowed are auto, native, one_shot, two_shot"),
+            ({"FLASHCOMM_MIN_BYTES": "-1"}, "min_bytes='-1': give a number of bytes"),
+            ({"FLASHCOMM_CHUNK_BYTES": "0"}, "chunk_bytes='0': give a number of bytes of at least 1"),
+            ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a positive number"),
+            ({"FLASHCOMM_TIMEOUT_S": "0"}, "timeout_s='0'"),
+            ({"FLASHCOMM_CHECK": "maybe"}, "check='maybe': allowed are 0, 1"),
+            ({"FLASHCOMM_DEBUG": "loud"}, "debug='loud': allowed are off, info"),
+        ],
+    )
+    def test_wrong_values_say_what_is_allowed(self, env: dict[str, str], message: str) -> None:
+        with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
+            Settings.resolve("cpu", env)
+
+    def test_unknown_names_are_warned_about(self) -> None:
+        with pytest.warns(UserWarning, match="FLASHCOMM_FROMAT is not a flashcomm setting"):
+            Settings.resolve("cpu", {"FLASHCOMM_FROMAT": "int4"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Settings.resolve("cpu", {"FLASHCOMM_FORMAT": "int4", "OTHER": "x"})
+
+    def test_sizes(self) -> None:
+        assert [parse_size("s", t) for t in ("7", "64K", "16M", "1GiB", "2kb", 5)] == [
+            7,
+            65536,
+            16 << 20,
+            1 << 30,
+            2048,
+            5,
+        ]
+
+
+class TestAgreement:
+    """Contract 5 and 6: the same error on every rank, and soon."""
+
+    def test_formats_differ(self) -> None:
+        messages = errors_of(run_ranks(3, lambda g, r: Communicator(g, "int4" if r else "int5")), SettingsError)
+        assert len(messages) == 1
+        assert "fmt: rank 0 'int5', rank 1 'int4', rank 2 'int4'" in messages.pop()
+
+    def test_one_rank_has_a_format_that_does_not_exist(self) -> None:
+        messages = errors_of(run_ranks(3, lambda g, r: Communicator(g, "int9" if r == 1 else "int4")), FormatError)
+        assert len(messages) == 1
+        assert "rank 1: 9 bits asked for, 2 to 8 are allowed" in messages.pop()
+
+    @pytest.mark.parametrize("algorithm", ["auto", "two_shot"])
+    def test_shapes_differ_and_the_group_goes_on(self, algorithm: str) -> None:
+        """Also across the minimum size, where one rank would code and the other not."""
+
+        def body(group: dist.ProcessGroup, rank: int) -> torch.Tensor:
+            comm = Communicator(group, "int4", algorithm=algorithm)
+            with pytest.raises(InputError) as caught:
+                comm.all_reduce(torch.ones(200 if rank != 1 else 400, 576))
+            assert "rank 1: all_reduce number 1 of (400, 576) float32" in str(caught.value)
+            assert "rank 2: all_reduce number 1 of (200, 576) float32" in str(caught.value)
+            return comm.all_reduce(torch.full((100, 576), float(rank)))
+
+        assert all((r == 3.0).all() for r in raise_first(run_ranks(3, body)))
+
+    def test_calls_and_dtypes_differ(self) -> None:
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            comm = Communicator(group, "int4")
+            with pytest.raises(InputError, match="did not make the same valid call"):
+                comm.all_reduce(torch.ones(4, dtype=torch.float16 if rank else torch.float32))
+            with pytest.raises(InputError, match="rank 0: all_gather number 2"):
+                (comm.all_reduce if rank else comm.all_gather)(torch.ones(4))
+
+        raise_first(run_ranks(2, body))
+
+    @pytest.mark.parametrize(
+        ("bad", "advice"),
+        [
+            (torch.ones(4, dtype=torch.int32), "the dtype must be one of bfloat16, float16, float32"),
+            (torch.ones(4, dtype=torch.float64), "the dtype must be one of bfloat16, float16, float32"),
+            (torch.ones(4, device="meta"), "the tensor must be on cpu"),
+            (torch.ones(4).to_sparse(), "the tensor must be dense"),
+            (torch.ones(4, requires_grad=True), "flashcomm is for inference"),
+            (torch.ones((1,) * 9), "at most 8 dimensions"),
+            ([1.0, 2.0], "a torch.Tensor is needed"),
+        ],
+        ids=["int32", "float64", "meta", "sparse", "grad", "dims", "list"],
+    )
+    @pytest.mark.parametrize("check", [True, False])
+    def test_bad_input(self, bad: object, advice: str, check: bool) -> None:
+        """One rank's bad tensor is every rank's error (with check=False: only its own, so all of them pass it)."""
+
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            comm = Communicator(group, "int4", check=check)
+            with pytest.raises(InputError, match=advice):
+                comm.all_reduce(bad if rank == 0 or not check else torch.ones(4))  # type: ignore[arg-type]
+            assert comm.all_reduce(torch.ones(4)).tolist() == [2.0] * 4
+
+        raise_first(run_ranks(2, body))
+
+    def test_reduce_scatter_needs_equal_slices(self) -> None:
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            comm = Communicator(group, "int4")
+            with pytest.raises(InputError, match="multiple of the world size 3"):
+                comm.reduce_scatter(torch.ones(4, 2))
+            with pytest.raises(InputError, match="dimension 0 must exist"):
+                comm.all_gather(torch.tensor(1.0))
+
+        raise_first(run_ranks(3, body))
+
+    def test_a_peer_that_never_comes_is_an_error_within_the_timeout(self) -> None:
+        begin = time.monotonic()
+        results = run_ranks(3, lambda g, r: Communicator(g, "int4", timeout_s=2) if r else time.sleep(0))
+        assert time.monotonic() - begin < 20
+        for rank in (1, 2):
+            assert isinstance(results[rank], CommunicationError)
+            assert f"rank {rank} of 3: comparing settings failed" in str(results[rank])
+            assert "FLASHCOMM_TIMEOUT_S" in str(results[rank])
+
+    def test_a_peer_that_dies_in_a_call_is_an_error_and_a_new_group_works(self) -> None:
+        import os
+
+        store = dist.HashStore()
+
+        def body(group: dist.ProcessGroup, rank: int) -> torch.Tensor | None:
+            comm = Communicator(group, "int4", min_bytes=0, timeout_s=2)
+            if rank == 0:
+                return None  # leaves
+            with pytest.raises(CommunicationError, match=f"rank {rank} of 3: agreement on the call failed"):
+                comm.all_reduce(torch.ones(4, 576))
+            fresh = gloo_group(dist.PrefixStore(f"fresh{os.getpid()}", store), rank - 1, 2)
+            return Communicator(fresh, "int4", min_bytes=0).all_reduce(torch.ones(4, 576))
+
+        results = raise_first(run_ranks(3, body))
+        assert (results[1] == 2).all()
+        assert (results[2] == 2).all()
+
+
+class TestLife:
+    def test_closed(self) -> None:
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            with Communicator(group, "int4") as comm:
+                assert repr(comm) == f"Communicator(rank {rank} of 2, int4, cpu)"
+            comm.close()
+            with pytest.raises(ClosedError, match="all_reduce on a closed Communicator: make a new one"):
+                comm.all_reduce(torch.ones(3))
+
+        raise_first(run_ranks(2, body))
+
+    def test_without_a_process_group(self) -> None:
+        with pytest.raises(SettingsError, match="init_process_group"):
+            Communicator(None, "int4")
+        with pytest.raises(SettingsError, match="not a member"):
+            Communicator(dist.GroupMember.NON_GROUP_MEMBER, "int4")
+
+    def test_device_that_the_group_has_not(self) -> None:
+        errors_of(run_ranks(1, lambda g, r: Communicator(g, "int4", device="cuda")), SettingsError)
+        errors_of(run_ranks(1, lambda g, r: Communicator(g, "int4", device="tpu")), SettingsError)
+
+    def test_counters(self) -> None:
+        def body(group: dist.ProcessGroup, rank: int) -> tuple[dict[str, int], int, int]:
+            comm = Communicator(group, "int4", min_bytes=1000)
+            x = torch.ones(8, 1152, dtype=torch.bfloat16)
+            for _ in range(3):
+                comm.all_reduce(x)
+            sent = comm.transport.n_bytes_sent
+            comm.all_reduce(x[:1, :100].contiguous())
+            return dict(comm.calls), sent, comm.explain(x.shape, x.dtype).plan.wire_bytes
+
+        for calls, sent, planned in raise_first(run_ranks(3, body)):
+            assert calls == {"all_reduce/one_shot": 3, "all_reduce/native": 1}
+            assert sent == 3 * planned == 3 * 2 * (8 * 576 + 8 * 9 * 4)
+
+    def test_all_errors_have_one_base(self) -> None:
+        for kind in (SettingsError, FormatError, InputError, CommunicationError, ClosedError):
+            assert issubclass(kind, FlashcommError)
+
+
+class TestPolicy:
+    """choose() is a pure function: no group is needed to ask it."""
+
+    def choose(
+        self, numel: int, world: int, fmt: str = "int4", algorithm: str = "auto", row: int = 576, min_bytes: int = 65536
+    ) -> policy.Choice:
+        call = policy.Call(numel, row, 2, world, "cpu")
+        return policy.choose(call, WireFormat.parse(fmt), algorithm, min_bytes)
+
+    def test_auto(self) -> None:
+        assert self.choose(512 * 576, 2).plan.algorithm == "one_shot"
+        assert self.choose(512 * 576, 3).plan.algorithm == "two_shot"
+        assert self.choose(80 * 576, 3).plan.algorithm == "one_shot"
+        assert self.choose(576, 3).plan.algorithm == "native"
+        assert self.choose(512 * 576, 3, "bf16").plan.algorithm == "native"
+        assert self.choose(512 * 576, 3, row=1).plan.algorithm == "native"  # 5 bytes a value would be sent for 2
+        assert self.choose(512 * 576, 1).plan.algorithm == "copy"
+
+    def test_a_sweep_admits_every_algorithm_somewhere(self) -> None:
+        seen = {self.choose(n * 576, w).plan.algorithm for n in (1, 80, 512) for w in range(1, 9)}
+        assert seen == {"copy", "native", "one_shot", "two_shot"}
+
+    def test_explicit_wins(self) -> None:
+        for algorithm in policy.ALGORITHMS:
+            assert self.choose(576, 3, algorithm=algorithm).plan.algorithm == algorithm
+        assert self.choose(576, 3, min_bytes=0).plan.algorithm == "one_shot"
+
+    def test_every_way_not_taken_has_a_reason(self) -> None:
+        for world in (2, 3):
+            for n in (1, 80, 512):
+                choice = self.choose(n * 576, world)
+                assert {choice.plan.algorithm, *(r.algorithm for r in choice.rejected)} == set(policy.ALGORITHMS)
+                assert all(r.reason for r in choice.rejected)
+                assert choice.plan.reason
+                assert f"{choice.plan.wire_bytes} bytes a rank" in str(choice)
+
+    def test_wire_bytes(self) -> None:
+        """int4 over 3 ranks, two-shot: 4.25 bits and tails, two thirds of the message sent in each of two steps."""
+        row_bytes = 288 + 5 * 4
+        assert self.choose(513 * 576, 3).plan.wire_bytes == 2 * 2 * (171 * row_bytes + (-171 * 10 % 16) * 2)
+        assert self.choose(512 * 576, 2).plan.wire_bytes == 512 * row_bytes
+        assert self.choose(512 * 576, 4, "bf16").plan.wire_bytes == 2 * 3 * 512 * 576 * 2 // 4
+
+
+def test_batch_of_settings_reaches_the_result() -> None:
+    """algorithm= decides between results that differ: one-shot rounds once, two-shot twice."""
+    tensors = [torch.randn(4, 576) for _ in range(2)]
+    fmt = WireFormat.parse("int3")
+
+    def body(group: dist.ProcessGroup, rank: int) -> list[torch.Tensor]:
+        return [
+            Communicator(group, "int3", algorithm=a).all_reduce(tensors[rank])
+            for a in ("one_shot", "two_shot", "native")
+        ]
+
+    one, two, native = raise_first(run_ranks(2, body))[0]
+    assert same_bits(one, reference.one_shot(tensors, fmt))
+    assert same_bits(two, reference.two_shot(tensors, fmt))
+    assert not torch.equal(one, two)
+    assert torch.equal(native, tensors[0] + tensors[1])

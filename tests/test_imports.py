@@ -1,0 +1,91 @@
+"""The house rules: imports run one way, importing is inert, files stay readable."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashcomm
+
+SOURCE = Path(flashcomm.__file__).parent
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+# What each part may import from flashcomm besides itself; the longest matching name counts.
+MAY_IMPORT = {
+    "errors": set(),
+    "wire": {"errors"},
+    "reference": {"errors", "wire"},
+    "transports": {"errors"},
+    "collectives": {"errors", "wire", "transports"},
+    "policy": {"errors", "wire.format"},
+    "settings": {"errors", "wire.format", "policy"},
+    "agreement": {"errors", "settings", "transports", "wire.torch_codec"},
+    "communicator": {"errors", "settings", "policy", "agreement", "wire", "transports", "collectives"},
+    "ops": {"errors", "wire.format", "communicator"},
+    "integrations": {"errors", "settings", "wire", "communicator", "ops"},
+    "cli": {"errors", "settings", "policy", "wire", "reference", "communicator", "ops", "integrations", ""},
+    "": {"communicator", "errors", "ops", "wire.format"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of flashcomm modules a file imports, without the leading 'flashcomm.'; also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module = node.module or ""
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "flashcomm" else {module}
+    return {name.removeprefix("flashcomm").lstrip(".") for name in found if name.split(".")[0] == "flashcomm"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_run_one_way(path: Path) -> None:
+    name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    part = name.split(".")[0]
+    allowed = MAY_IMPORT[part] | {part}
+    for imported in imports_of(path):
+        public = imported in flashcomm.__all__
+        fits = any(
+            imported == a or (a and imported.startswith(a + ".")) or (f"{imported}.".startswith(f"{a}.") and a)
+            for a in allowed
+        )
+        assert fits or (public and part in ("cli",)), (
+            f"{name} imports flashcomm.{imported}: allowed are {sorted(allowed)}"
+        )
+
+
+def test_transports_know_bytes_and_no_formats() -> None:
+    for path in (SOURCE / "transports").glob("*.py"):
+        assert not any(name.startswith("wire") for name in imports_of(path))
+
+
+def test_import_is_inert() -> None:
+    """No compiler, no engine, no plotting, no GPU; the op is there."""
+    code = (
+        "import sys, flashcomm, torch\n"
+        "heavy = [m for m in ('llvmlite', 'triton', 'transformers', 'vllm', 'sglang', 'pyroute2', 'typer',"
+        " 'matplotlib')"
+        " if m in sys.modules]\n"
+        "assert not heavy, heavy\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "torch.ops.flashcomm.all_reduce\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_public_names() -> None:
+    assert flashcomm.__all__ == ["Communicator", "FlashcommError", "WireFormat", "__version__", "all_reduce"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+    assert len(text.splitlines()) <= 450, f"{path} wants to be split by idea"

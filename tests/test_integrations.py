@@ -1,0 +1,233 @@
+"""The seams: the c10d backend and transformers, in real processes over gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashcomm import WireFormat, reference
+from flashcomm.cli.launch import RankContext, run
+from flashcomm.errors import FormatError, SettingsError
+
+FMT = WireFormat.parse("int4")
+
+
+def big(rank: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(64, 1152, generator=torch.Generator().manual_seed(rank)).to(dtype)
+
+
+def use_backend(ctx: RankContext, path: str) -> None:
+    """Replace the launcher's gloo group by one of our backend."""
+    import flashcomm.integrations.process_group  # noqa: F401
+
+    dist.destroy_process_group()
+    dist.init_process_group("flashcomm", store=dist.FileStore(path, ctx.world), rank=ctx.rank, world_size=ctx.world)
+
+
+def c10d_sums(ctx: RankContext, path: str) -> None:
+    use_backend(ctx, path)
+    everybody = [big(r) for r in range(ctx.world)]
+    want = reference.two_shot(everybody, FMT)
+    x = everybody[ctx.rank].clone()
+    assert dist.all_reduce(x) is None
+    assert torch.equal(x, want)
+
+    x = everybody[ctx.rank].clone()
+    work = dist.all_reduce(x, async_op=True)
+    work.wait()
+    assert work.is_completed()
+    assert torch.equal(x, want)
+
+    from torch.distributed import _functional_collectives as functional
+
+    assert torch.equal(functional.all_reduce(everybody[ctx.rank], "sum", dist.group.WORLD), want)
+
+    strided = everybody[ctx.rank].t().contiguous().t()
+    dist.all_reduce(strided)
+    assert torch.equal(strided, want)
+
+    from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (ctx.world,))
+    partial = DTensor.from_local(everybody[ctx.rank], mesh, [Partial()])
+    assert torch.equal(partial.redistribute(mesh, [Replicate()]).to_local(), want)
+
+
+def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
+    use_backend(ctx, path)
+    world, rank = ctx.world, ctx.rank
+    group: Any = dist.group.WORLD
+    exact = torch.stack([big(r, torch.float32) for r in range(world)])
+
+    small = torch.full((7,), 0.1 * (rank + 1))
+    dist.all_reduce(small)
+    torch.testing.assert_close(small, torch.full((7,), 0.1 * sum(range(1, world + 1))), rtol=1e-6, atol=0)
+
+    whole = torch.arange(100_000) * (rank + 1)
+    dist.all_reduce(whole)
+    assert torch.equal(whole, torch.arange(100_000) * sum(range(1, world + 1)))
+
+    double = exact[rank].double()
+    dist.all_reduce(double)
+    torch.testing.assert_close(double, exact.double().sum(0), rtol=1e-12, atol=1e-12)
+
+    largest = exact[rank].clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    assert torch.equal(largest, exact.amax(0))
+
+    mine = torch.full((3,), rank)
+    gathered = torch.empty(3 * world, dtype=mine.dtype)
+    dist.all_gather_into_tensor(gathered, mine)
+    assert gathered.tolist() == [r for r in range(world) for _ in range(3)]
+    told = mine.clone()
+    dist.broadcast(told, 1)
+    assert told.tolist() == [1, 1, 1]
+    dist.barrier()
+    objects: list[Any] = [None] * world
+    dist.all_gather_object(objects, {"rank": rank})
+    assert [o["rank"] for o in objects] == list(range(world))
+    if rank == 0:
+        dist.send(torch.tensor([5.0]), 1)
+    elif rank == 1:
+        got = torch.empty(1)
+        dist.recv(got, 0)
+        assert got.item() == 5.0
+    assert not group._communicators, "nothing of this was ours"
+
+
+def c10d_sub_group(ctx: RankContext, path: str) -> None:
+    use_backend(ctx, path)
+    pair = dist.new_group([0, 2], backend="flashcomm")
+    if ctx.rank in (0, 2):
+        x = big(ctx.rank)
+        dist.all_reduce(x, group=pair)
+        assert torch.equal(x, reference.one_shot([big(0), big(2)], FMT))
+    dist.barrier()
+
+
+class TestProcessGroup:
+    @pytest.fixture(autouse=True)
+    def _format(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
+
+    def test_large_sums_are_low_bit(self, tmp_path: Path) -> None:
+        run(c10d_sums, 3, (str(tmp_path / "store"),))
+
+    def test_everything_else_is_passed_through(self, tmp_path: Path) -> None:
+        run(c10d_passes_the_rest_through, 3, (str(tmp_path / "store"),))
+
+    def test_sub_groups(self, tmp_path: Path) -> None:
+        run(c10d_sub_group, 3, (str(tmp_path / "store"),))
+
+    def test_unknown_format_at_init(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "int1")
+        with pytest.raises(FormatError, match="1 bits asked for, 2 to 8 are allowed"):
+            run(c10d_sums, 2, (str(tmp_path / "store"),))
+
+
+def tiny_llama(path: Path, bias: bool = True) -> None:
+    """A Llama with random weights that 2 ranks can share, saved to path; its row-parallel Linears have biases."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=200, attention_bias=bias, mlp_bias=bias, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(path)
+
+
+def load(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, distributed_config=DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
+    ).eval()
+
+
+IDS = torch.arange(48).view(1, 48)
+
+
+def seam_equals_by_hand(ctx: RankContext, path: str) -> None:
+    """Two all-reduces a layer, each of them the reference's sum of what the ranks' Linears give, then the bias."""
+    from flashcomm.integrations import transformers as seam
+
+    seam.enable("int4", min_bytes=0)
+    model = load(path)
+    partials: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    reduce = seam.Reducer.__call__
+
+    def spy(self: Any, partial: torch.Tensor, mesh: Any) -> torch.Tensor:
+        partials.append(partial.clone())
+        outputs.append(reduce(self, partial, mesh))
+        return outputs[-1].clone()
+
+    seam.Reducer.__call__ = spy  # type: ignore[method-assign]
+    with torch.inference_mode():
+        model(IDS)
+    assert len(partials) == 4
+    for mine, out in zip(partials, outputs, strict=True):
+        everybody = [torch.empty_like(mine) for _ in range(ctx.world)]
+        dist.all_gather(everybody, mine)
+        assert torch.equal(out, reference.one_shot(everybody, FMT))
+        assert not torch.equal(out, sum(everybody))  # type: ignore[arg-type]
+    (comm,) = seam.communicators()
+    assert dict(comm.calls) == {"all_reduce/one_shot": 4}
+
+
+def seam_lossless_equals_transformers(ctx: RankContext, path: str) -> None:
+    """bf16 (not compressed), skip, disable, training: as transformers alone; int8: close to it; switching works."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
+
+    from flashcomm.integrations import transformers as seam
+
+    plain = load(path)
+    seam.enable("bf16")
+    ours = load(path)
+    with torch.inference_mode():
+        want, got = plain(IDS).logits, ours(IDS).logits
+        assert torch.equal(want, got)
+        seam.enable("int8", min_bytes=0)
+        coded = ours(IDS).logits
+        assert not torch.equal(want, coded)
+        assert ((want - coded).norm() / want.norm()).item() < 0.05
+        assert torch.equal(plain(IDS).logits, want), "models loaded before are left alone"
+        with seam.without_all_reduce():
+            assert not torch.equal(ours(IDS).logits, want)
+        seam.enable("bf16")
+        assert torch.equal(ours(IDS).logits, want)
+    with torch.enable_grad():
+        torch.testing.assert_close(ours(IDS).logits.detach(), want, rtol=1e-4, atol=1e-4)
+    seam.disable()
+    assert type(ALL_PARALLEL_STYLES["rowwise"]) is RowwiseParallel
+    with torch.inference_mode():
+        assert torch.equal(load(path)(IDS).logits, want)
+
+
+class TestTransformers:
+    def test_every_reduction_is_the_reference(self, tmp_path: Path) -> None:
+        tiny_llama(tmp_path)
+        run(seam_equals_by_hand, 2, (str(tmp_path),))
+
+    def test_lossless_is_transformers_own_and_formats_switch(self, tmp_path: Path) -> None:
+        tiny_llama(tmp_path)
+        run(seam_lossless_equals_transformers, 2, (str(tmp_path),))
+
+    def test_wrong_settings_are_refused_at_once(self) -> None:
+        from flashcomm.integrations import transformers as seam
+
+        with pytest.raises(FormatError):
+            seam.enable("int12")
+        with pytest.raises(SettingsError):
+            seam.enable("int4", algorithm="ring")
+        assert seam.communicators() == []

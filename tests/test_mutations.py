@@ -1,0 +1,113 @@
+"""The tests can fail: each mutation below breaks the code in a way that matters, and a named test must notice.
+
+Each runs in a copy of the sources. A mutation whose text is no longer found is an error: it must be written anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+MUTATIONS = {
+    "round toward zero": (
+        "wire/torch_codec.py", "torch.round(x * inv[:, None])", "torch.trunc(x * inv[:, None])",
+        "test_codec.py::test_error_is_within_the_bound_and_the_bound_is_tight",
+    ),
+    "round the scale to nearest": (
+        "wire/torch_codec.py", "+ 0xFFFF) & ~0xFFFF", "+ 0x8000) & ~0xFFFF", "test_golden.py",
+    ),
+    "round the scale far too far": (
+        "wire/torch_codec.py", "+ 0xFFFF) & ~0xFFFF", "+ 0x3FFFF) & ~0xFFFF",
+        "test_codec.py::test_the_stored_scale_is_no_coarser_than_needed",
+    ),
+    "hide NaN": (
+        "wire/torch_codec.py", "bits = torch.where(finite, scale.view(torch.int32) >> 16, SCALE_NAN)",
+        "bits = scale.view(torch.int32) >> 16", "test_codec.py::test_not_finite_poisons_its_group_and_nothing_else",
+    ),
+    "sum in bf16": (
+        "wire/torch_codec.py", "total = total + decode(wire, layout, start, stop, dtype)",
+        "total = (total + decode(wire, layout, start, stop, dtype)).bfloat16().float()",
+        "test_collectives.py::test_the_reference_is_what_the_method_says test_codec.py::test_sums_run_in_rank_order_in_float32",
+    ),
+    "sum in reverse rank order": (
+        "wire/torch_codec.py", "for wire in wires[1:]:", "for wire in wires[1:].flip(0):",
+        "test_codec.py::test_sums_run_in_rank_order_in_float32",
+    ),
+    "shift a scale by one group": (
+        "wire/torch_codec.py", "dequantise(codes, scales[groups],", "dequantise(codes, scales.roll(1)[groups],",
+        "test_codec.py::test_error_is_within_the_bound_and_the_bound_is_tight",
+    ),
+    "a group that straddles rows": (
+        "collectives/composed.py", "return Layout(step, message.shape[-1] if message.dim() else 1, message.element_size())",
+        "return Layout(step, max(1, message.numel()), message.element_size())",
+        "test_collectives.py::test_a_group_never_reaches_into_the_next_row",
+    ),
+    "own shard from the accumulator": (
+        "collectives/composed.py", "wire = wires[i : i + 1]",
+        "wire = wires[i : i + 1]\n                if i == rank and not ctx.fmt.gather.lossless:\n"
+        "                    flat_out[start:stop] = 0\n                    continue",
+        "test_collectives.py::test_all_reduce_equals_the_reference[two_shot-3]",
+    ),
+    "swap two peers": (
+        "collectives/composed.py", "for i, start, stop in pieces:", "for i, start, stop in [(p[0] ^ 1 if p[0] < 2 else p[0], *p[1:]) for p in pieces]:",
+        "test_collectives.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",
+    ),
+    "drop a wait": (
+        "collectives/composed.py", "        pending, wires = received.pop(c)\n        pending.wait()\n        ctx.codec",
+        "        pending, wires = received.pop(c)\n        ctx.codec",
+        "test_collectives.py::test_all_reduce_equals_the_reference[one_shot-3]",
+    ),
+    "one buffer instead of three": (
+        "collectives/composed.py", "SLOTS = 3", "SLOTS = 1",
+        "test_collectives.py::test_how_a_message_is_cut_does_not_matter",
+    ),
+    "no agreement before a call": (
+        "communicator.py", "if self.settings.check and self.world > 1:", "if False:",
+        "test_communicator.py::TestAgreement::test_bad_input",
+    ),
+    "settings are not compared": (
+        "agreement.py", "if differing or not isinstance(mine, Settings):", "if not isinstance(mine, Settings):",
+        "test_communicator.py::TestAgreement::test_formats_differ",
+    ),
+    "compress integers in the c10d backend": (
+        "integrations/process_group.py", "if x.dtype not in DTYPES or x.layout", "if x.layout",
+        "test_integrations.py::TestProcessGroup::test_everything_else_is_passed_through",
+    ),
+    "compress a MAX in the c10d backend": (
+        "integrations/process_group.py", "options.reduceOp != _SUM or", "",
+        "test_integrations.py::TestProcessGroup::test_everything_else_is_passed_through",
+    ),
+    "add the bias before the sum": (
+        "integrations/transformers.py", "summed = self.reducer(output, mesh)",
+        "summed = self.reducer(output + 1, mesh) - 1",
+        "test_integrations.py::TestTransformers::test_lossless_is_transformers_own_and_formats_switch",
+    ),
+    "the op aliases its input": (
+        "communicator.py", "result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out",
+        "result = x if out is None else out", "test_ops.py::test_functional",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_test_notices(name: str, tmp_path: Path) -> None:
+    file, old, new, tests = MUTATIONS[name]
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "src" / "flashcomm" / file
+    text = path.read_text()
+    assert text.count(old) >= 1, f"the text of mutation {name!r} is no longer in {file}"
+    path.write_text(text.replace(old, new, 1))
+    nodes = [str(ROOT / "tests" / node) for node in tests.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "100", *nodes],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode not in (0, 4, 5), f"{tests} did not notice {name!r}:\n{done.stdout[-2000:]}"

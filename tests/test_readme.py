@@ -1,0 +1,58 @@
+"""The README's examples run, and print what it says they print; its figures are those of a CSV in results/."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_example_prints_what_it_says(tmp_path: Path) -> None:
+    code, output = blocks("python")[0], blocks("text")[0]
+    file = tmp_path / "example.py"
+    file.write_text(code)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == output.strip()
+
+
+def test_commands_exist() -> None:
+    """Every `scripts/...` and every `flashcomm ...` command line the README shows."""
+    for script in set(re.findall(r"\bscripts/(\w+)", README)):
+        assert (ROOT / "scripts" / script).exists() or (ROOT / "scripts" / f"{script}.py").exists(), script
+    for line in re.findall(r"^flashcomm (.*)$", "\n".join(blocks("bash")), re.MULTILINE):
+        words = line.split()
+        command = words[:2] if words[0] == "bench" else words[:1]
+        shown = [sys.executable, "-m", "flashcomm.cli.main", *command, "--help"]
+        done = subprocess.run(shown, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"})
+        assert done.returncode == 0
+        for option in re.findall(r"(--?[a-z][\w-]*)", line):
+            assert option in done.stdout, f"{option} of: flashcomm {line}"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+def test_results_say_where_they_come_from() -> None:
+    import csv
+
+    files = sorted((ROOT / "results").glob("*.csv"))
+    assert files
+    for file in files:
+        rows = list(csv.DictReader(file.open()))
+        assert rows, file
+        for row in rows:
+            assert all(row[key] for key in ("machine", "torch", "python", "flashcomm", "date", "command")), file
