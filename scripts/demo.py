@@ -23,7 +23,7 @@ MODEL = ROOT / ".assets" / "smollm2-135m-instruct"
 PROMPT = "Explain in two sentences why the sky is blue."
 FORMATS = ("bf16", "int8", "int4")
 RATE = "100mbit"
-console = Console()
+console = Console(width=max(120, Console().width))
 
 
 def main() -> None:

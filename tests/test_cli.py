@@ -92,6 +92,28 @@ class TestBench:
             or (tmp_path / "b.svg").stat().st_size > 5000
         )
 
+    def test_codec(self) -> None:
+        args = (
+            "bench",
+            "codec",
+            "--formats",
+            "int4,int3",
+            "-b",
+            "100K",
+            "-e",
+            "400K",
+            "--row",
+            576,
+            "--turns",
+            2,
+            "--json",
+        )
+        rows = as_json(flashcomm(*args))["rows"]
+        assert [r["format"] for r in rows] == ["int4", "int3"] * 2
+        for row in rows:
+            assert row["encode_share"] == pytest.approx(row["encode"] / row["copy"], rel=0.02)
+            assert row["decode_share"] == pytest.approx(row["decode_sum"] / row["copy"], rel=0.02)
+
     @needs_link
     def test_a_link_limits_the_rate(self) -> None:
         """1 MB over 50 Mbit/s takes 168 ms and the frame headers uncompressed, a quarter as int4."""
@@ -155,7 +177,7 @@ def _processes_with(marker: str) -> int:
 
 @needs_model
 class TestModel:
-    PROMPT = "What is the capital of France?"
+    PROMPT = "Explain in two sentences why the sky is blue."
 
     def generate(self, fmt: str, world: int = 3, **env: str) -> dict[str, Any]:
         args = (
@@ -177,11 +199,11 @@ class TestModel:
     def test_three_ranks_say_what_one_says(self) -> None:
         """A real model: lossless and 8-bit all-reduces over 3 ranks give the tokens of a single process."""
         single, lossless, coded = self.generate("bf16", world=1), self.generate("bf16"), self.generate("int8")
-        assert "Paris" in single["text"]
+        assert single["text"].startswith("The sky is blue")
         assert lossless["tokens"] == single["tokens"]
         assert coded["tokens"] == single["tokens"]
         assert single["wire_bytes"] == 0
-        assert coded["wire_bytes"] < 0.3 * lossless["wire_bytes"]  # 8.5 of 32 bits
+        assert coded["wire_bytes"] < 0.4 * lossless["wire_bytes"]  # one-shot at 8.3 bits, a ring at 32
         assert sum(coded["calls"].values()) == 60 * len(coded["tokens"])
         assert set(coded["calls"]) <= {"all_reduce/one_shot", "all_reduce/two_shot"}
 

@@ -140,6 +140,19 @@ def test_input_is_not_touched_and_strides_do_not_matter() -> None:
     assert all(same_bits(x, k) for x, k in zip(base, kept, strict=True))
 
 
+def test_inference_mode_and_its_absence_on_one_workspace() -> None:
+    tensors = [tough((40, 576), torch.bfloat16, r) for r in range(2)]
+    want = reference.two_shot(tensors, WireFormat.parse("int4"))
+
+    def body(group: object, rank: int) -> None:
+        with Communicator(group, "int4", algorithm="two_shot") as comm:  # type: ignore[arg-type]
+            for inference in (True, False, True):
+                with torch.inference_mode(inference):
+                    assert same_bits(comm.all_reduce(tensors[rank].clone()), want)
+
+    raise_first(run_ranks(2, body))
+
+
 @pytest.mark.parametrize("algorithm", ["native", "one_shot", "two_shot"])
 def test_out_may_be_the_input(algorithm: str) -> None:
     tensors = [tough((5, 1152), torch.float32, r) for r in range(3)]

@@ -30,7 +30,8 @@ class TestSettings:
         assert (given.fmt, given.min_bytes, given.check) == ("int4", 7, True)
         default = Settings.resolve("cpu", {})
         assert (default.fmt, default.min_bytes, default.check) == ("int8", 65536, True)
-        assert Settings.resolve("cuda", {}).check is False
+        on_gpu = Settings.resolve("cuda", {})
+        assert (on_gpu.check, on_gpu.min_bytes) == (False, 1 << 40)
 
     @pytest.mark.parametrize(
         ("env", "message"),

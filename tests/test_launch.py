@@ -1,11 +1,14 @@
 """`run` brings back what rank 0 returns, fails when any rank fails, and never leaves a process behind.
 
-Run as a script this file is the caller that the tests send signals to: `test_launch.py CASE [LINK]`.
+Run as a script this file is the caller that the tests send signals to: `test_launch.py CASE [LINK ...]`. A rank takes
+seconds to import torch. So a caller that survives goes on to its next run, and what `processes` does with any child is
+tested with forked ones, which import nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -23,15 +26,22 @@ import torch
 import torch.distributed as dist
 
 from flashcomm.cli import link as links
+from flashcomm.cli import processes
 from flashcomm.cli.launch import RankContext, run
+from flashcomm.cli.processes import Emit
 from flashcomm.errors import CommunicationError, FlashcommError, InputError, SettingsError
 
 TOKEN = "FLASHCOMM_TEST_TOKEN"
-REASON = links.probe()
-needs_link = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-with_and_without_link = pytest.mark.parametrize(
-    "link", [pytest.param(None, id="local"), pytest.param("1gbit", marks=needs_link, id="link")]
-)
+SOON_S = 30  # for what takes two seconds on a quiet machine, and ENDLESS_S where it does not work
+ENDLESS_S = 600
+SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+
+no_link = functools.cache(links.probe)
+
+
+def skip_if_it_cannot_be_had(link: str | None) -> None:
+    if link and (reason := no_link()):
+        pytest.skip(reason)
 
 
 # -------------------------------------------------------------------------------------------------------- the targets
@@ -53,6 +63,7 @@ def total(ctx: RankContext, factor: int) -> dict[str, Any]:
         "device": str(ctx.device),
         "interfaces": sorted(name for _, name in socket.if_nameindex()),
         "master": os.environ["MASTER_ADDR"],
+        "ignores Ctrl-C": SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()),
     }
 
 
@@ -64,28 +75,58 @@ def fail(ctx: RankContext, how: str) -> None:
         ctx.emit(time.time())
         if how == "ours":
             raise InputError("a tensor of dtype int64")
-        if how == "unexpected":
-            raise KeyError("first line\nsecond line")
         if how == "exit":
             os._exit(3)
         if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), SIGKILL)
     if how == "kill":
         dist.all_reduce(torch.ones(1))  # fails as well, with "connection closed": not what the caller should read
     if how == "exit":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # only SIGKILL helps
-    time.sleep(60)
+        signal.signal(SIGTERM, signal.SIG_IGN)  # only SIGKILL helps
+    time.sleep(ENDLESS_S)
 
 
 def wait_forever(ctx: RankContext) -> None:
     ctx.emit(os.getpid())
-    time.sleep(60)
+    time.sleep(ENDLESS_S)
+
+
+def child(emit: Emit, how: str) -> object:
+    """Body of a forked child. It has the handlers of the watching process, so that only SIGKILL ends it early."""
+    if how == "fails":
+        raise KeyError("first line\nsecond line")
+    if how == "leaves":
+        sys.exit(4)
+    if how == "fails inside":
+        with processes.children(0.1) as children:
+            children.start("fork", "inner", child, "fails")
+            return children.watch(emit, SOON_S)
+    if how == "waits":
+        time.sleep(ENDLESS_S)
+    for number in range(3):
+        emit((how, number))
+    return how.upper()
 
 
 # ---------------------------------------------------------------------------------------------- the caller as a script
 
 
-def caller(case: str, link: str | None = None) -> None:
+def caller(case: str, *more: str) -> None:
+    events: list[Any] = []
+    if case == "results":
+        results = [run(total, 2, (10,), link=link or None, on_event=events.append) for link in more]
+        print(json.dumps({"results": results, "events": events}))
+    elif case == "torchrun":
+        result = run(total, int(more[0]), (10,), on_event=events.append)
+        print(json.dumps({"result": result, "events": events}))
+    elif case == "wait":
+        for link in more:
+            with contextlib.suppress(KeyboardInterrupt):
+                wait(link or None)
+            print("interrupted", flush=True)
+
+
+def wait(link: str | None) -> None:
     started: list[object] = []
 
     def on_event(event: object) -> None:
@@ -93,27 +134,21 @@ def caller(case: str, link: str | None = None) -> None:
         if len(started) == 2:
             print("ready", flush=True)
 
-    if case == "json":
-        print(json.dumps(run(total, 2, (10,), link=link)))
-    elif case == "torchrun":
-        events: list[object] = []
-        result = run(total, int(sys.argv[2]), (10,), on_event=events.append)
-        print(json.dumps({"result": result, "events": events}))
-    else:
-        print("starting", flush=True)
-        try:
-            run(wait_forever, 2, link=link, on_event=on_event)
-        except KeyboardInterrupt:
-            print("interrupted")
+    print("starting", flush=True)
+    run(wait_forever, 2, link=link, on_event=on_event)
+
+
+class Caller(subprocess.Popen[str]):
+    token = ""
 
 
 @contextlib.contextmanager
-def script(*args: str | None, patience_s: float = 3, **more: Any) -> Iterator[subprocess.Popen[str]]:
+def script(*args: str, **more: Any) -> Iterator[Caller]:
     """The caller in a process group of its own; at the end nothing of it may be left, which is asserted."""
     token = str(uuid.uuid4())
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), TOKEN: token, **more.pop("env", {})}
-    process = subprocess.Popen(
-        [sys.executable, __file__, *(arg for arg in args if arg)],
+    process = Caller(
+        [sys.executable, __file__, *args],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,13 +156,14 @@ def script(*args: str | None, patience_s: float = 3, **more: Any) -> Iterator[su
         start_new_session=True,
         **more,
     )
+    process.token = token
     try:
         yield process
-        process.wait(20)
-        assert_gone(token, within_s=patience_s)
+        process.wait(SOON_S)
+        assert_gone(token)
     finally:
         for pid in holders(token):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, SIGKILL)
         process.communicate()
 
 
@@ -141,20 +177,29 @@ def holders(token: str) -> list[int]:
     return found
 
 
-def assert_gone(token: str, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while left := holders(token):
-        names = [Path(f"/proc/{pid}/cmdline").read_text() for pid in left]
-        assert time.monotonic() < deadline, f"left behind: {names}"
+def assert_gone(token: str, but: int | None = None) -> None:
+    """Soon no process has the token, except for `but` and the tracker that multiprocessing keeps for its life."""
+    deadline = time.monotonic() + SOON_S
+    while True:
+        left = {}
+        for pid in set(holders(token)) - {but}:
+            with contextlib.suppress(OSError):
+                left[pid] = Path(f"/proc/{pid}/cmdline").read_text()
+        if not [name for name in left.values() if but is None or "resource_tracker" not in name]:
+            return
+        assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.05)
 
 
-def until(process: subprocess.Popen[str], line: str, or_end: bool = False) -> bool:
-    """Read the caller's stdout up to `line`; False if it ends before, where that may be."""
+def until(process: Caller, line: str) -> list[str]:
+    """Read the caller's stdout up to `line`; the lines before it."""
     assert process.stdout is not None
-    found = any(text.strip() == line for text in process.stdout)
-    assert found or or_end, f"the caller ended before it said {line!r}"
-    return found
+    before = []
+    for text in process.stdout:
+        if text.strip() == line:
+            return before
+        before.append(text.strip())
+    raise EOFError(f"the caller ended before it said {line!r}")
 
 
 def children() -> set[int]:
@@ -182,45 +227,97 @@ def nothing_left() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- the tests
 
 
-@with_and_without_link
-def test_result_and_events(link: str | None) -> None:
-    events: list[Any] = []
-    result: Any = run(total, 2, (10,), link=link, on_event=events.append)
-    assert sorted(events) == [("rank", 0), ("rank", 1)]
+@pytest.fixture(scope="module")
+def outcome() -> tuple[dict[str, Any], str]:
+    """What a caller printed about a run without a link and, where it can be had, one with; and its stderr."""
+    with script("results", "", *([] if no_link() else ["1gbit"])) as process:
+        stdout, stderr = process.communicate(timeout=120)
+    return json.loads(stdout), stderr
+
+
+@pytest.mark.parametrize("link", [None, "1gbit"])
+def test_result_and_events(outcome: tuple[dict[str, Any], str], link: str | None) -> None:
+    skip_if_it_cannot_be_had(link)
+    place = 1 if link else 0
+    result = outcome[0]["results"][place]
+    assert sorted(outcome[0]["events"][2 * place :][:2]) == [["rank", 0], ["rank", 1]]
     assert result["sum"] == 30
     assert result["world"] == 2
     assert (result["backend"], result["device"]) == ("gloo", "cpu")
     assert result["threads"] == max(1, (os.cpu_count() or 1) // 2)
+    assert result["ignores Ctrl-C"]
     assert result["master"] == ("10.77.0.1" if link else "127.0.0.1")
     assert ("eth0" in result["interfaces"] and "port0" not in result["interfaces"]) or not link
+
+
+def test_stdout_belongs_to_the_caller(outcome: tuple[dict[str, Any], str]) -> None:
+    """The JSON alone was on stdout, else there were no `outcome`."""
+    printed, stderr = outcome
+    assert len(printed["events"]) == 2 * len(printed["results"])
+    for noise in ("printed by a rank", "written by a rank"):
+        assert stderr.count(noise) == 2 * len(printed["results"])
+        stderr = stderr.replace(noise, "")
+    assert stderr.strip() == ""  # no warning, of gloo or of anyone else
 
 
 @pytest.mark.parametrize(
     ("how", "link", "error", "message"),
     [
-        ("unexpected", None, FlashcommError, "rank 1: KeyError: 'first line\\nsecond line'"),
         ("exit", None, FlashcommError, "rank 1 exited early with status 3"),
         ("same", None, SettingsError, "group size 7 is not allowed"),
-        pytest.param("ours", "1gbit", InputError, "rank 1: a tensor of dtype int64", marks=needs_link),
-        pytest.param("kill", "1gbit", FlashcommError, "rank 1 was killed by SIGKILL", marks=needs_link),
+        ("ours", "1gbit", InputError, "rank 1: a tensor of dtype int64"),
+        ("kill", "1gbit", FlashcommError, "rank 1 was killed by SIGKILL"),
     ],
 )
 def test_failure_of_a_rank(how: str, link: str | None, error: type[Exception], message: str) -> None:
+    skip_if_it_cannot_be_had(link)
     failed_at: list[Any] = []
     with pytest.raises(FlashcommError) as caught:
         run(fail, 2, (how,), link=link, on_event=failed_at.append)
     assert type(caught.value) is error
     assert str(caught.value) == message
-    assert how == "same" or time.time() - failed_at[0] < 3.5
+    assert how == "same" or time.time() - failed_at[0] < SOON_S
     if how not in ("kill", "exit"):
-        assert f"{'KeyError' if how == 'unexpected' else error.__name__}: " in str(caught.value.__cause__)
+        assert f"{error.__name__}: " in str(caught.value.__cause__)
         assert str(caught.value.__cause__).count("Traceback") == 1
         assert "in fail" in str(caught.value.__cause__)
 
 
-def test_timeout() -> None:
-    with pytest.raises(CommunicationError, match=r"^rank 0, rank 1 had not finished after 2 s"):
-        run(wait_forever, 2, timeout_s=2)
+@contextlib.contextmanager
+def forked(*bodies: str) -> Iterator[processes.Children]:
+    with processes.children(0.1) as family:
+        for how in bodies:
+            with links.forking():
+                family.start("fork", f"the one that {how}", child, how)
+        yield family
+
+
+def test_children_are_heard_to_the_end() -> None:
+    events: list[Any] = []
+    with forked("sings", "talks") as family:
+        assert family.watch(events.append, SOON_S) == ["SINGS", "TALKS"]
+    assert [number for how, number in events if how == "talks"] == [0, 1, 2]
+    assert len(events) == 6
+
+
+@pytest.mark.parametrize(
+    ("bodies", "message"),
+    [
+        (["waits", "fails"], "the one that fails: KeyError: 'first line\\nsecond line'"),
+        (["leaves", "waits", "talks"], "the one that leaves: SystemExit: 4"),
+        (["waits", "fails inside"], "the one that fails inside: KeyError: 'first line\\nsecond line'"),
+        (["fails"], "KeyError: 'first line\\nsecond line'"),
+    ],
+)
+def test_failure_of_a_child(bodies: list[str], message: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(FlashcommError) as caught, forked(*bodies) as family:
+        family.watch(lambda event: None, ENDLESS_S)
+    assert type(caught.value) is FlashcommError
+    assert str(caught.value) == message
+    assert "in child" in str(caught.value.__cause__)
+    assert str(caught.value.__cause__).count("Traceback") == 1
+    assert time.monotonic() - begin < SOON_S
 
 
 def test_error_in_on_event_ends_the_run() -> None:
@@ -228,9 +325,14 @@ def test_error_in_on_event_ends_the_run() -> None:
         raise LookupError(event)
 
     begin = time.monotonic()
-    with pytest.raises(LookupError):
-        run(wait_forever, 2, on_event=broken)
-    assert time.monotonic() - begin < 20
+    with pytest.raises(LookupError, match="talks"), forked("waits", "talks") as family:
+        family.watch(broken, ENDLESS_S)
+    assert time.monotonic() - begin < SOON_S
+
+
+def test_timeout() -> None:
+    with pytest.raises(CommunicationError, match=r"^rank 0, rank 1 had not finished after 2 s"):
+        run(wait_forever, 2, timeout_s=2)
 
 
 @pytest.mark.parametrize(
@@ -247,56 +349,35 @@ def test_requests_that_are_not_allowed(asked: dict[str, Any], message: str) -> N
         run(total, args=(1,), **asked)
 
 
-def test_stdout_belongs_to_the_caller() -> None:
-    with script("json") as process:
-        stdout, stderr = process.communicate(timeout=60)
-    assert json.loads(stdout)["sum"] == 30
-    for noise in ("printed by a rank", "written by a rank"):
-        assert stderr.count(noise) == 2
-        stderr = stderr.replace(noise, "")
-    assert stderr.strip() == ""  # no warning, of gloo or of anyone else
-
-
 @pytest.mark.parametrize(
-    ("number", "link", "status"),
+    ("link", "steps", "status"),
     [
-        (signal.SIGINT, None, 0),
-        (signal.SIGTERM, None, 143),
-        (signal.SIGKILL, None, -9),
-        pytest.param(signal.SIGINT, "1gbit", 0, marks=needs_link),
-        pytest.param(signal.SIGKILL, "1gbit", -9, marks=needs_link),
+        (None, [("starting", SIGINT), ("ready", SIGINT), ("ready", SIGTERM)], 143),
+        (None, [("ready", SIGKILL)], -9),
+        (None, [("starting", SIGKILL)], -9),
+        ("1gbit", [("ready", SIGINT), ("ready", SIGKILL)], -9),
     ],
+    ids=lambda value: " ".join(f"{m}-{n.name}" for m, n in value) if isinstance(value, list) else None,
 )
-def test_signals_end_everything(number: signal.Signals, link: str | None, status: int) -> None:
-    with script("wait", link) as process:
-        until(process, "ready")
-        sent = time.monotonic()
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)  # Ctrl-C reaches the whole group
-        stdout, stderr = process.communicate(timeout=20)
-        assert time.monotonic() - sent < 3
+def test_signals_end_everything(link: str | None, steps: list[tuple[str, signal.Signals]], status: int) -> None:
+    """Ctrl-C ends a run, and the caller goes on to the next. Ranks that still boot find out when they have booted."""
+    skip_if_it_cannot_be_had(link)
+    with script("wait", *[link or ""] * len(steps)) as process:
+        for moment, number in steps:
+            until(process, moment)
+            if moment == "starting":
+                time.sleep(0.4)  # the ranks are there, and have not imported torch
+            sent = time.monotonic()
+            (os.killpg if number == SIGINT else os.kill)(process.pid, number)  # Ctrl-C reaches the whole group
+            if number == SIGINT:
+                assert "ready" not in until(process, "interrupted")
+                assert_gone(process.token, but=process.pid)
+                assert process.poll() is None
+        rest, stderr = process.communicate(timeout=SOON_S)
+        assert time.monotonic() - sent < SOON_S
     assert process.returncode == status
-    assert ("interrupted" in stdout) == (number == signal.SIGINT)
+    assert rest == ""
     assert stderr == ""
-
-
-def test_ctrl_c_while_the_ranks_start() -> None:
-    with script("wait") as process:
-        until(process, "starting")
-        time.sleep(0.4)
-        os.killpg(process.pid, signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=20)
-    assert "Traceback" not in stderr
-    assert process.returncode == 0
-    assert "interrupted" in stdout
-    assert "ready" not in stdout
-
-
-def test_caller_killed_while_the_ranks_start() -> None:
-    """They find out as soon as they have booted, which takes a few seconds of imports."""
-    with script("wait", patience_s=15) as process:
-        until(process, "starting")
-        time.sleep(0.4)
-        process.kill()
 
 
 def test_joins_torchrun() -> None:
@@ -342,7 +423,8 @@ def test_link_without_root() -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"nobody cannot use this Python installation: {error}")
     with script("wait", "100mbit", env={"PYTHONDONTWRITEBYTECODE": "1"}, **nobody) as process:
-        if until(process, "ready", or_end=True):
+        with contextlib.suppress(EOFError):
+            until(process, "ready")
             process.kill()
         _, stderr = process.communicate(timeout=60)
     if "UnavailableError" in stderr:

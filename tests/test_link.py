@@ -52,7 +52,11 @@ def in_child(body: Callable[[], object]) -> Any:
 
 
 def transfers(rate: int, flows: list[tuple[int, int]], count: int) -> list[float]:
-    """Bits per second of each flow (sending rank, receiving rank) of `count` bytes, all at the same time."""
+    """Bits per second of each flow (sending rank, receiving rank) of `count` bytes, all at the same time.
+
+    The clock starts before the first sender connects and stops at the last byte, so a late process, on a busy
+    machine, makes a flow look slower and never faster.
+    """
 
     def lab() -> list[float]:
         network = link.Network(1 + max(max(flow) for flow in flows), rate)
@@ -63,14 +67,15 @@ def transfers(rate: int, flows: list[tuple[int, int]], count: int) -> list[float
             with socket.create_server((link.address(flows[flow][1]), 5000 + flow)) as server:
                 ready.wait()
                 peer, _ = server.accept()
-                begin, got = time.perf_counter(), 0
+                got = 0
                 while piece := peer.recv(1 << 20):
                     got += len(piece)
                 assert got == count
-                sender.send((flow, got * 8 / (time.perf_counter() - begin)))
+                sender.send(("end", flow, time.monotonic()))
 
         def send(flow: int) -> None:
             ready.wait()
+            sender.send(("begin", flow, time.monotonic()))
             with socket.create_connection((link.address(flows[flow][1]), 5000 + flow)) as peer:
                 peer.sendall(bytes(count))
 
@@ -80,26 +85,28 @@ def transfers(rate: int, flows: list[tuple[int, int]], count: int) -> list[float
                 with network.inside(rank):
                     processes.append(FORK.Process(target=body, args=(flow,)))
                     processes[-1].start()
-        speeds = dict(receiver.recv() for _ in flows)
+        times = {(what, flow): when for what, flow, when in (receiver.recv() for _ in processes)}
         for process in processes:
             process.join()
-        return [speeds[flow] for flow in range(len(flows))]
+        begin = min(times["begin", flow] for flow in range(len(flows)))
+        return [count * 8 / (times["end", flow] - begin) for flow in range(len(flows))]
 
     return list(in_child(lab))
 
 
-def slowest(rate: int, flows: list[tuple[int, int]], count: int, enough: float) -> float:
-    """Speed of the slowest flow, in the first of three tries that reaches `enough`; it must never be too fast.
+def check_slowest(rate: int, flows: list[tuple[int, int]], count: int, share: float, at_least: float) -> None:
+    """The slowest flow has `at_least` to 1.03 of its `share` of the link's payload rate.
 
-    A busy machine may spoil one try, a filter that holds back too much spoils them all.
+    It is never faster; it has five tries to be fast enough, for a busy machine may spoil some, and a filter that
+    holds back too much spoils them all.
     """
-    sharing = max([target for _, target in flows].count(rank) for _, rank in flows)
-    for _ in range(3):
-        speed = min(transfers(rate, flows, count))
-        assert speed <= 1.03 * rate * link.PAYLOAD_FRACTION / sharing
-        if speed >= enough:
-            break
-    return speed
+    speeds = []
+    for _ in range(5):
+        speeds.append(min(transfers(rate, flows, count)) / (rate * link.PAYLOAD_FRACTION * share))
+        assert speeds[-1] <= 1.03
+        if speeds[-1] >= at_least:
+            return
+    pytest.fail(f"only {speeds} of what the link should carry")
 
 
 @pytest.mark.parametrize(
@@ -119,8 +126,7 @@ def test_parse_rate_says_what_is_allowed(text: str) -> None:
 @needs_link
 @pytest.mark.parametrize("rate", [10**7, 10**8, 2 * 10**8, 10**9])
 def test_goodput_is_the_payload_share_of_the_rate(rate: int) -> None:
-    expected = rate * link.PAYLOAD_FRACTION
-    assert slowest(rate, [(0, 1)], rate // 8 // 2, enough=0.96 * expected) == pytest.approx(expected, rel=0.04)
+    check_slowest(rate, [(0, 1)], rate // 8 // 2, share=1, at_least=0.92)
 
 
 @needs_link
@@ -133,13 +139,13 @@ def test_short_messages_are_limited_too() -> None:
 @needs_link
 def test_download_is_limited() -> None:
     """Two ranks that send to a third share its one download limit."""
-    assert slowest(10**8, [(0, 2), (1, 2)], 3 * 10**6, enough=0.42e8) > 0.42e8
+    check_slowest(10**8, [(0, 2), (1, 2)], 3 * 10**6, share=0.5, at_least=0.8)
 
 
 @needs_link
 def test_both_directions_are_independent() -> None:
-    """Each way has its own bucket; the acknowledgements of the other way cost a few percent."""
-    assert slowest(10**8, [(0, 1), (1, 0)], 3 * 10**6, enough=0.85e8) > 0.85e8
+    """Each way has its own bucket; one bucket for both would leave each half. Acknowledgements cost some."""
+    check_slowest(10**8, [(0, 1), (1, 0)], 6 * 10**6, share=1, at_least=0.8)
 
 
 @needs_link
@@ -218,16 +224,12 @@ def test_without_root() -> None:
         os.setgid(65534)
         os.setuid(65534)
         ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE, as after an exec: /proc/self is nobody's again
-        try:
-            speed = transfers(10**8, [(0, 1)], 10**6)[0]
-        except EOFError:
-            return str(link.probe())
         assert os.getuid() == 65534
-        return speed
+        return link.probe() or max(transfers(10**8, [(0, 1)], 10**6)[0] for _ in range(3))
 
     outcome = in_child(as_nobody)
     if isinstance(outcome, str):
         assert "uid 65534 (unshare(CLONE_NEWNET): errno 1 EPERM" in outcome
         assert "Run as root" in outcome
         pytest.skip(outcome)
-    assert 0.8e8 < outcome < 1e8
+    assert 0.7e8 < outcome < 1e8

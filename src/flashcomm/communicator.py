@@ -148,6 +148,7 @@ class Communicator:
     def close(self) -> None:
         """Free the workspace. Not collective. A call afterwards raises ClosedError; closing again is fine."""
         self._closed = True
+        self.transport.close()
         self._context.workspace = composed.Workspace(self.device)
 
     def __enter__(self) -> Communicator:

@@ -2,13 +2,14 @@
 
     FLASHCOMM_FORMAT       wire format                                          int8
     FLASHCOMM_ALGORITHM    auto, native, one_shot or two_shot                   auto
-    FLASHCOMM_MIN_BYTES    `auto` leaves smaller messages to the backend        64K on CPUs, 1M on GPUs
-    FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time               1M on CPUs, 32M on GPUs
+    FLASHCOMM_MIN_BYTES    `auto` leaves smaller messages to the backend        64K on CPUs, 1T (all) on GPUs
+    FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time               4M on CPUs, 32M on GPUs
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs
     FLASHCOMM_DEBUG        off, or info: print the first use of every path      off
 
-All of them must be equal on all ranks of a group.
+All of them must be equal on all ranks of a group. On GPUs the codec is plain torch for now and slower than NCCL, so
+`auto` codes nothing there unless a minimum size is given.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DEFAULT_FORMAT = "int8"
 ALGORITHMS = ("auto", *policy.ALGORITHMS)
 NAMES = ("FORMAT", "ALGORITHM", "MIN_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK", "DEBUG")
 _PREFIX = "FLASHCOMM_"
-_SIZE = re.compile(r"(\d+)\s*([kmg]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Settings:
         return cls(
             fmt=str(WireFormat.parse(value("format", DEFAULT_FORMAT))),
             algorithm=_one_of("algorithm", value("algorithm", "auto"), ALGORITHMS),
-            min_bytes=parse_size("min_bytes", value("min_bytes", 64 << 10 if cpu else 1 << 20)),
-            chunk_bytes=parse_size("chunk_bytes", value("chunk_bytes", 1 << 20 if cpu else 32 << 20), least=1),
+            min_bytes=parse_size("min_bytes", value("min_bytes", 64 << 10 if cpu else 1 << 40)),
+            chunk_bytes=parse_size("chunk_bytes", value("chunk_bytes", 4 << 20 if cpu else 32 << 20), least=1),
             timeout_s=_seconds(value("timeout_s", 60.0)),
             check=_flag("check", value("check", cpu)),
             debug=_one_of("debug", value("debug", "off"), ("off", "info")),
@@ -85,7 +86,7 @@ def warn_unknown(environ: Mapping[str, str]) -> None:
 def parse_size(name: str, value: int | str, least: int = 0) -> int:
     """A number of bytes: 65536, '64K', '16M', '1GiB' (powers of 1024)."""
     match = _SIZE.fullmatch(str(value).strip())
-    size = int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()] if match else -1
+    size = int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2].lower()] if match else -1
     if size < least:
         raise SettingsError(f"{name}={value!r}: give a number of bytes of at least {least}, such as 65536, 64K or 16M")
     return size

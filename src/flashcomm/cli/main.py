@@ -164,7 +164,7 @@ def ttft(
     report.print_table(f"{model.name}, {tokens} tokens, {world} ranks{over}", columns | {"speedup": "x bf16"}, rows)
     if link:
         report.console.print(
-            "[dim]predicted = compute + wire bytes at the link's rate; compute = without the all-reduces[/dim]"
+            "[dim]predicted = compute + wire bytes at the link's rate; compute = one element in place of each all-reduce[/dim]"
         )
 
 
@@ -223,6 +223,46 @@ def bench_all_reduce(
     columns = ("size", "count", "type", "format", "path", "time_us", "algbw", "busbw", "wire_bytes", "error", "speedup")
     title = f"all_reduce, {world} ranks on {where}{f' over {link}' if link else ''} (GB/s of uncompressed bytes)"
     report.print_table(title, {c: c for c in columns}, rows)
+
+
+@bench_app.command("codec")
+def bench_codec(
+    formats: Annotated[
+        str, typer.Option(help="Wire formats, separated by commas.")
+    ] = "int8,int6,int5,int4,int4-g32,int3,int2",
+    begin: Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")] = "16M",
+    end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
+    factor: Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")] = 4,
+    row: Annotated[int, typer.Option(min=1, help="Length of a row (hidden size).")] = 4096,
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    turns: Annotated[int, typer.Option(min=1, help="Alternating samples; the median counts.")] = 15,
+    dtype: Dtype = "bf16",
+    csv: Csv = None,
+    json: Json = False,
+) -> None:
+    """Speed of the CPU codec beside a plain copy of the same bytes (GB/s)."""
+    from flashcomm.cli import codec_bench, report
+    from flashcomm.cli.bench import sizes_between
+    from flashcomm.settings import parse_size
+
+    sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
+    names, rows = _formats(formats), []
+    with _progress(json) as bar:
+        task = bar.add_task("verifying and timing", total=len(sizes) * len(names))
+        for measured in codec_bench.codec(names, sizes, row, _dtype(dtype), threads, turns):
+            rows.append(measured)
+            bar.advance(task)
+    if csv:
+        report.write_csv(csv, rows)
+    if json:
+        report.print_json({"rows": rows, **report.environment()})
+        return
+    columns = ("size", "type", "format", "threads", "copy", "encode", "decode_sum", "encode_share", "decode_share")
+    report.print_table(
+        "CPU codec, GB/s: copy and encode of message bytes, decode_sum of 4 ranks' wire bytes",
+        {c: c for c in columns},
+        rows,
+    )
 
 
 @app.command()

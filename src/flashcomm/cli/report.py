@@ -8,12 +8,14 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +23,7 @@ import flashcomm
 
 Row = Mapping[str, Any]
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=max(120, shutil.get_terminal_size().columns))  # tables keep their columns
 err_console = Console(stderr=True, highlight=False)
 
 
@@ -42,7 +44,7 @@ def environment() -> dict[str, str]:
     )
     machine = f"{len(gpus)} x {gpus[0]}" if gpus else f"{os.cpu_count()} cores of {cpu_name()}"
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("FLASHCOMM_", "NCCL_"))]
-    command = " ".join([*settings, Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])])
+    command = " ".join([*settings, "flashcomm", *map(shlex.quote, sys.argv[1:])])
     return {
         "machine": machine,
         "flashcomm": flashcomm.__version__,
@@ -60,7 +62,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 
 def print_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
     """A table of rows; columns: key -> heading. Numbers are right-aligned and given as they are."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     for key, heading in columns.items():
         is_number = all(isinstance(row.get(key), (int, float, type(None))) for row in rows)
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number)

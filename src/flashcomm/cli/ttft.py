@@ -1,11 +1,12 @@
 """`flashcomm ttft`: time to first token by wire format, bytes on the wire, and what bytes and compute time predict.
 
 One model is loaded once; the formats take turns, so that a machine that slows down slows all of them. A turn in which
-the all-reduce is left out (`none`) gives the compute time. The prediction for a format is then
+each all-reduce sums one element only (`none`: ranks keep step, bytes do not travel) gives the compute time. The
+prediction for a format is then
 
     compute time + wire bytes per rank * 8 / (link rate * payload fraction of a frame)
 
-and says how much of the time is neither: coding, latency, waiting for a slower rank.
+and shows how much of the time is neither: coding, and bubbles between messages.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class Workspace:
         """uint8 (n_bytes,): the same memory for the same name and slot until a larger one is asked for."""
         kept = self._kept.get((name, slot % SLOTS))
         if kept is None or kept.numel() < n_bytes:
-            kept = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
+                kept = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
             self._kept[name, slot % SLOTS] = kept
         return kept[:n_bytes]
 
