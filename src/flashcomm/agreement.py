@@ -139,6 +139,6 @@ def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str) -> Tensor
     """uint8 (world, n) on the CPU: every rank's `mine` (n,). Waits for it on the host."""
     sent = transport.n_bytes_sent
     out = torch.empty((transport.world, mine.numel()), dtype=torch.uint8, device=transport.device)
-    transport.all_gather(out, mine.to(transport.device), what).wait()
+    transport.all_gather(out, mine.to(transport.device), what, overlap=False).wait()
     transport.n_bytes_sent = sent  # the counter is of messages
     return out.cpu()

@@ -164,7 +164,7 @@ def ttft(
     report.print_table(f"{model.name}, {tokens} tokens, {world} ranks{over}", columns | {"speedup": "x bf16"}, rows)
     if link:
         report.console.print(
-            "[dim]predicted = compute + wire bytes at the link's rate; compute = one element in place of each all-reduce[/dim]"
+            "[dim]predicted = compute + wire bytes at the rate; compute = one element in each all-reduce[/dim]"
         )
 
 

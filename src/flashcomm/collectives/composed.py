@@ -84,7 +84,8 @@ def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
         wire = ctx.workspace.take("send", c, size)
         ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         wires = ctx.workspace.take("recv", c, world * size).view(world, size)
-        received[c] = ctx.transport.all_gather(wires, wire, f"one-shot all-gather, chunk {c + 1}/{len(chunks)}"), wires
+        what = f"one-shot all-gather, chunk {c + 1}/{len(chunks)}"
+        received[c] = ctx.transport.all_gather(wires, wire, what, overlap=len(chunks) > 1), wires
 
     def reduce(c: int) -> None:
         start, stop = chunks[c]
@@ -111,7 +112,7 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
 
     def scatter(c: int) -> None:
         pieces = [(i, shards[c][i], shards[c][i + 1]) for i in range(world)]
-        scattered[c] = _scatter(ctx, reduce_layout, flat_x, pieces, c, f"two-shot reduce, chunk {c + 1}/{len(chunks)}")
+        scattered[c] = _scatter(ctx, reduce_layout, flat_x, pieces, (c, len(chunks)), "two-shot reduce")
 
     def reduce(c: int) -> None:
         start, stop = shards[c][rank : rank + 2]
@@ -125,7 +126,7 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
             ctx.codec.encode(total, gather_layout, start, stop, wire)
         everybodys = ctx.workspace.take("gather-recv", c, world * size).view(world, size)
         what = f"two-shot gather, chunk {c + 1}/{len(chunks)}"
-        gathered[c] = ctx.transport.all_gather(everybodys, wire, what), everybodys
+        gathered[c] = ctx.transport.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys
 
     def finish(c: int) -> None:
         pending, wires = gathered.pop(c)
@@ -147,7 +148,7 @@ def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
 
     def scatter(c: int) -> None:
         pieces = [(i, *chunks[c]) for i in range(ctx.world)]
-        scattered[c] = _scatter(ctx, layout, flat_x, pieces, c, f"reduce-scatter, chunk {c + 1}/{len(chunks)}", n)
+        scattered[c] = _scatter(ctx, layout, flat_x, pieces, (c, len(chunks)), "reduce-scatter", n)
 
     def reduce(c: int) -> None:
         start, stop = chunks[c]
@@ -171,7 +172,8 @@ def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
         wire = ctx.workspace.take("send", c, size)
         ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         wires = ctx.workspace.take("recv", c, world * size).view(world, size)
-        received[c] = ctx.transport.all_gather(wires, wire, f"all-gather, chunk {c + 1}/{len(chunks)}"), wires
+        what = f"all-gather, chunk {c + 1}/{len(chunks)}"
+        received[c] = ctx.transport.all_gather(wires, wire, what, overlap=len(chunks) > 1), wires
 
     def finish(c: int) -> None:
         start, stop = chunks[c]
@@ -189,18 +191,23 @@ def _scatter(
     layout: Layout,
     values: Tensor,
     pieces: list[tuple[int, int, int]],
-    slot: int,
+    chunk: tuple[int, int],
     what: str,
     stride: int = 0,
 ) -> tuple[Pending, Tensor]:
-    """Encode per rank i its piece (i, start, stop) of values, shifted by i*stride, and start the all-to-all."""
+    """Encode per rank i its piece (i, start, stop) of values, shifted by i*stride, and start the all-to-all.
+
+    chunk: (its number, how many there are).
+    """
+    slot, n_chunks = chunk
     size = max(layout.nbytes(start, stop) for _, start, stop in pieces)
     wires = ctx.workspace.take("send", slot, ctx.world * size).view(ctx.world, size)
     for i, start, stop in pieces:
         if stop > start:
             ctx.codec.encode(values[i * stride + start : i * stride + stop], layout, start, stop, wires[i])
     received = ctx.workspace.take("recv", slot, ctx.world * size).view(ctx.world, size)
-    return ctx.transport.all_to_all(received, wires, what), received
+    phase = f"{what}, chunk {slot + 1}/{n_chunks}"
+    return ctx.transport.all_to_all(received, wires, phase, overlap=n_chunks > 1), received
 
 
 def _pipeline(n_chunks: int, *stages: Callable[[int], None]) -> None:

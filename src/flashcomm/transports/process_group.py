@@ -62,18 +62,21 @@ class ProcessGroupTransport:
         self.n_bytes_sent = 0
         self._lane = _Lane() if device.type == "cpu" else None
 
-    def all_to_all(self, out: Tensor, inp: Tensor, what: str) -> Pending:
-        """Row j of inp goes to rank j; row i of out comes from rank i. Both uint8 (world, n), contiguous."""
+    def all_to_all(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
+        """Row j of inp goes to rank j; row i of out comes from rank i. Both uint8 (world, n), contiguous.
+
+        overlap=False, where nothing is to be done before `wait()`, spares CPUs the way over another thread.
+        """
         self.n_bytes_sent += inp.numel() // self.world * (self.world - 1)
         if self._lane:
-            return Pending(self._lane.start(lambda: self._steps(out, lambda rank: inp[rank])), what, self)
+            return self._on_cpu(lambda: self._steps(out, lambda rank: inp[rank]), what, overlap)
         return self._pending(self.group.alltoall_base(out.view(-1), inp.view(-1), [], [], AllToAllOptions()), what)
 
-    def all_gather(self, out: Tensor, inp: Tensor, what: str) -> Pending:
-        """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i."""
+    def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
+        """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. overlap: see above."""
         self.n_bytes_sent += inp.numel() * (self.world - 1)
         if self._lane:
-            return Pending(self._lane.start(lambda: self._steps(out, lambda rank: inp)), what, self)
+            return self._on_cpu(lambda: self._steps(out, lambda rank: inp), what, overlap)
         return self._pending(self.group._allgather_base(out.view(-1), inp, AllgatherOptions()), what)
 
     def all_reduce_native(self, x: Tensor, what: str) -> Pending:
@@ -92,6 +95,10 @@ class ProcessGroupTransport:
         if self.device.type == "cpu":
             return Pending(lambda: work.wait(timedelta(seconds=self.timeout_s)), what, self)
         return Pending(work.wait, what, self)  # orders the stream behind it; NCCL's watchdog keeps the group's time-out
+
+    def _on_cpu(self, steps: Callable[[], None], what: str, overlap: bool) -> Pending:
+        assert self._lane
+        return Pending(self._lane.start(steps) if overlap else steps, what, self)
 
     def _steps(self, out: Tensor, piece_for: Callable[[int], Tensor]) -> None:
         """The exchange as W-1 matched steps. Raises RuntimeError, from the backend."""
