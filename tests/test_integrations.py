@@ -99,6 +99,17 @@ def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
     assert not group._communicators, "nothing of this was ours"
 
 
+def c10d_stress(ctx: RankContext, path: str) -> None:
+    """Many collectives whose tensors die at once, each followed by a barrier: where the GIL was held, this hung."""
+    use_backend(ctx, path)
+    for i in range(400):
+        gathered = torch.empty(ctx.world * 3)
+        dist.all_gather_into_tensor(gathered, torch.full((3,), float(i)), async_op=True).wait()
+        assert gathered.tolist() == [float(i)] * 3 * ctx.world
+        dist.broadcast(torch.ones(2), 0, async_op=True)
+        dist.barrier()
+
+
 def c10d_sub_group(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
     pair = dist.new_group([0, 2], backend="flashcomm")
@@ -119,6 +130,17 @@ class TestProcessGroup:
 
     def test_everything_else_is_passed_through(self, tmp_path: Path) -> None:
         run(c10d_passes_the_rest_through, 3, (str(tmp_path / "store"),))
+
+    def test_many_small_collectives(self, tmp_path: Path) -> None:
+        run(c10d_stress, 2, (str(tmp_path / "store"),), timeout_s=60)
+
+    def test_every_collective_is_passed_on(self) -> None:
+        """Nothing that torch could call on a group is left to the inherited method, which would hold the GIL."""
+        from flashcomm.integrations.process_group import FlashProcessGroup
+
+        names = {n for n in vars(torch.distributed.ProcessGroup) if "gather" in n or "reduce" in n or "all_to_all" in n}
+        names |= {"broadcast", "scatter", "send", "recv", "recv_anysource", "alltoall", "alltoall_base", "barrier"}
+        assert {n for n in names if n not in vars(FlashProcessGroup)} == set()
 
     def test_sub_groups(self, tmp_path: Path) -> None:
         run(c10d_sub_group, 3, (str(tmp_path / "store"),))

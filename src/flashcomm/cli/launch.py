@@ -121,6 +121,8 @@ def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) 
         else:  # rank 0 hosts the store, and in its namespace every port is free
             common = {"MASTER_ADDR": links.address(0), "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": links.INTERFACE}
         common |= {"WORLD_SIZE": str(job.world), "LOCAL_WORLD_SIZE": str(job.world)}
+        if job.device == "cpu":
+            common["CUDA_VISIBLE_DEVICES"] = ""  # transformers would otherwise give every rank a GPU
         for rank in range(job.world):
             env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             hosts_store = network is not None and rank == 0

@@ -9,7 +9,9 @@ tensor of at least FLASHCOMM_MIN_BYTES, bit for bit as without us. Such a sum is
 gradients and losses included. It is meant for inference.
 
 The seam is a Python subclass of ProcessGroup, because torch (2.11 to 2.13) calls a Python Backend's methods from
-Python only, and functional collectives and DTensor come from C++.
+Python only, and functional collectives and DTensor come from C++. Such a subclass must pass on *every* collective in
+Python: where it does not, torch runs the inherited method with the GIL held, and gloo's worker thread, which needs the
+GIL to let go of a tensor while it holds the lock that the method wants, deadlocks with it.
 """
 
 from __future__ import annotations
@@ -74,6 +76,26 @@ class FlashProcessGroup(dist.ProcessGroup):
 
     def getBackendName(self) -> str:  # noqa: N802  torch's name
         return NAME
+
+
+def _pass_on(name: str) -> Any:
+    def method(self: FlashProcessGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._inner, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+PASSED_ON = (
+    *("broadcast", "reduce", "allreduce_coalesced", "gather", "scatter", "send", "recv", "recv_anysource"),
+    *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
+    *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
+    *("alltoall", "alltoall_base", "all_to_all", "all_to_all_single", "barrier", "monitored_barrier"),
+)
+for _name in PASSED_ON:
+    if hasattr(dist.ProcessGroup, _name):
+        setattr(FlashProcessGroup, _name, _pass_on(_name))
 
 
 def _backends(store: Store, rank: int, size: int, timeout: timedelta) -> list[tuple[str, Any, Any]]:
