@@ -26,7 +26,7 @@ def run_ranks(
     def thread(rank: int) -> None:
         try:
             results[rank] = body(gloo_group(store, rank, world, timeout_s), rank)
-        except Exception as why:
+        except BaseException as why:  # pytest.fail is no Exception
             results[rank] = why
 
     threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(world)]

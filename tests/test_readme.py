@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -37,7 +38,7 @@ def test_commands_exist() -> None:
         shown = [sys.executable, "-m", "flashcomm.cli.main", *command, "--help"]
         done = subprocess.run(shown, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "200"})
         assert done.returncode == 0
-        for option in re.findall(r"(--?[a-z][\w-]*)", line):
+        for option in re.findall(r"(?<=\s)(--?[a-z][\w-]*)", line):
             assert option in done.stdout, f"{option} of: flashcomm {line}"
 
 
@@ -46,9 +47,29 @@ def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-def test_results_say_where_they_come_from() -> None:
-    import csv
+def rows_of(name: str) -> dict[tuple[str, str], dict[str, str]]:
+    """A CSV of results/ by (size or link, format)."""
+    with (ROOT / "results" / name).open(newline="") as file:
+        return {(row.get("size") or row["link"], row["format"]): row for row in csv.DictReader(file)}
 
+
+def test_figures_are_those_of_the_results() -> None:
+    ttft = rows_of("ttft-smollm2-3ranks-100mbit.csv")
+    for fmt, label in (("bf16", "bf16, gloo"), ("int8", "int8"), ("int4", "int4")):
+        row = ttft["100mbit", fmt]
+        seconds, speedup, sent = float(row["ttft_s"]), float(row["speedup"]), int(row["wire_bytes"]) / 1e6
+        assert f"| {label} | {seconds:.2f} s | {speedup:.2f}x | {sent:.1f} MB |" in README
+    for rate, label in (("200mbit", "200 Mbit/s"), ("1gbit", "1 Gbit/s")):
+        rows = rows_of(f"allreduce-2ranks-{rate}.csv")
+        cells = []
+        for fmt in ("bf16", "int8", "int4"):
+            row = rows[str(16 << 20), fmt]
+            times = "" if fmt == "bf16" else f", {float(row['speedup']):.2f}x"
+            cells.append(f"{float(row['time_us']) / 1e3:.0f} ms{times}")
+        assert f"| {label} | {' | '.join(cells)} |" in README
+
+
+def test_results_say_where_they_come_from() -> None:
     files = sorted((ROOT / "results").glob("*.csv"))
     assert files
     for file in files:
