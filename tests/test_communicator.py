@@ -129,6 +129,18 @@ class TestAgreement:
 
         raise_first(run_ranks(2, body))
 
+    def test_out_must_fit(self) -> None:
+        """One rank's bad out= is every rank's error too."""
+
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            comm, x = Communicator(group, "int4"), torch.ones(4, 6)
+            for bad in (torch.ones(6, 4), torch.ones(4, 6).half(), torch.ones(6, 4).t(), [0.0]):
+                with pytest.raises(InputError, match="out= must be contiguous"):
+                    comm.all_reduce(x, out=bad if rank else x.clone())  # type: ignore[arg-type]
+            assert (comm.all_reduce(x, out=torch.empty(4, 6)) == 2).all()
+
+        raise_first(run_ranks(2, body))
+
     def test_reduce_scatter_needs_equal_slices(self) -> None:
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int4")

@@ -80,4 +80,5 @@ def c10d_on_cuda(ctx: RankContext, path: str) -> None:
 @needs_two
 def test_the_c10d_backend_on_cuda(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
+    monkeypatch.setenv("FLASHCOMM_MIN_BYTES", "64K")  # on CUDA the default is to code nothing
     run(c10d_on_cuda, 2, (f"{tmp_path}/store",), device="cuda")

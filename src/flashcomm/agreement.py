@@ -39,6 +39,7 @@ class Problem(enum.IntEnum):
     GRADIENT = 5
     DIVIDE = 6
     DIMS = 7
+    OUT = 8
 
     def text(self, x: Any, device: torch.device, world: int) -> str:
         """For the rank whose tensor it is: what was given, what is allowed, what to do."""
@@ -55,6 +56,7 @@ class Problem(enum.IntEnum):
             Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense()",
             Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
             Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world}; pad it",
+            Problem.OUT: "out= must be contiguous and have the shape, dtype and device of the input; leave it out",
             Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape it",
         }[self]
 
@@ -71,7 +73,7 @@ def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_nccl and asked != "cpu" else torch.device("cpu")
 
 
-def problem_with(name: str, x: Any, device: torch.device, world: int) -> Problem:
+def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any = None) -> Problem:
     """What is wrong with this rank's tensor for the call `name`, if anything."""
     if not isinstance(x, Tensor):
         return Problem.NO_TENSOR
@@ -87,6 +89,12 @@ def problem_with(name: str, x: Any, device: torch.device, world: int) -> Problem
         return Problem.DIMS
     if name != "all_reduce" and (x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world)):
         return Problem.DIVIDE
+    if out is not None and not (
+        isinstance(out, Tensor)
+        and (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+        and out.is_contiguous()
+    ):
+        return Problem.OUT
     return Problem.NONE
 
 

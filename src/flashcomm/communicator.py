@@ -23,7 +23,7 @@ from torch import Tensor
 from flashcomm import agreement, policy
 from flashcomm.collectives import composed
 from flashcomm.errors import ClosedError, FlashcommError, InputError, SettingsError
-from flashcomm.settings import Settings
+from flashcomm.settings import NEVER_BYTES, Settings
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import codec_for
 from flashcomm.wire.format import WireFormat
@@ -87,6 +87,13 @@ class Communicator:
         )
         self._n_calls = 0
         self._closed = False
+        codes_nothing = self.settings.algorithm == "auto" and self.settings.min_bytes >= NEVER_BYTES
+        if codes_nothing and not self.format.lossless and self.rank == 0:
+            log.warning(
+                "%r: on CUDA the codec is plain torch for now, slower than NCCL, so auto leaves every message to NCCL; set "
+                "min_bytes or algorithm to code all the same",
+                self,
+            )
 
     @property
     def rank(self) -> int:
@@ -107,7 +114,7 @@ class Communicator:
         groups do not cross. out: where to put the result (contiguous, x's shape and dtype; may be x); None makes one.
         Cost: see `explain`. Raises InputError, ClosedError or CommunicationError.
         """
-        call = self._enter("all_reduce", x)
+        call = self._enter("all_reduce", x, out)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
@@ -173,12 +180,12 @@ class Communicator:
         run(x.contiguous(), out, self._context)
         return out
 
-    def _enter(self, name: str, x: Tensor) -> policy.Call:
+    def _enter(self, name: str, x: Tensor, out: Tensor | None = None) -> policy.Call:
         """Check this rank's input and, where settings say so, that all ranks make the same call."""
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
         self._n_calls += 1
-        problem = agreement.problem_with(name, x, self.device, self.world)
+        problem = agreement.problem_with(name, x, self.device, self.world, out)
         if self.settings.check and self.world > 1:
             agreement.agree_on_call(self.transport, name, x, problem, self._n_calls)
         elif problem:

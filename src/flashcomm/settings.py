@@ -26,6 +26,7 @@ from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
 DEFAULT_FORMAT = "int8"
+NEVER_BYTES = 1 << 40  # a minimum size that no message has
 ALGORITHMS = ("auto", *policy.ALGORITHMS)
 NAMES = ("FORMAT", "ALGORITHM", "MIN_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK", "DEBUG")
 _PREFIX = "FLASHCOMM_"
@@ -67,7 +68,7 @@ class Settings:
         return cls(
             fmt=str(WireFormat.parse(value("format", DEFAULT_FORMAT))),
             algorithm=_one_of("algorithm", value("algorithm", "auto"), ALGORITHMS),
-            min_bytes=parse_size("min_bytes", value("min_bytes", 64 << 10 if cpu else 1 << 40)),
+            min_bytes=parse_size("min_bytes", value("min_bytes", 64 << 10 if cpu else NEVER_BYTES)),
             chunk_bytes=parse_size("chunk_bytes", value("chunk_bytes", 4 << 20 if cpu else 32 << 20), least=1),
             timeout_s=_seconds(value("timeout_s", 60.0)),
             check=_flag("check", value("check", cpu)),
