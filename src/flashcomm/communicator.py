@@ -90,8 +90,8 @@ class Communicator:
         codes_nothing = self.settings.algorithm == "auto" and self.settings.min_bytes >= NEVER_BYTES
         if codes_nothing and not self.format.lossless and self.rank == 0:
             log.warning(
-                "%r: on CUDA the codec is plain torch for now, slower than NCCL, so auto leaves every message to NCCL; set "
-                "min_bytes or algorithm to code all the same",
+                "%r: on CUDA the codec is plain torch for now and slower than NCCL, so auto leaves every message to "
+                "NCCL; set min_bytes or algorithm to code all the same",
                 self,
             )
 
