@@ -49,6 +49,12 @@ class TestSettings:
         with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
             Settings.resolve("cpu", env)
 
+    def test_misspelt_arguments_are_errors(self) -> None:
+        with pytest.raises(SettingsError, match="unknown settings algoritm: there are format, algorithm"):
+            Settings.resolve("cpu", {}, algoritm="two_shot")
+        with pytest.raises(SettingsError, match="timeout_s="):
+            Settings.resolve("cpu", {}, timeout_s=[1])
+
     def test_unknown_names_are_warned_about(self) -> None:
         with pytest.warns(UserWarning, match="FLASHCOMM_FROMAT is not a flashcomm setting"):
             Settings.resolve("cpu", {"FLASHCOMM_FROMAT": "int4"})
@@ -94,12 +100,36 @@ class TestAgreement:
 
         assert all((r == 3.0).all() for r in raise_first(run_ranks(3, body)))
 
+    def test_two_communicators_in_different_order(self) -> None:
+        """Their messages differ in size, or worse, only in meaning: the calls are told apart by the settings."""
+
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            comms = [Communicator(group, fmt) for fmt in ("int4-g32", "int4-g16-sym")]
+            x = torch.ones(64, 1152)
+            with pytest.raises(InputError, match="did not make the same valid call"):
+                comms[rank].all_reduce(x)
+            assert (comms[0].all_reduce(x) == 2).all()
+
+        raise_first(run_ranks(2, body))
+
+    def test_one_rank_makes_a_communicator_while_another_calls(self) -> None:
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            comm = Communicator(group, "int4")
+            with pytest.raises(InputError, match="rank 1: making a Communicator"):
+                Communicator(group, "int8") if rank else comm.all_reduce(torch.ones(4))
+
+        raise_first(run_ranks(2, body))
+
+    def test_one_rank_asks_for_a_device_that_is_not_there(self) -> None:
+        results = run_ranks(2, lambda g, r: Communicator(g, "int4", device="tpu" if r else None))
+        assert errors_of(results, SettingsError) == {"rank 1: device='tpu': allowed are 'cpu' and 'cuda'"}
+
     def test_calls_and_dtypes_differ(self) -> None:
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int4")
             with pytest.raises(InputError, match="did not make the same valid call"):
                 comm.all_reduce(torch.ones(4, dtype=torch.float16 if rank else torch.float32))
-            with pytest.raises(InputError, match="rank 0: all_gather number 2"):
+            with pytest.raises(InputError, match="rank 0: all_gather number 1"):
                 (comm.all_reduce if rank else comm.all_gather)(torch.ones(4))
 
         raise_first(run_ranks(2, body))
@@ -157,7 +187,7 @@ class TestAgreement:
         assert time.monotonic() - begin < 20
         for rank in (1, 2):
             assert isinstance(results[rank], CommunicationError)
-            assert f"rank {rank} of 3: comparing settings failed" in str(results[rank])
+            assert f"rank {rank} of 3: agreement on making a Communicator failed" in str(results[rank])
             assert "FLASHCOMM_TIMEOUT_S" in str(results[rank])
 
     def test_a_peer_that_dies_in_a_call_is_an_error_and_a_new_group_works(self) -> None:
@@ -169,7 +199,7 @@ class TestAgreement:
             comm = Communicator(group, "int4", min_bytes=0, timeout_s=2)
             if rank == 0:
                 return None  # leaves
-            with pytest.raises(CommunicationError, match=f"rank {rank} of 3: agreement on the call failed"):
+            with pytest.raises(CommunicationError, match=f"rank {rank} of 3: agreement on all_reduce failed"):
                 comm.all_reduce(torch.ones(4, 576))
             fresh = gloo_group(dist.PrefixStore(f"fresh{os.getpid()}", store), rank - 1, 2)
             return Communicator(fresh, "int4", min_bytes=0).all_reduce(torch.ones(4, 576))
@@ -177,6 +207,18 @@ class TestAgreement:
         results = raise_first(run_ranks(3, body))
         assert (results[1] == 2).all()
         assert (results[2] == 2).all()
+
+    def test_a_peer_that_leaves_between_chunks(self) -> None:
+        """The exchange runs on the transport's thread then; its error reaches the caller all the same."""
+
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            comm = Communicator(group, "int4", algorithm="two_shot", check=False, chunk_bytes=4000, timeout_s=2)
+            comm.all_reduce(torch.ones(40, 576))
+            if rank:
+                with pytest.raises(CommunicationError, match=f"rank {rank} of 3: two-shot reduce, chunk 1/23 failed"):
+                    comm.all_reduce(torch.ones(40, 576))
+
+        raise_first(run_ranks(3, body))
 
 
 class TestLife:
@@ -236,6 +278,7 @@ class TestPolicy:
         assert self.choose(512 * 576, 3, "bf16").plan.algorithm == "native"
         assert self.choose(512 * 576, 3, row=1).plan.algorithm == "native"  # 5 bytes a value would be sent for 2
         assert self.choose(512 * 576, 1).plan.algorithm == "copy"
+        assert self.choose(0, 3, row=0).plan.algorithm == "copy"
 
     def test_a_sweep_admits_every_algorithm_somewhere(self) -> None:
         seen = {self.choose(n * 576, w).plan.algorithm for n in (1, 80, 512) for w in range(1, 9)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,11 @@ def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
     assert not group._communicators, "nothing of this was ours"
 
 
+def c10d_settings_differ(ctx: RankContext, path: str) -> None:
+    os.environ["FLASHCOMM_MIN_BYTES"] = "1M" if ctx.rank else "64K"
+    use_backend(ctx, path)
+
+
 def c10d_stress(ctx: RankContext, path: str) -> None:
     """Many collectives whose tensors die at once, each followed by a barrier: where the GIL was held, this hung."""
     use_backend(ctx, path)
@@ -144,6 +150,10 @@ class TestProcessGroup:
 
     def test_sub_groups(self, tmp_path: Path) -> None:
         run(c10d_sub_group, 3, (str(tmp_path / "store"),))
+
+    def test_settings_that_differ_between_ranks(self, tmp_path: Path) -> None:
+        with pytest.raises(SettingsError, match=r"FLASHCOMM_\* settings differ between ranks"):
+            run(c10d_settings_differ, 2, (str(tmp_path / "store"),), timeout_s=60)
 
     def test_unknown_format_at_init(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "int1")

@@ -111,4 +111,5 @@ def test_a_test_notices(name: str, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
         cwd=ROOT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
-    assert done.returncode not in (0, 4, 5), f"{tests} did not notice {name!r}:\n{done.stdout[-2000:]}"
+    noticed = done.returncode == 1 or done.returncode < 0  # a failed test, or a process that gloo aborted
+    assert noticed, f"{tests} did not notice {name!r}:\n{done.stdout[-2000:]}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+import zlib
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire.torch_codec import DTYPES
 
 SETTINGS_BYTES = 2048
-CALLS = ("all_reduce", "reduce_scatter", "all_gather")
+CALLS = ("all_reduce", "reduce_scatter", "all_gather", "making a Communicator")
 _MAX_DIMS = 8
-_WORDS = 16  # int64 per rank: version, call, number of the call, problem, dtype, dims, up to 8 sizes, 2 spare
+_WORDS = 16  # int64 per rank: version, call, its number, problem, settings, dtype, dims, up to 8 sizes, 1 spare
 _VERSION = 1
 
 
@@ -52,17 +53,20 @@ class Problem(enum.IntEnum):
             Problem.NONE: "",
             Problem.NO_TENSOR: "a torch.Tensor is needed",
             Problem.DTYPE: f"the dtype must be one of {dtypes}; convert it, or use torch.distributed for it",
-            Problem.DEVICE: f"the tensor must be on {device.type} for this group's backend; move it there",
+            Problem.DEVICE: f"the tensor must be on {device} for this group's backend; move it there",
             Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense()",
             Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
             Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world}; pad it",
-            Problem.OUT: "out= must be contiguous and have the shape, dtype and device of the input; leave it out",
+            Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
             Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape it",
         }[self]
 
 
 def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
-    """The device of the tensors this group will be given: the one asked for, else CUDA under NCCL, else the CPU."""
+    """The device of the tensors this group will be given: the one asked for, else CUDA under NCCL, else the CPU.
+
+    Raises SettingsError for a device that the group has not.
+    """
     if asked not in (None, "cpu", "cuda"):
         raise SettingsError(f"device={asked!r}: allowed are 'cpu' and 'cuda'")
     has_nccl = torch.cuda.is_available() and any(
@@ -79,7 +83,7 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
         return Problem.NO_TENSOR
     if x.dtype not in DTYPES:
         return Problem.DTYPE
-    if x.device.type != device.type:
+    if x.device.type != device.type or x.device.index not in (None, device.index):
         return Problem.DEVICE
     if x.layout != torch.strided:
         return Problem.LAYOUT
@@ -93,23 +97,30 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
         isinstance(out, Tensor)
         and (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
         and out.is_contiguous()
+        and not (out.requires_grad and torch.is_grad_enabled())
+        and (torch.is_inference_mode_enabled() or not out.is_inference())
     ):
         return Problem.OUT
     return Problem.NONE
 
 
-def agree_on_call(transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int) -> None:
-    """Return if every rank is about to make this very call; otherwise raise the same InputError on all of them."""
-    words = [_VERSION, CALLS.index(name), number, int(problem)]
+def agree_on_call(
+    transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int, settings: Settings | None
+) -> None:
+    """Return if every rank is about to make this very call; otherwise raise the same InputError on all of them.
+
+    settings: those of the Communicator that is called, in which another one of the same group differs.
+    """
+    words = [_VERSION, CALLS.index(name), number, int(problem), _digest(settings)]
     if isinstance(x, Tensor) and problem not in (Problem.DTYPE, Problem.DIMS):
         words += [DTYPES.index(x.dtype), x.dim(), *x.shape]
     mine = torch.tensor(words + [0] * (_WORDS - len(words)), dtype=torch.int64)
-    rows = _gather(transport, mine.view(torch.uint8), "agreement on the call").view(torch.int64).tolist()
+    rows = _gather(transport, mine.view(torch.uint8), f"agreement on {name}").view(torch.int64).tolist()
     if all(row == rows[0] for row in rows) and not rows[0][3]:
         return
     lines = []
-    for rank, (_, call, count, code, dtype, dims, *sizes) in enumerate(rows):
-        what = f"{CALLS[call]} number {count}"
+    for rank, (_, call, count, code, digest, dtype, dims, *sizes) in enumerate(rows):
+        what = f"{CALLS[call]} number {count}" + (f", settings {digest:08x}" if digest != rows[0][4] else "")
         if code:
             lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world)}")
         else:
@@ -119,11 +130,13 @@ def agree_on_call(transport: ProcessGroupTransport, name: str, x: Any, problem: 
 
 def agree_on_settings(transport: ProcessGroupTransport, mine: Settings | FlashcommError) -> Settings:
     """This rank's settings, if they are valid and equal on every rank; otherwise the same error on all of them."""
+    agree_on_call(transport, CALLS[-1], None, Problem.NONE, 0, None)  # a peer may be in a call of another Communicator
     said: dict[str, Any]
     if isinstance(mine, Settings):
-        said = mine.as_dict()
+        said = {"device": transport.device.type} | mine.as_dict()
     else:
-        said = {"error": str(mine)[: SETTINGS_BYTES // 2], "kind": type(mine).__name__}
+        text = str(mine).encode("ascii", "replace").decode()[: SETTINGS_BYTES // 2]
+        said = {"error": text, "kind": type(mine).__name__}
     payload = json.dumps(said).encode()
     if len(payload) > SETTINGS_BYTES:
         raise SettingsError(f"settings of {len(payload)} bytes; {SETTINGS_BYTES} are allowed")
@@ -141,6 +154,11 @@ def agree_on_settings(transport: ProcessGroupTransport, mine: Settings | Flashco
         )
         raise SettingsError(f"settings differ between ranks; give all of them the same:\n{told}")
     return mine
+
+
+def _digest(settings: Settings | None) -> int:
+    """32 bits that differ between Communicators of different settings."""
+    return zlib.crc32(repr(settings).encode()) if settings else 0
 
 
 def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str) -> Tensor:

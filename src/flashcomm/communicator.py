@@ -66,12 +66,13 @@ class Communicator:
                 "this rank is not a member of the group (or group= is no process group): it must not take part"
             )
         self.group = group
-        self.device = agreement.group_device(group, device)
         try:
+            self.device = agreement.group_device(group, device)
             given: dict[str, Any] = {"format": format, "algorithm": algorithm, "min_bytes": min_bytes}
             given |= {"chunk_bytes": chunk_bytes, "timeout_s": timeout_s, "check": check, "debug": debug}
             mine: Settings | FlashcommError = Settings.resolve(self.device.type, **given)
         except FlashcommError as why:
+            self.device = agreement.group_device(group, None)
             mine = why  # raised below, once every rank knows of it
         probe_timeout = mine.timeout_s if isinstance(mine, Settings) else 60.0
         self.transport = ProcessGroupTransport(group, self.device, probe_timeout)
@@ -184,12 +185,12 @@ class Communicator:
         """Check this rank's input and, where settings say so, that all ranks make the same call."""
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
-        self._n_calls += 1
         problem = agreement.problem_with(name, x, self.device, self.world, out)
         if self.settings.check and self.world > 1:
-            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls)
+            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, self.settings)
         elif problem:
             raise InputError(f"{name}: {problem.text(x, self.device, self.world)}")
+        self._n_calls += 1
         return self._call(tuple(x.shape), x.dtype)
 
     def _call(self, shape: tuple[int, ...], dtype: torch.dtype) -> policy.Call:

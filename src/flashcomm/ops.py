@@ -16,7 +16,7 @@ from flashcomm.communicator import Communicator
 from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
-_table: dict[tuple[str, str], Communicator] = {}
+_table: dict[tuple[str, str | None], Communicator] = {}
 
 
 def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -50,11 +50,24 @@ def _kept(name: str, x: Tensor) -> Communicator:
         group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     except RuntimeError as why:
         raise SettingsError(f"no process group named {group_name!r}: use flashcomm.ops.op_name(format, group)") from why
-    key = (name, x.device.type)
-    kept = _table.get(key)
+    where = x.device.type if isinstance(x, Tensor) and x.device.type in ("cpu", "cuda") else None
+    kept = _table.get((name, where))
     if kept is None or kept.group is not group or kept.closed:  # a group made anew may carry an old name
-        kept = _table[key] = Communicator(group, text if at else None, device=x.device.type)
+        _forget_destroyed_groups()
+        kept = _table[name, where] = Communicator(group, text if at else None, device=where)
     return kept
+
+
+def _forget_destroyed_groups() -> None:
+    """Let go of Communicators whose group is no longer registered under its name."""
+    for key, kept in list(_table.items()):
+        try:
+            alive = _resolve_process_group(key[0].rpartition("@")[2]) is kept.group  # type: ignore[arg-type]
+        except RuntimeError:
+            alive = False
+        if not alive:
+            kept.close()
+            del _table[key]
 
 
 _library = torch.library.Library("flashcomm", "DEF")  # type: ignore[no-untyped-call]

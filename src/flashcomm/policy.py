@@ -5,7 +5,7 @@ Nothing here touches a tensor, a group or a clock, so every rank decides alike. 
     native     the backend's own all-reduce, not compressed
     one_shot   everybody sends all to everybody: one hop, one rounding
     two_shot   reduce-scatter and all-gather: two hops, two roundings, the fewest bytes
-    copy       a world of one
+    copy       a world of one, or no values
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int) -> Choic
     nothing (the bf16 format, messages below `min_bytes`, rows so short that scales outweigh codes); otherwise one-shot
     where it sends no more bytes than two-shot (two ranks) or so few that latency rules, else two-shot.
     """
-    if call.world == 1:
-        return _choice(call, fmt, "copy", "a world of one: nothing travels, nothing is coded", {})
+    if call.world == 1 or call.numel == 0:
+        why = "a world of one" if call.world == 1 else "no values"
+        return _choice(call, fmt, "copy", f"{why}: nothing travels, nothing is coded", {})
     if algorithm != "auto":
         asked = f"algorithm={algorithm} was asked for"
         return _choice(call, fmt, algorithm, asked, dict.fromkeys(ALGORITHMS, asked))

@@ -58,6 +58,9 @@ class Settings:
 
         Raises FormatError or SettingsError. Warns of FLASHCOMM_* names it does not know.
         """
+        unknown = sorted(set(given) - {name.lower() for name in NAMES})
+        if unknown:
+            raise SettingsError(f"unknown settings {', '.join(unknown)}: there are {', '.join(NAMES).lower()}")
         env = os.environ if environ is None else environ
         warn_unknown(env)
 
@@ -96,7 +99,7 @@ def parse_size(name: str, value: int | str, least: int = 0) -> int:
 def _seconds(value: float | str) -> float:
     try:
         seconds = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         seconds = 0.0
     if not 0 < seconds < 1e7:
         raise SettingsError(f"timeout_s={value!r}: give a positive number of seconds")

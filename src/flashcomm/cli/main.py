@@ -246,6 +246,8 @@ def bench_codec(
     from flashcomm.settings import parse_size
 
     sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
+    if not sizes:
+        raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
     names, rows = _formats(formats), []
     with _progress(json) as bar:
         task = bar.add_task("verifying and timing", total=len(sizes) * len(names))

@@ -6,7 +6,8 @@
 or for one dimension of a mesh: `init_device_mesh(..., backend_override={"tp": "flashcomm"})`. Under it lie gloo for CPU
 tensors and NCCL for CUDA tensors; they carry everything that is not a SUM all-reduce of one dense bf16, fp16 or fp32
 tensor of at least FLASHCOMM_MIN_BYTES, bit for bit as without us. Such a sum is lossy wherever the program asks for it:
-gradients and losses included. It is meant for inference.
+gradients and losses included. It is meant for inference. A coded sum is done when the call returns, also with
+`async_op=True`; its time-out is the group's unless FLASHCOMM_TIMEOUT_S says otherwise.
 
 The seam is a Python subclass of ProcessGroup, because torch (2.11 to 2.13) calls a Python Backend's methods from
 Python only, and functional collectives and DTensor come from C++. Such a subclass must pass on *every* collective in
@@ -16,6 +17,7 @@ GIL to let go of a tensor while it holds the lock that the method wants, deadloc
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
 
 from flashcomm.communicator import Communicator
+from flashcomm.errors import FlashcommError, FormatError, SettingsError
 from flashcomm.settings import Settings
 from flashcomm.wire.torch_codec import DTYPES
 
@@ -42,7 +45,7 @@ class FlashProcessGroup(dist.ProcessGroup):
         for device, kind, backend in _backends(store, rank, size, timeout):
             for group in (self, self._inner):
                 group._register_backend(torch.device(device), kind, backend)
-        self._settings = {device: Settings.resolve(device) for device in ("cpu", "cuda")}
+        self._settings = _agreed_settings(store, rank, size, timeout)
         self._communicators: dict[str, Communicator] = {}
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
@@ -64,18 +67,41 @@ class FlashProcessGroup(dist.ProcessGroup):
 
     def _takes(self, x: Tensor) -> bool:
         """Whether this sum is ours: a fact about dtype and size, equal on every rank."""
-        if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings:
+        if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings or x.dim() > 8:
             return False
         settings = self._settings[x.device.type]
         return not settings.format.lossless and x.numel() * x.element_size() >= settings.min_bytes
 
     def _communicator(self, device_type: str) -> Communicator:
         if device_type not in self._communicators:
-            self._communicators[device_type] = Communicator(self._inner, device=device_type)
+            timeout_s = self._settings[device_type].timeout_s
+            self._communicators[device_type] = Communicator(self._inner, device=device_type, timeout_s=timeout_s)
         return self._communicators[device_type]
 
     def getBackendName(self) -> str:  # noqa: N802  torch's name
         return NAME
+
+
+def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> dict[str, Settings]:
+    """Settings by device, from the environment, after comparing over the store; the same error on every rank otherwise.
+
+    Here and not at the first sum, because they decide which sums are ours.
+    """
+    given: dict[str, Any] = {} if "FLASHCOMM_TIMEOUT_S" in os.environ else {"timeout_s": timeout.total_seconds()}
+    settings, error = {}, ""
+    try:
+        settings = {device: Settings.resolve(device, **given) for device in ("cpu", "cuda")}
+    except FlashcommError as why:
+        error = f"rank {rank}: {why}"
+    store.set(f"flashcomm/{rank}", error or f"ok {settings}")
+    everybody = [store.get(f"flashcomm/{r}").decode() for r in range(size)]
+    wrong = [text for text in everybody if not text.startswith("ok ")]
+    if wrong:
+        raise (FormatError if "a format is" in wrong[0] else SettingsError)(wrong[0])
+    if len(set(everybody)) > 1:
+        told = "\n".join(f"  rank {r}: {text[3:]}" for r, text in enumerate(everybody))
+        raise SettingsError(f"FLASHCOMM_* settings differ between ranks; give all of them the same:\n{told}")
+    return settings
 
 
 def _pass_on(name: str) -> Any:
