@@ -120,8 +120,10 @@ def agree_on_call(
         return
     lines = []
     for rank, (_, call, count, code, digest, dtype, dims, *sizes) in enumerate(rows):
-        what = f"{CALLS[call]} number {count}" + (f", settings {digest:08x}" if digest != rows[0][4] else "")
-        if code:
+        what = f"{CALLS[call]} number {count}" + (", of other settings," if digest != rows[0][4] else "")
+        if CALLS[call] == CALLS[-1]:
+            lines.append(f"  rank {rank}: {CALLS[call]}")
+        elif code:
             lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world)}")
         else:
             lines.append(f"  rank {rank}: {what} of {tuple(sizes[:dims])} {str(DTYPES[dtype]).removeprefix('torch.')}")

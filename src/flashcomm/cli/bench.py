@@ -94,7 +94,7 @@ def _values(shape: tuple[int, ...], dtype: torch.dtype, index: int, rank: int) -
 def _verify(ctx: RankContext, case: Case, inputs: list[list[Tensor]]) -> None:
     """Set the case's error; raise FlashcommError on every rank where results are wrong or differ between ranks."""
     fmt = case.comm.format
-    for tensors in inputs[:1]:
+    for tensors in inputs:
         got = case.comm.all_reduce(tensors[ctx.rank])
         wrong = torch.zeros(1, dtype=torch.int64, device=ctx.device)
         if ctx.rank == 0:
