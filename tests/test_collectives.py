@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import gloo_group, raise_first, run_ranks, same_bits, tough
 
 from flashcomm import Communicator, WireFormat, reference
+from flashcomm.wire import torch_codec
+from flashcomm.wire.format import Layout, StepFormat
 
-SHAPES = [(5, 576), (2, 3, 640), (1, 2880), (7,), (), (3, 1), (0, 64), (4, 0), (1, 1)]
+SHAPES = [(5, 600), (2, 3, 640), (1, 2880), (7,), (), (3, 1), (0, 64), (4, 0), (1, 1)]
 
 
 def all_reduce_everywhere(
@@ -26,7 +31,8 @@ def all_reduce_everywhere(
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 def test_all_reduce_equals_the_reference(world: int, algorithm: str) -> None:
-    for fmt, dtype in (("int4", torch.bfloat16), ("int5-g32/int8", torch.float16), ("bf16", torch.float32)):
+    formats = ("int4", torch.bfloat16), ("int5-g32/int8", torch.float16), ("bf16", torch.float32)
+    for fmt, dtype in (*formats, ("int4-had/int6-had", torch.bfloat16), ("int3-g32-had/int8-had", torch.float32)):
         tensors = [[tough(shape, dtype, 10 * s + r) for r in range(world)] for s, shape in enumerate(SHAPES)]
         results = all_reduce_everywhere(world, fmt, algorithm, tensors, chunk_bytes=2000)
         for i, per_rank in enumerate(tensors):
@@ -75,47 +81,111 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 
 def test_a_group_never_reaches_into_the_next_row() -> None:
-    x = torch.zeros(2, 576)
+    x = torch.zeros(2, 600)
     x[1] = 1000.0  # a neighbour that would ruin the scale
-    x[0, 512:] = 0.001
+    x[0, 576:] = 0.001
     got = all_reduce_everywhere(2, "int4", "one_shot", [[x, x]])[0][0]
-    assert torch.allclose(got[0, 512:], torch.tensor(0.002), rtol=2**-7)
+    assert torch.allclose(got[0, 576:], torch.tensor(0.002), rtol=1 / 30)  # half a step
 
 
-def test_the_reference_is_what_the_method_says() -> None:
-    """Plain loops over values and ranks, sharing no code with the codec: the definition once more, by hand."""
-    import struct
+def rounded(x: float) -> float:
+    """To float32."""
+    return struct.unpack("<f", struct.pack("<f", x))[0]
 
-    def bf16_up(x: float) -> float:
-        bits = struct.unpack("<I", struct.pack("<f", x))[0]
-        return struct.unpack("<f", struct.pack("<I", (bits + 0xFFFF) & 0xFFFF0000))[0]
 
-    def coded(values: list[float], levels: int) -> list[float]:
-        f = lambda v: torch.tensor(v, dtype=torch.float64).float().item()  # noqa: E731  round once to float32
-        low, high = min(values), max(values)
-        scale = bf16_up(max(f(f(high - low) / levels), f(max(abs(low), abs(high)) * 2**-14), 2.0**-110))
-        inv = f(1 / scale)
-        zero = round(f(low * inv))
-        return [scale * (min(max(round(f(v * inv)) - zero, 0), levels) + zero) for v in values]
+def by_hand(values: list[float], bits: int, part: float | None) -> list[float]:
+    """A group of values or of transforms, coded and decoded: docs/wire-format.md in plain numbers."""
+    cut, levels = 1 << (15 + bits if bits <= 5 else 16), 2**bits - 1
 
-    world, n, group = 3, 40, 16
-    tensors = [torch.randn(1, n) * (r + 1) for r in range(world)]
-    want = []
-    for begin in range(0, n, group):
-        parts = [coded(t[0, begin : begin + group].tolist(), 15) for t in tensors]
-        total = [torch.tensor(0.0)] * len(parts[0])
-        for part in parts:
-            total = [t + torch.tensor(v) for t, v in zip(total, part, strict=True)]
-        want += coded([t.item() for t in total], 255)
-    got = reference.two_shot(tensors, WireFormat.parse("int4-g16/int8-g16"))
-    assert got[0].tolist() == [torch.tensor(v).item() for v in want]
+    def coded(low: float, high: float) -> tuple[float, list[float]]:
+        needed = max(rounded(rounded(high - low) / levels), 2.0**-110)
+        bits_of_scale = -(-struct.unpack("<I", struct.pack("<f", needed))[0] // cut) * cut
+        scale = struct.unpack("<f", struct.pack("<I", bits_of_scale))[0]
+        inverse = rounded(1 / scale)
+        zero = -round(rounded(low * inverse))
+        codes = [min(max(round(rounded(v * inverse)) + zero, 0), levels) for v in values]
+        return inverse, [scale * (code - zero) for code in codes]
+
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    inverse, whole = coded(low, high)
+    if part is None:
+        return whole
+
+    def error(decoded: list[float]) -> int:
+        errors = (rounded(rounded(v - d) * inverse) for v, d in zip(values, decoded, strict=True))
+        return sum(round(16 * e) ** 2 for e in errors)
+
+    smaller = coded(rounded(low * part), rounded(high * part))[1]
+    return smaller if error(smaller) < error(whole) else whole
+
+
+def transform(values: list[float]) -> list[float]:
+    y, h = list(values), 1
+    while h < len(y):
+        y = [rounded(y[i ^ h] - y[i]) if i & h else rounded(y[i] + y[i ^ h]) for i in range(len(y))]
+        h *= 2
+    return y
+
+
+@pytest.mark.parametrize(
+    ("fmt", "bits", "turned", "parts"),
+    [
+        ("int4-g16/int8-g16", (4, 8), False, (None, None)),
+        ("int6-g16-had/int8-g16-had", (6, 8), True, (None, None)),
+        ("int4-g16-had/int3-g16-had", (4, 3), True, (29 / 32, 13 / 16)),
+        ("int5-g16-had", (5, 5), True, (None, None)),
+    ],
+)
+def test_the_reference_is_what_the_method_says(
+    fmt: str, bits: tuple[int, int], turned: bool, parts: tuple[float | None, float | None]
+) -> None:
+    """Plain loops over values and ranks, sharing no code with the codec: the definition once more, by hand.
+
+    What is summed and coded again are transforms, and there is one way back, at the end. Rows end in a group of 8,
+    which is transformed, or of 7, which is not.
+    """
+    for row in (40, 39):
+        tensors = [torch.randn(1, row) * (r + 1) for r in range(3)]
+        want: list[float] = []
+        for begin in range(0, row, 16):
+            groups = [t[0, begin : begin + 16].tolist() for t in tensors]
+            n = len(groups[0])
+            turns = turned and n != 7
+            total = [0.0] * n
+            for group in groups:
+                coded = by_hand(transform(group) if turns else group, bits[0], parts[0] if turns else None)
+                total = [rounded(t + v) for t, v in zip(total, coded, strict=True)]
+            coded = by_hand(total, bits[1], parts[1] if turns else None)
+            want += [v / n for v in transform(coded)] if turns else coded
+        assert reference.two_shot(tensors, WireFormat.parse(fmt))[0].tolist() == want
+
+
+@pytest.mark.parametrize("fmt", ["int4-had", "int6-g32-had/int8-g32-had"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtype) -> None:
+    """Step by step: decoded rotated, the sum is coded rotated; the last decoder turns it back."""
+    parsed, tensors = WireFormat.parse(fmt), [tough((6, 600), dtype, r) for r in range(3)]
+    rotated = [replace(step, rotated=True) for step in (parsed.reduce, parsed.gather)]
+    n = tensors[0].numel()
+
+    def encoded(x: torch.Tensor, step: StepFormat) -> torch.Tensor:
+        layout = Layout(step, 600, dtype.itemsize)
+        wire = torch.empty(layout.nbytes(0, n), dtype=torch.uint8)
+        torch_codec.encode(x.view(-1), layout, 0, n, wire)
+        return wire
+
+    wires, total = torch.stack([encoded(t, parsed.reduce) for t in tensors]), torch.empty(n)
+    torch_codec.decode_sum(wires, Layout(rotated[0], 600, dtype.itemsize), 0, n, total, dtype)
+    again, want = encoded(total, rotated[1]), torch.empty(n, dtype=dtype)
+    torch_codec.decode_sum(again[None], Layout(parsed.gather, 600, dtype.itemsize), 0, n, want, dtype)
+    assert same_bits(reference.two_shot(tensors, parsed).view(-1), want)
+    group = parsed.reduce.group
+    turned_back = torch_codec.hadamard(total.view(6, 600)[:, :576].reshape(-1, group)).view(6, 576) / group
+    assert same_bits(turned_back, reference.coded_sum(tensors, parsed.reduce).view(6, 600)[:, :576].contiguous())
 
 
 def test_error_of_two_steps_is_within_the_sum_of_bounds() -> None:
     """Contract 4: half a step for every rank, half a step for the second pass, one rounding to the dtype."""
-    from flashcomm.wire import torch_codec
-    from flashcomm.wire.format import Layout
-
     fmt = WireFormat.parse("int4/int6")
     tensors = [tough((6, 576), torch.float32, r) for r in range(4)]
     layout = Layout(fmt.reduce, 576, 4)

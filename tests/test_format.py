@@ -1,6 +1,7 @@
 """The grammar of formats and the arithmetic of wire bytes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,31 +17,33 @@ steps = st.sampled_from(STEPS)
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_str_and_parse_are_inverse(step: StepFormat) -> None:
     assert StepFormat.parse(str(step)) == step
-    for other in (StepFormat.parse("int4"), StepFormat.parse("int8-g32-sym"), StepFormat.parse("bf16")):
+    for other in (StepFormat.parse("int4"), StepFormat.parse("int8-g32-had"), StepFormat.parse("bf16")):
         fmt = WireFormat(step, other)
         assert WireFormat.parse(str(fmt)) == fmt
 
 
 @pytest.mark.parametrize(
-    ("text", "bits", "group", "symmetric"),
+    ("text", "bits", "group", "hadamard"),
     [
-        ("int4", 4, 128, False),
-        ("int3", 3, 32, False),
-        ("int2-sym", 2, 32, True),
+        ("int4", 4, 64, False),
+        ("int3", 3, 64, False),
+        ("int2-had", 2, 64, True),
         ("int8-g256", 8, 256, False),
-        ("int5-g64-sym", 5, 64, True),
-        ("int5-sym-g64", 5, 64, True),
+        ("int5-g32-had", 5, 32, True),
+        ("int5-had-g32", 5, 32, True),
         (" INT4-G32 ", 4, 32, False),
     ],
 )
-def test_what_a_text_means(text: str, bits: int, group: int, symmetric: bool) -> None:
+def test_what_a_text_means(text: str, bits: int, group: int, hadamard: bool) -> None:
     fmt = WireFormat.parse(text)
-    assert fmt.reduce == fmt.gather == StepFormat(bits, group, symmetric)
+    assert fmt.reduce == fmt.gather == StepFormat(bits, group, hadamard)
+    assert not fmt.reduce.rotated
 
 
 def test_canonical_text() -> None:
-    assert str(WireFormat.parse("int4-g128/int8-g128")) == "int4/int8"
-    assert str(WireFormat.parse("int4/int4-g128")) == "int4"
+    assert str(WireFormat.parse("int4-g64/int8-g64")) == "int4/int8"
+    assert str(WireFormat.parse("int4/int4-g64")) == "int4"
+    assert str(WireFormat.parse("int5-had-g32")) == "int5-g32-had"
     assert str(WireFormat.parse("bf16/int8")) == "bf16/int8"
 
 
@@ -54,7 +57,8 @@ def test_canonical_text() -> None:
             "int4-g48",
             "int4-g512",
             "int4-g32-g32",
-            "int4-sym-sym",
+            "int4-sym",
+            "int4-had-had",
             "int4-foo",
             "int04",
             "int",
@@ -63,7 +67,7 @@ def test_canonical_text() -> None:
             "/",
             "bf16-g32",
         ],
-        *("bf16-sym", "int4/int8/int8", ""),
+        *("bf16-had", "int4/int8/int8", ""),
     ],
 )
 def test_unknown_formats_say_what_is_allowed(text: str) -> None:
@@ -88,22 +92,54 @@ def test_planes() -> None:
     assert planes[2] == ((2, 0),)
 
 
+def test_up_to_5_bits_scale_and_zero_are_one_word() -> None:
+    assert {b: (StepFormat(b).packed, StepFormat(b).mantissa) for b in WIDTHS} == {
+        2: (True, 6), 3: (True, 5), 4: (True, 4), 5: (True, 3), 6: (False, 7), 7: (False, 7), 8: (False, 7),
+    }  # fmt: skip
+
+
+def test_what_is_transformed_and_may_be_shrunk() -> None:
+    plain, four, six = (StepFormat.parse(text) for text in ("int4", "int4-had", "int6-had"))
+    assert [n for n in range(1, 65) if four.transforms(n)] == [1, 2, 4, 8, 16, 32, 64]
+    assert not any(plain.transforms(n) for n in (1, 16, 64))
+    assert {b: StepFormat(b, 64, True).shrunk(64) for b in (2, 3, 4)} == {2: 11 / 16, 3: 13 / 16, 4: 29 / 32}
+    assert plain.shrunk(64) is six.shrunk(64) is four.shrunk(40) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "rotated"),
+    [("int4-had", True), ("int4-had/int8-had", True), ("int4-had/int8", False), ("int4/int8-had", False),
+     ("int4-had/int8-g32-had", False), ("int4", False), ("bf16", False), ("int4-had/bf16", False)],
+)  # fmt: skip
+def test_between_steps_with_equal_groups_nothing_is_transformed(text: str, rotated: bool) -> None:
+    fmt = WireFormat.parse(text)
+    assert fmt.middle == (replace(fmt.reduce, rotated=rotated), replace(fmt.gather, rotated=rotated))
+
+
 def test_bytes_of_a_real_message() -> None:
-    """512 tokens of hidden size 576 as int4: codes, and 5 scales and zeros a row (4 groups of 128 and one of 64)."""
-    layout = Layout(StepFormat.parse("int4"), 576, 2)
-    at = layout.sections(0, 512 * 576)
+    """512 tokens of hidden size 600: 9 groups of 64 and one of 24 a row, as int4 and as int6."""
+    at = Layout(StepFormat.parse("int4"), 600, 2).sections(0, 512 * 600)
     assert at.planes == (0,)
-    assert at.scale == 512 * 288
-    assert at.zero == 512 * (288 + 10)
-    assert at.nbytes == 512 * (288 + 10 + 10)
-    assert at.n_groups == 512 * 5
+    assert at.scale == 512 * 300
+    assert at.zero == at.nbytes == 512 * (300 + 2 * 10)
+    assert at.n_groups == 512 * 10
+    at = Layout(StepFormat.parse("int6-had"), 600, 2).sections(0, 512 * 600)
+    assert at.planes == (0, 512 * 300)
+    assert (at.scale, at.zero, at.nbytes) == (512 * 450, 512 * (450 + 2 * 10), 512 * (450 + 3 * 10))
     assert Layout(StepFormat.parse("bf16"), 576, 4).nbytes(0, 576) == 576 * 4
 
 
-def test_bits_per_value_of_the_default_formats() -> None:
-    """int4: 4 + 32/128 bits; int8: 8.25; int2: 2 + 32/32."""
-    for text, bits in (("int4", 4.25), ("int8", 8.25), ("int2", 3.0), ("int5-g64-sym", 5.25), ("int3", 4.0)):
-        assert Layout(StepFormat.parse(text), 4096, 2).nbytes(0, 4096 * 64) * 8 == bits * 4096 * 64
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [("int8", 8.375), ("int7", 7.375), ("int6", 6.375), ("int5", 5.25), ("int4", 4.25), ("int3", 3.25), ("int2", 2.25),
+     ("int4-g32", 4.5), ("int4-had", 4.25), ("int6-g256-had", 6.09375), ("bf16", 16.0)],
+)  # fmt: skip
+def test_bits_per_value(text: str, bits: float) -> None:
+    """Up to 5 bits 16 more a group, beyond it 24, of 64 values unless told."""
+    fmt = WireFormat.parse(text)
+    assert Layout(fmt.reduce, 4096, 2).nbytes(0, 4096 * 64) * 8 == bits * 4096 * 64
+    assert fmt.bits == bits
+    assert WireFormat.parse(f"{text}/bf16").bits == (bits + 16) / 2
 
 
 rows = st.integers(1, 700)
@@ -146,4 +182,4 @@ def test_sections_are_aligned_and_hold_their_content(step: StepFormat, row: int,
         content = sum(-(-min(step.group, row - c) * width // 8) for c in range(0, row, step.group)) * n_rows
         assert 0 <= end - begin - content < 16
     assert 0 <= at.zero - at.scale - 2 * at.n_groups < 16
-    assert at.nbytes - at.zero == (0 if step.symmetric else -(-2 * at.n_groups // 16) * 16)
+    assert at.nbytes - at.zero == (0 if step.bits <= 5 else -(-at.n_groups // 16) * 16)

@@ -102,6 +102,7 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
     The owner of a shard, too, takes its result from the wire bytes, so that all ranks hold the same bits.
     """
     reduce_layout, gather_layout = ctx.layout(ctx.fmt.reduce, x), ctx.layout(ctx.fmt.gather, x)
+    sum_layout, resend_layout = (ctx.layout(step, x) for step in ctx.fmt.middle)
     world, rank = ctx.world, ctx.transport.rank
     chunks = ctx.chunks(x, ctx.fmt.unit)
     shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, world) for start, stop in chunks]
@@ -122,8 +123,8 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
         size = max(gather_layout.nbytes(a, b) for a, b in pairwise(shards[c]))
         wire = ctx.workspace.take("gather-send", c, size)
         if stop > start:
-            ctx.codec.decode_sum(wires, reduce_layout, start, stop, total, x.dtype)
-            ctx.codec.encode(total, gather_layout, start, stop, wire)
+            ctx.codec.decode_sum(wires, sum_layout, start, stop, total, x.dtype)
+            ctx.codec.encode(total, resend_layout, start, stop, wire)
         everybodys = ctx.workspace.take("gather-recv", c, world * size).view(world, size)
         what = f"two-shot gather, chunk {c + 1}/{len(chunks)}"
         gathered[c] = ctx.transport.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys

@@ -107,7 +107,7 @@ def _sections(wire: int, layout: Layout, start: int, stop: int, a: int) -> list[
         wire + base + layout.plane_bytes_before(width, a) - layout.plane_bytes_before(width, start)
         for base, (width, _) in zip(at.planes, layout.step.planes, strict=True)
     ]
-    return [wire + at.scale + 2 * group, wire + at.zero + 2 * group, *planes, *[0] * (3 - len(planes))]
+    return [wire + at.scale + 2 * group, wire + at.zero + group, *planes, *[0] * (3 - len(planes))]
 
 
 def _groups(layout: Layout, a: int, b: int) -> tuple[int, int, int]:
@@ -122,7 +122,7 @@ def _clear_padding(wire: int, layout: Layout, start: int, stop: int) -> None:
     """Zero the bytes between sections, as the definition does."""
     at = layout.sections(start, stop)
     used = [layout.plane_bytes_before(w, stop) - layout.plane_bytes_before(w, start) for w, _ in layout.step.planes]
-    begins = [*at.planes, at.scale, at.zero] if not layout.step.symmetric else [*at.planes, at.scale]
-    sizes = [*used, 2 * at.n_groups, 2 * at.n_groups][: len(begins)]
+    begins = [*at.planes, at.scale] if layout.step.packed else [*at.planes, at.scale, at.zero]
+    sizes = [*used, 2 * at.n_groups, at.n_groups][: len(begins)]
     for begin, size, end in zip(begins, sizes, [*begins[1:], at.nbytes], strict=True):
         ctypes.memset(wire + begin + size, 0, end - begin - size)

@@ -1,7 +1,7 @@
 """The decoder of one format, as vector code: decode the wire buffers of all ranks and add them up, bit for bit.
 
 The total of a group stays in registers while the ranks are added to it. Two facts keep that short. A code becomes
-the float code + zero by one OR and one subtraction (see `MAGIC`), both exact. And scale * (code + zero) is exact in
+the float code - zero by one OR and one subtraction (see `MAGIC`), both exact. And scale * (code - zero) is exact in
 float32, so that `fmuladd` gives the same bits whether the machine fuses it or not. Totals start at -0.0, the neutral
 element of addition: 0.0 would turn a -0.0 into 0.0.
 
@@ -28,11 +28,14 @@ from flashcomm.wire.cpu_groups import (
     plane_bytes,
     round_to_bf16,
 )
+from flashcomm.wire.cpu_hadamard import hadamard
+from flashcomm.wire.cpu_jit import cpu
 from flashcomm.wire.cpu_vector import F16, F32, I8, I16, I32, I64, Function, Variable, Vec
 from flashcomm.wire.format import StepFormat
 from flashcomm.wire.torch_codec import SCALE_NAN
 
-_TILE = 128  # values whose totals fit in the registers: so much of a group, or so many groups, at once
+# Values whose totals fit in the registers: so much of a group, or so many groups, at once.
+_TILE = 256 if cpu()[1].get("avx512f", False) else 128
 _QUARTER = 64  # with fewer values than this (ends of rows), quarters of words fill no register: codes are widened
 
 
@@ -45,20 +48,20 @@ def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., No
     f = Function("decode_sum", pointers=6, integers=5)
     stride, ranks = f.integers[:2]
 
-    def tile(j: Vec, k: int, n: int, at: At, begin: int) -> None:
-        """Values [begin, begin + _TILE) of the k groups from j on."""
-        values = [divmod(min(begin + i, k * n - 1), n) for i in range(min(_TILE, padded(k * n - begin)))]
+    def tile(j: Vec, k: int, n: int, at: At, begin: int, size: int) -> None:
+        """Values [begin, begin + size) of the k groups from j on."""
+        values = [divmod(min(begin + i, k * n - 1), n) for i in range(min(size, padded(k * n - begin)))]
         parts = 4 if len(values) >= _QUARTER else 1
         group_of_word = [g for g, _ in values[::parts]]
         totals = [Variable(f.vector(F32, len(group_of_word), -0.0)) for _ in range(parts)]
         with f.loop(ranks) as r:
-            scale_bits = f.load(at.scale + r * stride + j * 2, I16, k).to(I32) << 16
-            if step.symmetric:
-                zero = scale_bits.like(-(1 << (step.bits - 1)))
+            word = f.load(at.scale + r * stride + j * 2, I16, k).to(I32)
+            if step.packed:
+                zero, scale = word & step.levels, (word & ~step.levels) << 15
             else:
-                zero = f.load(at.zero + r * stride + j * 2, I16, k).to(I32, signed=True)
-            origin = (zero.like(MAGIC_BITS) - zero).view(F32).shuffle(group_of_word)
-            scale = scale_bits.view(F32).shuffle(group_of_word)
+                zero, scale = f.load(at.zero + r * stride + j, I8, k).to(I32), word << 16
+            origin = (zero | MAGIC_BITS).view(F32).shuffle(group_of_word)
+            scale = scale.view(F32).shuffle(group_of_word)
             sizes = [plane_bytes(n, width) for width, _ in step.planes]
             planes = [f.load(p + r * stride + j * m, I8, k * m) for p, m in zip(at.planes, sizes, strict=True)]
             codes = _unpack(planes, step, n, values)
@@ -66,7 +69,10 @@ def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., No
             for i, total in enumerate(totals):
                 steps = (((words >> 8 * i) & 0xFF) | MAGIC_BITS).view(F32) - origin
                 total.set(steps.intrinsic("fmuladd", scale, total.get()))
-        result = _stored([total.get() for total in totals], dtype)
+        sums = [total.get() for total in totals]
+        if step.transforms(n) and not step.rotated:
+            sums = [x * (1 / n) for x in hadamard(sums, n)]
+        result = _stored(sums, dtype)
         if begin + len(values) > k * n:
             result = result.shuffle(range(k * n - begin))
         f.store(at.values + j * (n * dtype.itemsize) + begin * dtype.itemsize, result)
@@ -74,10 +80,11 @@ def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., No
     def block(n: int, count: Vec, at: At) -> None:
         done = Variable(f.number(0))
         at_once = _TILE // n if n == step.group and n < _TILE else 1
-        for k in (at_once, 1) if at_once > 1 else (1,):
+        size = max(_TILE, n) if step.transforms(n) and not step.rotated else _TILE  # no transform of half a group
+        for k in sorted({at_once, max(1, at_once // 4), 1}, reverse=True):
             with f.loop_while(lambda k=k: (done.get() + k).compare("<=", count)):  # type: ignore[misc]
-                for begin in range(0, k * n, _TILE):
-                    tile(done.get(), k, n, at, begin)
+                for begin in range(0, k * n, size):
+                    tile(done.get(), k, n, at, begin, size)
                 done.set(done.get() + k)
 
     for_blocks(f, step, dtype, tail, block)

@@ -38,6 +38,25 @@ def floats(bits: Vec, dtype: torch.dtype) -> Vec:
     return bits.view(F16).to(F32) if dtype == torch.float16 else bits.view(F32)
 
 
+def spread(bits: Vec, dtype: torch.dtype) -> list[Vec]:
+    """The float32 values of bit patterns of dtype: of bfloat16 in two vectors, the even ones and the odd ones.
+
+    Two bfloat16 are one int32: taking the halves apart and joining them moves no value to another lane.
+    """
+    if dtype != torch.bfloat16:
+        return [floats(bits, dtype)]
+    pairs = bits.view(I32)
+    return [(pairs << 16).view(F32), (pairs & 0xFFFF0000).view(F32)]
+
+
+def join(parts: list[Vec]) -> Vec:
+    """The int16 in the low halves of int32, in order: the way back from `spread`."""
+    if len(parts) == 1:
+        return parts[0].to(I16)
+    even, odd = parts
+    return ((odd << 16) | (even & 0xFFFF)).view(I16)
+
+
 def round_to_bf16(x: Vec) -> Vec:
     """Bits (int32) whose upper halves are the values as bfloat16, rounded half to even.
 
@@ -76,7 +95,7 @@ def for_blocks(
     def visit(n: int, count: Vec) -> None:
         values, scale, zero, *planes = (p.get() for p in places)
         block(n, count, At(values, scale, zero, planes))
-        sizes = [n * dtype.itemsize, 2, 2, *(plane_bytes(n, width) for width, _ in step.planes)]
+        sizes = [n * dtype.itemsize, 2, 1, *(plane_bytes(n, width) for width, _ in step.planes)]
         for place, size in zip(places, sizes, strict=True):
             place.set(place.get() + count * size)
 

@@ -99,7 +99,7 @@ class Vec:
         emit = getattr(self.function.builder, instruction)
         return Vec(self.function, emit(operator, self.value, self.like(other).value))
 
-    def choose(self, yes: Numbers, no: Vec) -> Vec:
+    def choose(self, yes: Vec | Numbers, no: Vec) -> Vec:
         """Where the bits of self are set yes, elsewhere no."""
         return self._emit("select", no.like(yes).value, no.value)
 
@@ -178,6 +178,7 @@ class Function:
     def scratch(self, kind: Any) -> Vec:
         """A pointer to memory of the function's own, for one value of this LLVM type."""
         slot = self._entry.alloca(kind)
+        slot.align = 64  # bytes of the widest registers
         slot.type = POINTER
         return Vec(self, slot)
 

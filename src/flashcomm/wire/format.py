@@ -9,10 +9,10 @@ order, whose ends lie on group boundaries; one wire buffer holds one span.
 
     plane w     the code's next w bits (widest plane first, from the least significant bit up); a group of
                 n values takes m = ceil(n*w/8) bytes: value i sits in byte i mod m, at bit w*(i div m)
-    scale       one bfloat16 per group
-    zero        one int16 per group (absent in symmetric formats, where it is -2^(bits-1))
+    scale       16 bits per group: a bfloat16; up to 5 bits the zero point is in its low bits (see `StepFormat.packed`)
+    zero        8 bits per group, only from 6 bits on: the code of the value 0
 
-    value = scale * (code + zero)
+    value = scale * (code - zero), in -had formats of the group's Hadamard transform
 
 `docs/wire-format.md` tells the same with pictures and the reasons. Here is only arithmetic: no tensors.
 """
@@ -20,7 +20,7 @@ order, whose ends lie on group boundaries; one wire buffer holds one span.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -30,18 +30,15 @@ ALIGN = 16  # bytes; every section of a wire buffer starts at a multiple of it
 GROUPS = (16, 32, 64, 128, 256)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 LOSSLESS = "bf16"
+LIMIT = 2.0**126  # see StepFormat.limit
 
 _STEP = re.compile(r"int(?P<bits>[1-9]\d*)(?P<options>(?:-[a-z0-9]+)*)")
 _HELP = (
-    "a format is int2 ... int8, optionally with -g16, -g32, -g64, -g128 or -g256 (values per scale) and -sym "
-    "(no zero point), e.g. 'int4', 'int4-g32', 'int5-g64-sym'; 'int4/int8' uses the first for the reduce step "
-    "and the second for the gather step; 'bf16' does not compress"
+    "a format is int2 ... int8, optionally with -g16, -g32, -g64, -g128 or -g256 (values per scale) and -had "
+    "(a Hadamard transform of each group), e.g. 'int8', 'int6-had', 'int4-g32-had'; 'int4/int8' uses the first for the "
+    "reduce step and the second for the gather step; 'bf16' does not compress"
 )
-
-
-def default_group(bits: int) -> int:
-    """Values per scale when the format does not say: 128 at 4 bits and more, 32 below."""
-    return 128 if bits >= 4 else 32
+DEFAULT_GROUP = 64  # values per scale when the format does not say
 
 
 @dataclass(frozen=True)
@@ -49,18 +46,24 @@ class StepFormat:
     """How the values of one step (reduce or gather) are coded.
 
     `bits` is 2 to 8, or 16 for values sent as they are, in the tensor's own dtype; `group` is the number of
-    values that share a scale. Raises FormatError for anything else.
+    values that share a scale. With `hadamard` the Hadamard transform of each group is coded, so that one large
+    value does not take the precision of all its neighbours. Raises FormatError for anything else.
+
+    `rotated` is no format of its own: same bytes, but the values on both sides of the codec are the transforms.
+    A sum of transforms is the transform of the sum, so a reduce step and a gather step with the same groups need
+    no transform between them (`WireFormat.middle`).
     """
 
     bits: int
-    group: int
-    symmetric: bool = False
+    group: int = DEFAULT_GROUP
+    hadamard: bool = False
+    rotated: bool = False
 
     RAW_BITS: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         if self.bits == self.RAW_BITS:
-            if self.group != default_group(self.bits) or self.symmetric:
+            if self.group != DEFAULT_GROUP or self.hadamard:
                 raise FormatError(f"'{LOSSLESS}' takes no options; {_HELP}")
         elif self.bits not in WIDTHS:
             raise FormatError(f"{self.bits} bits asked for, 2 to 8 are allowed; {_HELP}")
@@ -86,28 +89,53 @@ class StepFormat:
                 shift += width
         return tuple(out)
 
+    @property
+    def packed(self) -> bool:
+        """Up to 5 bits: the zero is in the low bits of the scale's 16, for which that gives up sign and mantissa."""
+        return self.bits <= 5
+
+    @property
+    def mantissa(self) -> int:
+        """Bits of the scale's mantissa: 7, or what `packed` leaves of them."""
+        return 8 - self.bits if self.packed else 7
+
+    def transforms(self, n: int) -> bool:
+        """Whether a group of n values (a row's last may be short) is coded as its transform: n is a power of 2."""
+        return self.hadamard and n & (n - 1) == 0
+
+    def limit(self, n: int) -> float:
+        """Magnitudes of y from here on count as not finite: below it nothing on the way to x^ overflows."""
+        return LIMIT / n if self.transforms(n) else LIMIT
+
+    def shrunk(self, n: int) -> float | None:
+        """The smaller range tried beside that of all n values of a group, as a part of it, or None.
+
+        Transforms look like noise, whose few largest values are not worth the precision they cost all others.
+        """
+        return {2: 0.6875, 3: 0.8125, 4: 0.90625}.get(self.bits) if self.transforms(n) else None
+
     def __str__(self) -> str:
         if self.lossless:
             return LOSSLESS
-        group = "" if self.group == default_group(self.bits) else f"-g{self.group}"
-        return f"int{self.bits}{group}{'-sym' if self.symmetric else ''}"
+        group = "" if self.group == DEFAULT_GROUP else f"-g{self.group}"
+        return f"int{self.bits}{group}{'-had' if self.hadamard else ''}"
 
     @classmethod
     def parse(cls, text: str) -> StepFormat:
         if text == LOSSLESS:
-            return cls(cls.RAW_BITS, default_group(cls.RAW_BITS))
+            return cls(cls.RAW_BITS)
         match = _STEP.fullmatch(text)
         if not match or int(match["bits"]) == cls.RAW_BITS:
             raise FormatError(f"unknown format {text!r}: {_HELP}")
-        bits, group, symmetric = int(match["bits"]), None, False
+        bits, group, hadamard = int(match["bits"]), None, False
         for option in match["options"].split("-")[1:]:
-            if option == "sym" and not symmetric:
-                symmetric = True
+            if option == "had" and not hadamard:
+                hadamard = True
             elif re.fullmatch(r"g\d+", option) and group is None:
                 group = int(option[1:])
             else:
                 raise FormatError(f"unknown or repeated option '-{option}' in format {text!r}: {_HELP}")
-        return cls(bits, default_group(bits) if group is None else group, symmetric)
+        return cls(bits, DEFAULT_GROUP if group is None else group, hadamard)
 
 
 @dataclass(frozen=True)
@@ -116,7 +144,7 @@ class WireFormat:
 
     `WireFormat.parse(text)` and `str(format)` are inverse. Raises FormatError.
 
-    >>> str(WireFormat.parse("int4-g128/int8"))
+    >>> str(WireFormat.parse("int4-g64/int8"))
     'int4/int8'
     """
 
@@ -131,6 +159,19 @@ class WireFormat:
     def unit(self) -> int:
         """Values a shard or chunk is made of: the larger of the two groups (they nest, both being powers of 2)."""
         return max(self.reduce.group, self.gather.group)
+
+    @property
+    def bits(self) -> float:
+        """Bits per value on the wire in rows of whole groups, scales and zeros included: the mean of both steps."""
+        return (_bits(self.reduce) + _bits(self.gather)) / 2
+
+    @property
+    def middle(self) -> tuple[StepFormat, StepFormat]:
+        """How to decode the reduce step and encode its sum: rotated where both steps transform the same groups."""
+        a, b = self.reduce, self.gather
+        if a.hadamard and b.hadamard and a.group == b.group:
+            return replace(a, rotated=True), replace(b, rotated=True)
+        return a, b
 
     def __str__(self) -> str:
         return str(self.reduce) if self.reduce == self.gather else f"{self.reduce}/{self.gather}"
@@ -149,6 +190,10 @@ def _parse(text: str) -> WireFormat:
     first, slash, second = text.strip().lower().partition("/")
     reduce = StepFormat.parse(first)
     return WireFormat(reduce, StepFormat.parse(second) if slash else reduce)
+
+
+def _bits(step: StepFormat) -> float:
+    return step.bits if step.lossless else step.bits + (16 if step.packed else 24) / step.group
 
 
 @dataclass(frozen=True)
@@ -207,7 +252,7 @@ def _sections(layout: Layout, start: int, stop: int) -> Sections:
         at += _aligned(layout.plane_bytes_before(width, stop) - layout.plane_bytes_before(width, start))
     scale = at
     zero = scale + _aligned(2 * n_groups)
-    end = zero if layout.step.symmetric else zero + _aligned(2 * n_groups)
+    end = zero if layout.step.packed else zero + _aligned(n_groups)
     return Sections(tuple(planes), scale, zero, n_groups, end)
 
 

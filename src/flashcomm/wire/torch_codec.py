@@ -1,26 +1,32 @@
 """Encode and decode in plain torch: the definition of every bit. Nothing here is optimised, so nothing is in doubt.
 
-Per group of values x, with L = 2^bits - 1 levels, everything in float32 and every operation rounded once:
+Per group of values, y being the values, or their transform H x in -had formats, L = 2^bits - 1 the largest code, and
+every operation in float32 and rounded once:
 
-    scale = bf16_up(max((max - min) / L, max(|min|, |max|) * 2^-14, 2^-110))      bf16_up: to the next bfloat16
+    low, high = min(y, 0), max(y, 0)
+    scale = up(max((high - low) / L, 2^-110))      up: to the next number of 8 significant bits (9 - bits up to 5 bits)
     inv   = 1 / scale
-    zero  = round(min * inv)                                                       an integer, |zero| <= 2^14
-    code  = clamp(round(x * inv) - zero, 0, L)                                     round: half to even
-    x^    = scale * (code + zero)
+    zero  = -round(low * inv)                      0 to L: the code of the value 0; round: half to even
+    code  = clamp(round(y * inv) + zero, 0, L)
+    y^    = scale * (code - zero)                  x^ = y^, or H y^ / n
 
-Symmetric: scale from max|x| over 2^(bits-1) - 1 levels, zero = -2^(bits-1), not sent.
+H is the Hadamard matrix of the n values of the group (n a power of 2): log2(n) rounds in which the values h apart, for
+h = 1, 2, 4, ..., become their sum and their difference. A -had group of 2, 3 or 4 bits may be coded in a smaller range,
+low * f and high * f with f = 11/16, 13/16, 29/32, what lies outside being clamped: the range with the smaller sum of
+round(16 * (y - y^) * inv)^2, inv being that of the whole range, which is taken if the sums are equal.
 
-Why so. The grid is integer multiples of the stored scale, so rounding the zero point costs nothing (a 16-bit float
-zero moves the grid by up to half a step at 8 bits), a value of 0 comes out as 0, and x^ has at most 8 + 15
-significant bits: it is *exact* in float32, so no fused multiply-add can change a bit of any sum. The floor
-2^-110 makes every x^ and every sum a multiple of 2^-117: subnormals never appear, flush-to-zero changes nothing.
+Why so. The grid is integer multiples of the stored scale, so the zero point costs nothing, a value of 0 comes out as
+0, and y^ has at most 16 significant bits: it is *exact* in float32, its transform (24 bits) too, so that neither
+fused multiply-adds nor the order of a transform's sums can change a bit. Sums of ranks are sums of y^, transformed
+once. The floor 2^-110 keeps subnormals out of every result.
 
-Error: |x - x^| <= scale * (1/2 + 2^-14) + |x| * 2^-22 (see `error_bound`). A group that holds NaN, Inf or a magnitude
-of 2^126 (8.5e37) or more has the scale NaN, codes and zero 0, and decodes to NaN throughout; other groups do not
-notice.
+Error: see `error_bound`. A group that holds NaN, Inf or |y| >= 2^126 (8.5e37; a transform 2^126 / n) has the scale NaN,
+codes and zero 0, and decodes to NaN throughout; other groups do not notice.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,39 +34,77 @@ from torch import Tensor
 from flashcomm.wire.format import Layout, Sections, StepFormat
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIMIT = 2.0**126  # magnitudes from here on count as not finite
 SCALE_MIN = 2.0**-110
 SCALE_NAN = 0x7FC0  # the bits of the scale of a group that is not finite
-ZERO_REACH = 2.0**-14  # scale >= max|x| * this keeps |code + zero| within 15 bits
 
 
-def bf16_up(x: Tensor) -> Tensor:
-    """x (float32, positive, finite) rounded up to a bfloat16 value, still float32."""
-    return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+def up(x: Tensor, mantissa: int) -> Tensor:
+    """x (float32, positive, finite) rounded up to `mantissa` bits behind the leading one, still float32."""
+    low = (1 << (23 - mantissa)) - 1
+    return ((x.view(torch.int32) + low) & ~low).view(torch.float32)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """H x for each row of x (groups, n), n a power of 2: not normalised, so that H H x is n x."""
+    y, h = x, 1
+    while h < x.shape[1]:
+        a, b = y.view(x.shape[0], -1, 2, h).unbind(2)
+        y, h = torch.stack((a + b, a - b), 2).view(x.shape), 2 * h
+    return y
 
 
 def quantise(x: Tensor, step: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (uint8), scale (bfloat16) and zero (int16) of x (float32, shape (groups, n)); the module's formula."""
-    low, high = x.amin(1), x.amax(1)
-    magnitude = torch.maximum(low.abs(), high.abs())
-    finite = magnitude < LIMIT  # False for NaN
-    if step.symmetric:
-        half = 1 << (step.bits - 1)
-        scale = magnitude / torch.full_like(magnitude, half - 1)  # by a tensor: by a number CUDA multiplies
-    else:
-        scale = torch.maximum((high - low) / torch.full_like(low, step.levels), magnitude * ZERO_REACH)
-    scale = bf16_up(torch.where(finite, scale, 1.0).clamp_min(SCALE_MIN))
-    inv = 1.0 / scale
-    zero = torch.full_like(low, -half) if step.symmetric else torch.round(torch.where(finite, low, 0.0) * inv)
-    codes = (torch.round(x * inv[:, None]) - zero[:, None]).clamp(0, step.levels)
-    codes = torch.where(finite[:, None], codes, 0.0)
-    bits = torch.where(finite, scale.view(torch.int32) >> 16, SCALE_NAN)  # not .to(bfloat16): its NaN varies
-    return codes.to(torch.uint8), bits.to(torch.int16).view(torch.bfloat16), zero.to(torch.int16)
+    """Codes (uint8), scale (float32, NaN where not finite) and zero (uint8) of x (float32, shape (groups, n))."""
+    n = x.shape[1]
+    y = hadamard(x) if step.transforms(n) and not step.rotated else x
+    low, high = y.amin(1).clamp_max(0.0), y.amax(1).clamp_min(0.0)
+    finite = torch.maximum(low.abs(), high.abs()) < step.limit(n)  # False for NaN
+    y, low, high = (torch.where(finite.view(-1, *[1] * (v.dim() - 1)), v, 0.0) for v in (y, low, high))
+    codes, scale, zero = _in_range(y, low, high, step)
+    if (part := step.shrunk(n)) is not None:
+        inverse, smaller = 1.0 / scale, _in_range(y, low * part, high * part, step)
+        better = _square_error(y, *smaller, inverse) < _square_error(y, codes, scale, zero, inverse)
+        codes = torch.where(better[:, None], smaller[0], codes)
+        scale, zero = torch.where(better, smaller[1], scale), torch.where(better, smaller[2], zero)
+    return codes.to(torch.uint8), torch.where(finite, scale, float("nan")), zero.to(torch.uint8)
+
+
+def _in_range(y: Tensor, low: Tensor, high: Tensor, step: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero of y (groups, n) in the range from low to high (groups,), all float32."""
+    scale = (high - low) / torch.full_like(low, step.levels)  # by a tensor: by a number CUDA multiplies
+    scale = up(scale.clamp_min(SCALE_MIN), step.mantissa)
+    inverse = 1.0 / scale
+    zero = 0.0 - torch.round(low * inverse)
+    codes = (torch.round(y * inverse[:, None]) + zero[:, None]).clamp(0, step.levels)
+    return codes, scale, zero
+
+
+def _square_error(y: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, inverse: Tensor) -> Tensor:
+    """The sum over each group of integer squares: below 2^24, so that their order does not matter."""
+    error = (y - scale[:, None] * (codes - zero[:, None])) * inverse[:, None]
+    return torch.round(error * 16.0).square().sum(1)
 
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """scale * (codes + zero) in float32, shape (groups, n): exact, or NaN where the scale is NaN."""
-    return scale.to(torch.float32)[:, None] * (codes.to(torch.int32) + zero.to(torch.int32)[:, None]).to(torch.float32)
+    """scale * (codes - zero) in float32, shape (groups, n): exact, or NaN where the scale is NaN."""
+    return scale[:, None] * (codes.to(torch.int32) - zero.to(torch.int32)[:, None]).to(torch.float32)
+
+
+def words(scale: Tensor, zero: Tensor, step: StepFormat) -> Tensor:
+    """What stands in the scale's section, int16: the scale's bfloat16, or with `packed` formats scale and zero."""
+    word = torch.where(scale.isnan(), SCALE_NAN, scale.view(torch.int32) >> 16)  # not .to(bfloat16): its NaN varies
+    if step.packed:
+        word = (word >> (step.bits - 1) << step.bits) | zero.to(torch.int32)
+    return word.to(torch.int16)
+
+
+def from_words(word: Tensor, step: StepFormat) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero (int32) out of the scale's section; the zero only with `packed` formats, or 0."""
+    bits = word.to(torch.int32) & 0xFFFF
+    zero = bits & step.levels if step.packed else torch.zeros_like(bits)
+    if step.packed:
+        bits = bits >> step.bits << (step.bits - 1)
+    return (bits << 16).view(torch.float32), zero
 
 
 def pack(codes: Tensor, width: int, shift: int) -> Tensor:
@@ -92,34 +136,14 @@ def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> Non
     if layout.step.lossless:
         out[: x.numel() * x.element_size()].copy_(flat.view(torch.uint8))
         return
-    scales = _section(out, at.scale, at.n_groups, torch.bfloat16)
-    zeros = None if layout.step.symmetric else _section(out, at.zero, at.n_groups, torch.int16)
-    for groups, values, offsets in _classes(layout, start, stop, x.device):
-        codes, scale, zero = quantise(flat[values - start].to(torch.float32), layout.step)
-        scales[groups] = scale
-        if zeros is not None:
-            zeros[groups] = zero
-        for (width, shift), base, offset in zip(layout.step.planes, at.planes, offsets, strict=True):
-            plane = pack(codes, width, shift)
-            out[base + offset[:, None] + torch.arange(plane.shape[1], device=x.device)] = plane
-
-
-def decode(wire: Tensor, layout: Layout, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """The values [start, stop), float32 (stop-start,); dtype is that of the message, which lossless buffers hold."""
-    at = layout.sections(start, stop)
-    if layout.step.lossless:
-        return _section(wire, 0, stop - start, dtype).to(torch.float32)
-    result = torch.empty(stop - start, dtype=torch.float32, device=wire.device)
-    scales = _section(wire, at.scale, at.n_groups, torch.bfloat16)
-    for groups, values, offsets in _classes(layout, start, stop, wire.device):
-        n = values.shape[1]
-        codes = torch.zeros(values.shape, dtype=torch.uint8, device=wire.device)
-        for (width, shift), base, offset in zip(layout.step.planes, at.planes, offsets, strict=True):
-            m = -(-n * width // 8)
-            plane = wire[base + offset[:, None] + torch.arange(m, device=wire.device)]
-            codes |= unpack(plane, width, shift, n)
-        result[values - start] = dequantise(codes, scales[groups], _zeros(wire, layout.step, at)[groups])
-    return result
+    scales = _section(out, at.scale, at.n_groups, torch.int16)
+    for part in _classes(layout, start, stop, x.device):
+        codes, scale, zero = quantise(part.take(flat).to(torch.float32), layout.step)
+        scales[part.groups] = words(scale, zero, layout.step)
+        if not layout.step.packed:
+            _section(out, at.zero, at.n_groups, torch.uint8)[part.groups] = zero
+        for i, (width, shift) in enumerate(layout.step.planes):
+            part.put_plane(out, at, i, pack(codes, width, shift))
 
 
 def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor, dtype: torch.dtype) -> None:
@@ -128,26 +152,58 @@ def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor
     wires: uint8 (W, nbytes), a buffer per rank, all of the span [start, stop). out: (stop-start,), contiguous.
     dtype: that of the message, which lossless buffers hold; out may be float32 scratch all the same.
     """
-    total = decode(wires[0], layout, start, stop, dtype)
-    for wire in wires[1:]:
-        total = total + decode(wire, layout, start, stop, dtype)
-    out.copy_(total)
+    at = layout.sections(start, stop)
+    if layout.step.lossless:
+        raw = [_section(wire, 0, stop - start, dtype).to(torch.float32) for wire in wires]
+        out.copy_(_sum(raw))
+        return
+    for part in _classes(layout, start, stop, wires.device):
+        total = _sum([_decode(wire, layout.step, at, part) for wire in wires])
+        if layout.step.transforms(part.n) and not layout.step.rotated:
+            total = hadamard(total) * (1.0 / part.n)
+        part.put(out, total.to(out.dtype))
+
+
+def _decode(wire: Tensor, step: StepFormat, at: Sections, part: _Class) -> Tensor:
+    """y^ of a class of groups of one wire buffer, float32 (groups, n)."""
+    planes = enumerate(step.planes)
+    parts = [unpack(part.take_plane(wire, at, i, width), width, shift, part.n) for i, (width, shift) in planes]
+    codes = parts[0]
+    for more in parts[1:]:
+        codes = codes | more
+    scale, zero = from_words(_section(wire, at.scale, at.n_groups, torch.int16)[part.groups], step)
+    if not step.packed:
+        zero = _section(wire, at.zero, at.n_groups, torch.uint8)[part.groups]
+    return dequantise(codes, scale, zero)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def error_bound(x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
-    """Largest |x - decode(encode(x))| the contract allows, float32, for the values x = [start, stop) of a message.
+    """Largest |x - x^| the contract allows, float32, for the values x = [start, stop) of a message, not rotated.
 
-    Half of the stored scale, plus the roundings of x * inv: scale * (1/2 + 2^-14) + |x| * 2^-22. Zero where lossless.
+    In terms of y: half of the stored scale, plus the roundings of y * inv, scale * 2^-14 + |y| * 2^-22, plus the part
+    (1 - f) of the larger end of the range if that was shrunk. Where y is a transform, x^ is off by no more than the
+    worst y, plus the transform's own roundings, log2(n) * 2^-23 * max|y|. Zero where lossless.
     """
-    values = x.reshape(-1).to(torch.float32)
+    values, bound = x.reshape(-1).to(torch.float32), torch.zeros(x.numel(), device=x.device)
     if layout.step.lossless:
-        return torch.zeros_like(values)
-    wire = torch.empty(layout.nbytes(start, stop), dtype=torch.uint8, device=x.device)
-    encode(x, layout, start, stop, wire)
-    at, bound = layout.sections(start, stop), values.abs() * 2**-22
-    scales = _section(wire, at.scale, at.n_groups, torch.bfloat16).to(torch.float32)
-    for groups, positions, _ in _classes(layout, start, stop, x.device):
-        bound[positions - start] += (scales[groups] * (0.5 + 2**-14))[:, None]
+        return bound
+    for part in _classes(layout, start, stop, x.device):
+        y, n = part.take(values), part.n
+        turned = layout.step.transforms(n)
+        y = hadamard(y) if turned else y
+        off = (quantise(y, replace(layout.step, rotated=True))[1] * (0.5 + 2**-14))[:, None] + y.abs() * 2**-22
+        if (f := layout.step.shrunk(n)) is not None:
+            off = off + (1 - f) * y.abs().amax(1, keepdim=True)
+        if turned:
+            off = off.amax(1, keepdim=True) + n.bit_length() * 2**-23 * y.abs().amax(1, keepdim=True)
+        part.put(bound, off.expand(y.shape))
     return bound
 
 
@@ -155,20 +211,44 @@ def _section(wire: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tenso
     return wire[offset : offset + count * dtype.itemsize].view(dtype)
 
 
-def _zeros(wire: Tensor, step: StepFormat, at: Sections) -> Tensor:
-    if step.symmetric:
-        return torch.full((at.n_groups,), -(1 << (step.bits - 1)), dtype=torch.int16, device=wire.device)
-    return _section(wire, at.zero, at.n_groups, torch.int16)
+@dataclass(frozen=True)
+class _Class:
+    """The groups of one size of a span, as a matrix (groups, n)."""
+
+    n: int
+    groups: Tensor | slice  # their numbers within the span
+    values: Tensor | None = None  # places of their values within the span (groups, n); None: all of it, in order
+    offsets: tuple[Tensor, ...] = ()  # per plane, where the bytes of each begin within the plane's section
+
+    def take(self, flat: Tensor) -> Tensor:
+        return flat.view(-1, self.n) if self.values is None else flat[self.values]
+
+    def put(self, flat: Tensor, values: Tensor) -> None:
+        if self.values is None:
+            flat.view(-1, self.n).copy_(values)
+        else:
+            flat[self.values] = values
+
+    def take_plane(self, wire: Tensor, at: Sections, i: int, width: int) -> Tensor:
+        m = -(-self.n * width // 8)
+        if self.values is None:
+            return wire[at.planes[i] : at.planes[i] + at.n_groups * m].view(-1, m)
+        return wire[at.planes[i] + self.offsets[i][:, None] + torch.arange(m, device=wire.device)]
+
+    def put_plane(self, wire: Tensor, at: Sections, i: int, plane: Tensor) -> None:
+        m = plane.shape[1]
+        if self.values is None:
+            wire[at.planes[i] : at.planes[i] + at.n_groups * m].view(-1, m).copy_(plane)
+        else:
+            wire[at.planes[i] + self.offsets[i][:, None] + torch.arange(m, device=wire.device)] = plane
 
 
-def _classes(layout: Layout, start: int, stop: int, device: torch.device) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
-    """The groups of a span by size (full ones, shorter ones at the end of rows), so that each class is a matrix.
-
-    Per class: the groups' numbers within the span (k,), the positions of their values in the message (k, n), and for
-    each plane the offset of their first byte within the plane's section (k,). All int64.
-    """
+def _classes(layout: Layout, start: int, stop: int, device: torch.device) -> list[_Class]:
+    """The groups of a span by size: full ones, and shorter ones at the end of rows."""
     step, row = layout.step, layout.row
     tail = row % step.group
+    if tail == 0:
+        return [_Class(step.group, slice(None))] if stop > start else []
     numbers = torch.arange(layout.groups_before(start), layout.groups_before(stop), device=device)
     column = numbers % layout.groups_per_row * step.group
     first = numbers // layout.groups_per_row * row + column
@@ -184,5 +264,6 @@ def _classes(layout: Layout, start: int, stop: int, device: torch.device) -> lis
                 - layout.plane_bytes_before(width, start)
                 for width, _ in step.planes
             ]
-            out.append((groups, begin[:, None] + torch.arange(n, device=device), offsets))
+            values = begin[:, None] + torch.arange(n, device=device) - start
+            out.append(_Class(n, groups, values, tuple(offsets)))
     return out
