@@ -21,13 +21,13 @@ from flashcomm.cli.report import human
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".assets" / "smollm2-135m-instruct"
 PROMPT = "Explain in two sentences why the sky is blue."
-FORMATS = ("bf16", "int8", "int4")
+FORMATS = ("bf16", "int6-had/int7-had", "int4-had")
 RATE = "100mbit"
 console = Console(width=max(120, Console().width))
 
 
 def main() -> None:
-    console.rule("[bold]A tensor-parallel model on 3 ranks, all-reduces in 16, 8 and 4 bits")
+    console.rule("[bold]A tensor-parallel model on 3 ranks, all-reduces in 16, 6 to 7 and 4 bits")
     console.print(
         f"SmolLM2-135M-Instruct, 3 processes over gloo, 60 all-reduces a forward pass. Prompt: [bold]{PROMPT}"
     )

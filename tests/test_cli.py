@@ -53,9 +53,9 @@ class TestDoctor:
         assert all(set(c["not"]) | {c["path"]} == {"native", "one_shot", "two_shot"} for c in got["choices"])
 
     def test_table_and_environment(self) -> None:
-        done = flashcomm("doctor", FLASHCOMM_FORMAT="int5-g64", FLASHCOMM_MIN_BYTE="7")
+        done = flashcomm("doctor", FLASHCOMM_FORMAT="int5-g32", FLASHCOMM_MIN_BYTE="7")
         assert done.returncode == 0
-        assert "as int5-g64, 2 ranks" in done.stdout
+        assert "as int5-g32, 2 ranks" in done.stdout
         assert "FLASHCOMM_MIN_BYTE is not a flashcomm setting" in done.stderr
 
     def test_help_names_every_command(self) -> None:
@@ -267,3 +267,99 @@ class TestModel:
         )
         (broken / "config.json").write_text("{not json")
         refused(flashcomm("generate", "--model", broken, "--world", 3, *say), "no readable model config")
+
+
+@pytest.fixture(scope="class")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 900 tokens of English."""
+    path = tmp_path_factory.mktemp("text") / "pages.txt"
+    lines = [
+        f"On day {i} the ship sailed {i * 7 % 40} miles to the north and met {i * 3 % 11} birds." for i in range(40)
+    ]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@needs_model
+class TestAccuracy:
+    """eval, tune and probe on the real model, cut short."""
+
+    def test_tune_then_eval_the_plan(self, pages: Path, tmp_path: Path) -> None:
+        common = ("--model", MODEL, "--text", pages, "--context", 64, "--windows", 2, "--json")
+        plan = tmp_path / "plan-{}.json"
+        made = as_json(flashcomm("tune", *common, "--bits", "4.6,7", "--check", pages, "--decode", "int8", "-o", plan))
+        small, large = made["plans"]
+        assert small["met"]
+        assert 4.3 < small["bits"] <= 4.6
+        assert 6 < large["bits"] <= 7
+        assert 0 < large["predicted_kl"] < small["predicted_kl"]
+        assert small["check_rise_pct"] == small["rise_pct"]  # the same text
+
+        csvs = tmp_path / "eval.csv", tmp_path / "layers.csv"
+        files = ("--plan", tmp_path / "plan-4.6.json", "--csv", csvs[0], "--layers", csvs[1])
+        args = ("--worlds", "2,4", "--formats", "int8,int4", "--algorithm", "two_shot", "--continuation", 4, *files)
+        got = as_json(flashcomm("eval", *common, *args))
+        rows = {(r["world"], r["format"]): r for r in got["rows"]}
+        assert set(rows) == {(w, f) for w in (2, 4) for f in ("bf16", "int8", "int4", "plan-4.6.json")}
+        assert rows[2, "plan-4.6.json"]["kl"] < rows[2, "int4"]["kl"] / 2
+        assert rows[2, "int8"]["kl"] < rows[2, "int4"]["kl"] / 20
+        assert rows[2, "int8"]["bits"] == pytest.approx(8.375, rel=0.002)
+        assert rows[2, "plan-4.6.json"]["bits"] == pytest.approx(small["bits"], rel=0.002)
+        assert rows[2, "plan-4.6.json"]["rise_pct"] == pytest.approx(small["rise_pct"], abs=0.01)
+        assert len(got["layers"]) == 2 * 60
+        assert sum(float(r["kl"]) for r in got["layers"] if r["format"] == "int8") < 0.05
+        for source in csvs:
+            picture = source.with_suffix(".svg")
+            assert as_json(flashcomm("plot", source, "-o", picture, "--json")) == {"picture": str(picture)}
+            assert "<svg" in picture.read_text()
+
+    def test_a_budget_no_format_meets(self, pages: Path, tmp_path: Path) -> None:
+        where = ("--text", pages, "--context", 96, "--windows", 2, "-o", tmp_path / "plan.json")
+        done = flashcomm("tune", "--model", MODEL, *where, "--bits", "2.05")
+        assert done.returncode == 1
+        assert "no plan meets the budget; written is the best found for 2.05" in done.stderr
+        assert json.loads((tmp_path / "plan.json").read_text())["made"]["met"] is False
+
+    def test_probe(self, pages: Path, tmp_path: Path) -> None:
+        args = ("--text", pages, "--contexts", "96,128", "--prompts", 2, "--tokens", 4, "--formats", "int8,int2")
+        got = as_json(flashcomm("probe", "--model", MODEL, *args, "--csv", tmp_path / "probe.csv", "--json"))
+        needles = {(r["context"], r["format"]): r for r in got["rows"] if r["probe"] == "needle"}
+        assert set(needles) == {(c, f) for c in (96, 128) for f in ("bf16", "int8", "int2")}
+        for context in (96, 128):
+            base, int8, int2 = (needles[context, fmt]["nats"] for fmt in ("bf16", "int8", "int2"))
+            assert abs(int8 - base) < 1
+            assert int2 > base + 5
+            assert needles[context, "int2"]["found_pct"] == 0
+        said = {r["format"]: r for r in got["rows"] if r["probe"] == "generation"}
+        assert said["int8"]["mean_same"] > said["int2"]["mean_same"]
+        assert {r["probe"] for r in csv.DictReader((tmp_path / "probe.csv").open())} == {"needle", "generation"}
+
+    def test_refusals(self, pages: Path, tmp_path: Path) -> None:
+        both = ("--model", MODEL, "--text", pages)
+        refused(flashcomm("eval", *both, "--context", 512, "--windows", 9), "pages.txt has", "windows of 512 need 4608")
+        refused(flashcomm("eval", *both, "--worlds", "2,x"), "--worlds 2,x: give numbers of at least 1")
+        refused(flashcomm("eval", *both, "--worlds", "5", "--windows", 1), "5 ranks cannot share the inputs of")
+        refused(flashcomm("eval", *both, "--plan", tmp_path / "no.json"), "no plan at")
+        (tmp_path / "other.json").write_text('{"flashcomm_plan": 1, "format": "int8", "layers": {"h.*": "int4"}}')
+        few = ("--context", 96, "--windows", 1)
+        refused(
+            flashcomm("eval", *both, *few, "--plan", tmp_path / "other.json"), "names layers the model has not (h.*)"
+        )
+        refused(flashcomm("tune", *both, "-o", "p.json"), "give one of --budget")
+        refused(flashcomm("tune", *both, "-o", "p.json", "--budget", "-1%"), "--budget -1%: give a rise")
+        refused(flashcomm("tune", *both, "-o", "p.json", "--bits", "1,2"), "--bits 1: give bits per value")
+        refused(flashcomm("tune", *both, "-o", "p.json", "--bits", "4,5"), "for several budgets, has a {}")
+        refused(flashcomm("tune", *both, "-o", "p.txt", "--bits", "4"), "a plan's name ends in .json")
+        refused(flashcomm("probe", *both, "--contexts", "9000"), "takes at most 8192 tokens")
+        refused(
+            flashcomm("generate", "--model", MODEL, "--prompt", "x", "--format", tmp_path / "no.json"), "no plan at"
+        )
+
+    def test_generate_with_a_plan(self, tmp_path: Path) -> None:
+        plan = {"flashcomm_plan": 1, "format": "int8", "decode": "bf16", "layers": {"*.o_proj": "int6-had"}}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        args = ("--world", 3, "--prompt", "Say hello.", "--tokens", 4, "--min-bytes", 0, "--json")
+        got = as_json(flashcomm("generate", "--model", MODEL, "--format", tmp_path / "plan.json", *args))
+        assert len(got["tokens"]) == 4
+        assert got["calls"]["all_reduce/native"] == 3 * 60  # the three tokens decoded
+        assert sum(got["calls"].values()) == 4 * 60

@@ -26,8 +26,14 @@ MAY_IMPORT = {
     "agreement": {"errors", "settings", "transports", "wire.torch_codec"},
     "communicator": {"errors", "settings", "policy", "agreement", "wire", "transports", "collectives"},
     "ops": {"errors", "wire.format", "communicator"},
-    "integrations": {"errors", "settings", "wire", "communicator", "ops"},
-    "cli": {"errors", "settings", "policy", "wire", "reference", "communicator", "ops", "integrations", ""},
+    "plan": {"errors", "wire.format"},
+    "simulate": {"errors", "policy", "reference", "plan", "wire"},
+    "sensitivity": {"reference", "plan", "simulate", "wire"},
+    "integrations": {"errors", "settings", "wire", "communicator", "ops", "plan"},
+    "cli": {
+        *("errors", "settings", "policy", "wire", "reference", "communicator", "ops", "integrations", ""),
+        *("plan", "simulate", "sensitivity"),
+    },
     "": {"communicator", "errors", "ops", "wire.format"},
 }
 

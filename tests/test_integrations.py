@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from flashcomm import WireFormat, reference
 from flashcomm.cli.launch import RankContext, run
-from flashcomm.errors import FormatError, SettingsError
+from flashcomm.errors import FormatError, PlanError, SettingsError
 
 FMT = WireFormat.parse("int4")
 
@@ -56,6 +57,18 @@ def c10d_sums(ctx: RankContext, path: str) -> None:
     mesh = init_device_mesh("cpu", (ctx.world,))
     partial = DTensor.from_local(everybody[ctx.rank], mesh, [Partial()])
     assert torch.equal(partial.redistribute(mesh, [Replicate()]).to_local(), want)
+
+
+def c10d_plan(ctx: RankContext, path: str) -> None:
+    use_backend(ctx, path)
+    everybody = [big(r) for r in range(ctx.world)]
+    x = everybody[ctx.rank].clone()
+    dist.all_reduce(x)
+    assert torch.equal(x, reference.two_shot(everybody, FMT))
+    one_token = [t[:, None] for t in everybody]
+    x = one_token[ctx.rank].clone()
+    dist.all_reduce(x)
+    assert torch.equal(x, reference.two_shot(one_token, WireFormat.parse("int6-had")))
 
 
 def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
@@ -155,6 +168,15 @@ class TestProcessGroup:
         with pytest.raises(SettingsError, match=r"FLASHCOMM_\* settings differ between ranks"):
             run(c10d_settings_differ, 2, (str(tmp_path / "store"),), timeout_s=60)
 
+    def test_a_plan_gives_its_format_and_that_for_decoding(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = {"flashcomm_plan": 1, "format": "int4", "decode": "int6-had", "layers": {"*": "int2"}}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        monkeypatch.setenv("FLASHCOMM_FORMAT", str(tmp_path / "plan.json"))
+        monkeypatch.setenv("FLASHCOMM_MIN_BYTES", "0")
+        run(c10d_plan, 3, (str(tmp_path / "store"),))
+
     def test_unknown_format_at_init(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "int1")
         with pytest.raises(FormatError, match="1 bits asked for, 2 to 8 are allowed"):
@@ -199,9 +221,9 @@ def seam_equals_by_hand(ctx: RankContext, path: str) -> None:
     outputs: list[torch.Tensor] = []
     reduce = seam.Reducer.__call__
 
-    def spy(self: Any, partial: torch.Tensor, mesh: Any) -> torch.Tensor:
+    def spy(self: Any, partial: torch.Tensor, mesh: Any, layer: str) -> torch.Tensor:
         partials.append(partial.clone())
-        outputs.append(reduce(self, partial, mesh))
+        outputs.append(reduce(self, partial, mesh, layer))
         return outputs[-1].clone()
 
     seam.Reducer.__call__ = spy  # type: ignore[method-assign]
@@ -246,7 +268,60 @@ def seam_lossless_equals_transformers(ctx: RankContext, path: str) -> None:
         assert torch.equal(load(path)(IDS).logits, want)
 
 
+def seam_takes_a_plan(ctx: RankContext, path: str, plan_file: str) -> None:
+    """Each layer's format is used, conditioning as `Plan` does it, the decode format for single tokens."""
+    from flashcomm.integrations import transformers as seam
+    from flashcomm.plan import Plan
+
+    plan = Plan.load(Path(plan_file))
+    seam.enable(plan_file, min_bytes=0)
+    model = load(path)
+    seam.check_plan(model)
+    seen: list[tuple[torch.Tensor, str, torch.Tensor]] = []
+    reduce = seam.Reducer.__call__
+
+    def spy(self: Any, partial: torch.Tensor, mesh: Any, layer: str) -> torch.Tensor:
+        seen.append((partial.clone(), layer, reduce(self, partial, mesh, layer).clone()))
+        return seen[-1][2].clone()
+
+    seam.Reducer.__call__ = spy  # type: ignore[method-assign]
+    with torch.inference_mode():
+        model(IDS)
+        model(IDS[:, :1])
+    assert len(seen) == 8
+    for mine, layer, out in seen:
+        everybody = [torch.empty_like(mine) for _ in range(ctx.world)]
+        dist.all_gather(everybody, mine)
+        formats = {plan.send(layer, x, ctx.world)[1] for x in everybody}
+        want = "int8" if mine.shape[1] == 1 else "int3-had" if layer == "model.layers.1.mlp.down_proj" else "int6-g32"
+        assert {str(f) for f in formats} == {want}
+        total = reference.one_shot([plan.send(layer, x, ctx.world)[0] for x in everybody], WireFormat.parse(want))
+        assert torch.equal(out, plan.receive(layer, total, ctx.world))
+
+
 class TestTransformers:
+    def test_a_plan_in_place_of_a_format(self, tmp_path: Path) -> None:
+        from flashcomm.plan import LayerPlan, Plan
+
+        tiny_llama(tmp_path)
+        shift = torch.randint(-3, 4, (64,), dtype=torch.int8)
+        special = LayerPlan(WireFormat.parse("int3-had"), shift, torch.randn(64).bfloat16())
+        plan = Plan(WireFormat.parse("int6-g32"), WireFormat.parse("int8"), {"*.1.mlp.down_proj": special})
+        plan.save(tmp_path / "plan.json")
+        run(seam_takes_a_plan, 2, (str(tmp_path), str(tmp_path / "plan.json")))
+
+    def test_a_plan_for_another_model(self, tmp_path: Path) -> None:
+        from flashcomm.integrations import transformers as seam
+        from flashcomm.plan import LayerPlan, Plan
+
+        Plan(WireFormat.parse("int8"), None, {"h.*.c_proj": LayerPlan(FMT)}).save(tmp_path / "plan.json")
+        seam.enable(str(tmp_path / "plan.json"))
+        model = torch.nn.Linear(4, 4)
+        model._flashcomm_layer, model.config = "model.layers.0.mlp.down_proj", None
+        with pytest.raises(PlanError, match=r"names layers the model has not \(h\.\*\.c_proj\)"):
+            seam.check_plan(model)
+        seam.disable()
+
     def test_every_reduction_is_the_reference(self, tmp_path: Path) -> None:
         tiny_llama(tmp_path)
         run(seam_equals_by_hand, 2, (str(tmp_path),))

@@ -69,6 +69,18 @@ def test_figures_are_those_of_the_results() -> None:
         assert f"| {label} | {' | '.join(cells)} |" in README
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/accuracy.md"])
+def test_tables_are_those_of_the_results(page: str) -> None:
+    """What scripts/tables.py would write is what stands there; every table it knows stands on one of both pages."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import tables
+
+    text = (ROOT / page).read_text()
+    assert tables.rendered(text) == text, "run scripts/tables.py"
+    assert set(re.findall(r"<!-- table (\w+) -->", text)) <= set(tables.TABLES)
+    assert sum((ROOT / p).read_text().count("<!-- table ") for p in tables.PAGES) == len(tables.TABLES)
+
+
 def test_results_say_where_they_come_from() -> None:
     files = sorted((ROOT / "results").glob("*.csv"))
     assert files

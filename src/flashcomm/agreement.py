@@ -105,11 +105,12 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
 
 
 def agree_on_call(
-    transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int, settings: Settings | None
+    transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int, settings: object
 ) -> None:
     """Return if every rank is about to make this very call; otherwise raise the same InputError on all of them.
 
-    settings: those of the Communicator that is called, in which another one of the same group differs.
+    settings: what else must be equal: the settings of the Communicator, in which another one of the same group differs,
+    and the format of this call; anything whose `repr` says it all.
     """
     words = [_VERSION, CALLS.index(name), number, int(problem), _digest(settings)]
     if isinstance(x, Tensor) and problem not in (Problem.DTYPE, Problem.DIMS):
@@ -120,7 +121,7 @@ def agree_on_call(
         return
     lines = []
     for rank, (_, call, count, code, digest, dtype, dims, *sizes) in enumerate(rows):
-        what = f"{CALLS[call]} number {count}" + (", of other settings," if digest != rows[0][4] else "")
+        what = f"{CALLS[call]} number {count}" + (", of other settings or format," if digest != rows[0][4] else "")
         if CALLS[call] == CALLS[-1]:
             lines.append(f"  rank {rank}: {CALLS[call]}")
         elif code:
@@ -158,9 +159,9 @@ def agree_on_settings(transport: ProcessGroupTransport, mine: Settings | Flashco
     return mine
 
 
-def _digest(settings: Settings | None) -> int:
-    """32 bits that differ between Communicators of different settings."""
-    return zlib.crc32(repr(settings).encode()) if settings else 0
+def _digest(settings: object) -> int:
+    """32 bits that differ between Communicators of different settings and calls of different formats."""
+    return zlib.crc32(repr(settings).encode())
 
 
 def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str) -> Tensor:

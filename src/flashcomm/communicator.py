@@ -13,6 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -108,26 +109,28 @@ class Communicator:
     def world(self) -> int:
         return self.transport.world
 
-    def all_reduce(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def all_reduce(self, x: Tensor, out: Tensor | None = None, *, format: WireFormat | None = None) -> Tensor:
         """The sum of x over all ranks, x's shape and dtype, the same bits on every rank.
 
         x: bf16, fp16 or fp32, any shape and strides, not modified; the last dimension is the row that quantisation
         groups do not cross. out: where to put the result (contiguous, x's shape and dtype; may be x); None makes one.
+        format: another wire format for this call, equal on all ranks; plans (`flashcomm.plan`) use it layer by layer.
         Cost: see `explain`. Raises InputError, ClosedError or CommunicationError.
         """
-        call = self._enter("all_reduce", x, out)
+        call = self._enter("all_reduce", x, out, format)
+        fmt = format or self.format
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
-        plan = policy.choose(call, self.format, self.settings.algorithm, self.settings.min_bytes).plan
-        self._count("all_reduce", plan.algorithm, x)
-        if plan.algorithm in ("copy", "native"):
+        way = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes).route.algorithm
+        self._count("all_reduce", way, x)
+        if way in ("copy", "native"):
             result.copy_(x)
-            if plan.algorithm == "native":
+            if way == "native":
                 self.transport.all_reduce_native(result, "native all-reduce").wait()
         else:
-            run = composed.one_shot if plan.algorithm == "one_shot" else composed.two_shot
-            run(x.contiguous(), result, self._context)
+            run = composed.one_shot if way == "one_shot" else composed.two_shot
+            run(x.contiguous(), result, replace(self._context, fmt=fmt))
         return result
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
@@ -181,13 +184,13 @@ class Communicator:
         run(x.contiguous(), out, self._context)
         return out
 
-    def _enter(self, name: str, x: Tensor, out: Tensor | None = None) -> policy.Call:
+    def _enter(self, name: str, x: Tensor, out: Tensor | None = None, fmt: WireFormat | None = None) -> policy.Call:
         """Check this rank's input and, where settings say so, that all ranks make the same call."""
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
         problem = agreement.problem_with(name, x, self.device, self.world, out)
         if self.settings.check and self.world > 1:
-            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, self.settings)
+            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt))
         elif problem:
             raise InputError(f"{name}: {problem.text(x, self.device, self.world)}")
         self._n_calls += 1

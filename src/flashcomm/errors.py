@@ -6,6 +6,7 @@
     │                       or one that differs between ranks                         (also a ValueError)
     ├── InputError          a tensor that cannot be reduced, or ranks that called
     │                       with different shapes, dtypes or operations               (also a ValueError)
+    ├── PlanError           a plan that cannot be read, or that is for another model  (also a ValueError)
     ├── UnavailableError    an explicitly requested path that cannot run here
     ├── CommunicationError  a peer died, or did not answer within the time-out
     └── ClosedError         a Communicator was used after close()
@@ -29,6 +30,10 @@ class SettingsError(FlashcommError, ValueError):
 
 class InputError(FlashcommError, ValueError):
     """A tensor this call cannot take, or calls that differ between ranks."""
+
+
+class PlanError(FlashcommError, ValueError):
+    """A plan (formats by layer) that cannot be read or does not fit the model."""
 
 
 class UnavailableError(FlashcommError):

@@ -36,7 +36,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Route:
     """The way a call goes; `wire_bytes` is the payload one rank sends to others."""
 
     algorithm: str
@@ -56,11 +56,11 @@ class Rejected:
 class Choice:
     """What `choose` found; `str()` of it is what `Communicator.explain` and `flashcomm doctor` print."""
 
-    plan: Plan
+    route: Route
     rejected: tuple[Rejected, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.plan.algorithm}: {self.plan.wire_bytes} bytes a rank; {self.plan.reason}"]
+        lines = [f"{self.route.algorithm}: {self.route.wire_bytes} bytes a rank; {self.route.reason}"]
         return "\n".join(lines + [f"  not {r.algorithm}: {r.reason}" for r in self.rejected])
 
 
@@ -84,7 +84,7 @@ def wire_bytes(algorithm: str, call: Call, fmt: WireFormat) -> int:
 
 @lru_cache(maxsize=4096)
 def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int) -> Choice:
-    """The plan of an all-reduce, and why the other ways were passed over.
+    """The route of an all-reduce, and why the other ways were passed over.
 
     An explicit `algorithm` wins over everything but a world of one. `auto` leaves to the backend what would gain
     nothing (the bf16 format, messages below `min_bytes`, rows so short that scales outweigh codes); otherwise one-shot
@@ -115,5 +115,5 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int) -> Choic
 
 
 def _choice(call: Call, fmt: WireFormat, algorithm: str, reason: str, others: dict[str, str]) -> Choice:
-    plan = Plan(algorithm, 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt), reason)
-    return Choice(plan, tuple(Rejected(name, why) for name, why in others.items() if name != algorithm))
+    route = Route(algorithm, 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt), reason)
+    return Choice(route, tuple(Rejected(name, why) for name, why in others.items() if name != algorithm))

@@ -1,6 +1,6 @@
 """The settings of a Communicator: keyword argument > `FLASHCOMM_*` environment variable > default, read once.
 
-    FLASHCOMM_FORMAT       wire format                                          int8
+    FLASHCOMM_FORMAT       wire format                                          int6-had/int7-had
     FLASHCOMM_ALGORITHM    auto, native, one_shot or two_shot                   auto
     FLASHCOMM_MIN_BYTES    `auto` leaves smaller messages to the backend        64K on CPUs, 1T (all) on GPUs
     FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time               4M on CPUs, 32M on GPUs
@@ -25,7 +25,7 @@ from flashcomm import policy
 from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
-DEFAULT_FORMAT = "int8"
+DEFAULT_FORMAT = "int6-had/int7-had"  # the fewest bits with at most 1 % loss (docs/accuracy.md)
 NEVER_BYTES = 1 << 40  # a minimum size that no message has
 ALGORITHMS = ("auto", *policy.ALGORITHMS)
 NAMES = ("FORMAT", "ALGORITHM", "MIN_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK", "DEBUG")

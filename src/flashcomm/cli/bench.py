@@ -78,8 +78,8 @@ def all_reduce(
 
 
 def _case(path: str | None, fmt: str, comm: Communicator, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
-    plan = comm.explain(shape, dtype).plan
-    return Case(fmt, path or plan.algorithm, comm, plan.wire_bytes)
+    route = comm.explain(shape, dtype).route
+    return Case(fmt, path or route.algorithm, comm, route.wire_bytes)
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, index: int, rank: int) -> Tensor:

@@ -80,8 +80,8 @@ def _choice(size: int, row: int, itemsize: int, world: int, settings: Settings, 
     choice = policy.choose(call, settings.format, settings.algorithm, settings.min_bytes)
     return {
         "size": size,
-        "path": choice.plan.algorithm,
-        "wire_bytes": choice.plan.wire_bytes,
-        "why": choice.plan.reason,
+        "path": choice.route.algorithm,
+        "wire_bytes": choice.route.wire_bytes,
+        "why": choice.route.reason,
         "not": {r.algorithm: r.reason for r in choice.rejected},
     }

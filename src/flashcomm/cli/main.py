@@ -1,4 +1,4 @@
-"""The `flashcomm` command: doctor, generate, ttft, bench, plot. Each takes `--json`; exit code 0 only if all went well.
+"""The `flashcomm` command. Each subcommand takes `--json`; the exit code is 0 only if all went well.
 
 Here are options, progress and tables; what runs on the ranks is in the module of each command's name.
 """
@@ -11,9 +11,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from flashcomm.cli import accuracy
+from flashcomm.cli.options import (
+    Algorithm,
+    Csv,
+    Device,
+    Dtype,
+    Json,
+    Link,
+    MinBytes,
+    Model,
+    Timeout,
+    World,
+    device_for,
+    dtype_for,
+    formats_of,
+    progress_bar,
+)
 from flashcomm.errors import FlashcommError, SettingsError
+from flashcomm.settings import DEFAULT_FORMAT
 
 app = typer.Typer(
     name="flashcomm",
@@ -24,21 +41,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure collectives, each verified before it is timed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
-World = Annotated[int, typer.Option("--world", "-n", min=1, help="Number of ranks.")]
-Link = Annotated[
-    str | None, typer.Option(help="Give every rank a network namespace and a link of this rate, e.g. 100mbit.")
-]
-Device = Annotated[str, typer.Option(help="cpu (gloo), cuda (NCCL), or auto: cuda where there are enough GPUs.")]
-Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
-Model = Annotated[Path, typer.Option(help="Model directory: config.json and safetensors, or one GGUF file.")]
-MinBytes = Annotated[str | None, typer.Option(help="Leave smaller messages to the backend, e.g. 64K.")]
-Algorithm = Annotated[str | None, typer.Option(help="auto, native, one_shot or two_shot.")]
-Timeout = Annotated[float, typer.Option(help="Seconds after which the whole run is given up.")]
-Csv = Annotated[
-    Path | None, typer.Option(help="Write the rows, with machine, versions, date and command, to this file.")
-]
+for _name, _command in (("eval", accuracy.evaluate), ("tune", accuracy.tune), ("probe", accuracy.probe)):
+    app.command(_name)(_command)
 
 
 @app.command()
@@ -55,9 +59,9 @@ def doctor(
     from flashcomm.cli import report
     from flashcomm.settings import Settings
 
-    where = _device(device, world)
+    where = device_for(device, world)
     settings = Settings.resolve(where, format=format)
-    found = command.examine(world, row, _dtype(dtype).itemsize, settings, where)
+    found = command.examine(world, row, dtype_for(dtype).itemsize, settings, where)
     if json:
         return report.print_json(found)
     for section in ("machine", "versions", "paths", "settings"):
@@ -77,7 +81,10 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
     world: World = 2,
-    format: Annotated[str, typer.Option("--format", "-f", help="Wire format of the all-reduces.")] = "int8",
+    format: Annotated[
+        str,
+        typer.Option("--format", "-f", envvar="FLASHCOMM_FORMAT", help="Wire format of the all-reduces, or a plan."),
+    ] = DEFAULT_FORMAT,
     tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 64,
     min_bytes: MinBytes = None,
     algorithm: Algorithm = None,
@@ -102,7 +109,7 @@ def generate(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    args = (model, format, prompt, tokens, _dtype(dtype), settings)
+    args = (model, format, prompt, tokens, dtype_for(dtype), settings)
     result = _run(command.generate, world, args, device=where, link=link, timeout=timeout, on_event=on_text)
     if result is None:  # under torchrun, not rank 0
         return
@@ -120,7 +127,9 @@ def generate(
 def ttft(
     model: Model,
     world: World = 2,
-    formats: Annotated[str, typer.Option(help="Wire formats, separated by commas.")] = "bf16,int8,int4",
+    formats: Annotated[
+        str, typer.Option(help="Wire formats, separated by commas.")
+    ] = f"bf16,int8,{DEFAULT_FORMAT},int4-had",
     tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 512,
     repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 3,
     min_bytes: MinBytes = None,
@@ -138,12 +147,12 @@ def ttft(
     from flashcomm.cli.link import parse_rate
     from flashcomm.cli.models import check_model
 
-    names = _formats(formats)
+    names = formats_of(formats, plans=True)
     where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
     rate = parse_rate(link) if link else None
     check_model(model, world)
-    args = (model, names, tokens, repeats, _dtype(dtype), rate, settings)
-    with _progress(json) as bar:
+    args = (model, names, tokens, repeats, dtype_for(dtype), rate, settings)
+    with progress_bar(json) as bar:
         task = bar.add_task("loading", total=None)
 
         def on_event(event: Any) -> None:
@@ -173,7 +182,7 @@ def bench_all_reduce(
     world: World = 2,
     formats: Annotated[
         str, typer.Option(help="Wire formats, separated by commas; bf16 is always measured.")
-    ] = "int8,int4",
+    ] = "int8,int6-had,int4-had,int4",
     begin: Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")] = "64K",
     end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
     factor: Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")] = 2,
@@ -198,14 +207,14 @@ def bench_all_reduce(
 
     if world < 2:
         raise SettingsError("a bench of a collective needs --world 2 or more")
-    names = _formats(formats)
+    names = formats_of(formats)
     where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
     settings |= {"chunk_bytes": chunk_bytes} if chunk_bytes else {}
     sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
-    args = (names, sizes, row, _dtype(dtype), turns, settings)
-    with _progress(json) as bar:
+    args = (names, sizes, row, dtype_for(dtype), turns, settings)
+    with progress_bar(json) as bar:
         task = bar.add_task("starting", total=len(sizes))
 
         def on_event(event: Any) -> None:
@@ -229,7 +238,7 @@ def bench_all_reduce(
 def bench_codec(
     formats: Annotated[
         str, typer.Option(help="Wire formats, separated by commas.")
-    ] = "int8,int6,int5,int4,int4-g32,int3,int2",
+    ] = "int8,int8-had,int6,int6-had,int5,int4,int4-had,int4-g32,int3,int2",
     begin: Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")] = "16M",
     end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
     factor: Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")] = 4,
@@ -248,10 +257,10 @@ def bench_codec(
     sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
-    names, rows = _formats(formats), []
-    with _progress(json) as bar:
+    names, rows = formats_of(formats), []
+    with progress_bar(json) as bar:
         task = bar.add_task("verifying and timing", total=len(sizes) * len(names))
-        for measured in codec_bench.codec(names, sizes, row, _dtype(dtype), threads, turns):
+        for measured in codec_bench.codec(names, sizes, row, dtype_for(dtype), threads, turns):
             rows.append(measured)
             bar.advance(task)
     if csv:
@@ -293,44 +302,13 @@ def _prepare(
     fmt: str, device: str, world: int, min_bytes: str | None, algorithm: str | None
 ) -> tuple[str, dict[str, Any]]:
     """(device, settings), wrong ones refused before any rank starts."""
+    from flashcomm.plan import Plan
     from flashcomm.settings import Settings
 
-    where = _device(device, world)
+    where = device_for(device, world)
     settings: dict[str, Any] = {k: v for k, v in (("min_bytes", min_bytes), ("algorithm", algorithm)) if v is not None}
-    Settings.resolve(where, format=fmt, **settings)
+    Settings.resolve(where, format=Plan.of(fmt).format, **settings)
     return where, settings
-
-
-def _formats(text: str) -> list[str]:
-    from flashcomm.wire.format import WireFormat
-
-    return [str(WireFormat.parse(part)) for part in text.split(",")]
-
-
-def _device(asked: str, world: int) -> str:
-    import torch
-
-    if asked not in ("auto", "cpu", "cuda"):
-        raise SettingsError(f"--device {asked}: allowed are auto, cpu and cuda")
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world else "cpu"
-    return asked
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name not in known:
-        raise SettingsError(f"--dtype {name}: allowed are {', '.join(known)}")
-    return known[name]
-
-
-def _progress(quiet: bool) -> Progress:
-    from flashcomm.cli.report import err_console
-
-    parts = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*parts, console=err_console, transient=True, disable=quiet or not err_console.is_terminal)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`flashcomm plot`: a picture of a CSV that `bench` or `ttft` wrote. It draws figures and measures none."""
+"""`flashcomm plot`: a picture of a CSV that `bench`, `ttft` or `eval` wrote. It draws figures and measures none."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Rows = Sequence[Mapping[str, str]]
 
 
 def plot(source: Path, target: Path) -> None:
-    """Draw source (a CSV) into target (.svg or .png): time and speed-up by size, or time to first token by format.
+    """Draw source (a CSV) into target (.svg or .png), whatever it holds: time and speed-up by size; time to first token
+    by format; loss against bits on the wire; cost by layer.
 
-    Raises InputError for a file that is neither; UnavailableError without matplotlib.
+    Raises InputError for a file that is none of these; UnavailableError without matplotlib.
     """
     try:
         import matplotlib
@@ -39,8 +40,17 @@ def plot(source: Path, target: Path) -> None:
     elif rows and "ttft_s" in rows[0]:
         figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
         _ttft(rows, axis)
+    elif rows and "rise_pct" in rows[0]:
+        worlds = list(dict.fromkeys(row["world"] for row in rows))
+        size = (4.5 * len(worlds) + 0.5, 4.5)
+        figure, panels = pyplot.subplots(1, len(worlds), figsize=size, layout="constrained", sharey=True, squeeze=False)
+        for world, axis in zip(worlds, panels[0], strict=True):
+            _pareto([row for row in rows if row["world"] == world], axis)
+    elif rows and "layer" in rows[0]:
+        figure, axis = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+        _layers(rows, axis)
     else:
-        raise InputError(f"{source} holds no rows of `flashcomm bench` or `flashcomm ttft`: write one with --csv")
+        raise InputError(f"{source} holds no rows of `flashcomm bench`, `ttft` or `eval`: write one with --csv")
     where = rows[0]
     figure.text(0.005, 0.005, f"{where['machine']}, torch {where['torch']}, {where['date']}", fontsize=6, color="0.5")
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None, dpi=150)
@@ -79,3 +89,51 @@ def _ttft(rows: Rows, axis: Any) -> None:
     link = "" if rows[0]["link"] == "none" else f" over {rows[0]['link']}"
     axis.set_title(f"{rows[0]['model']}, {rows[0]['tokens']} tokens, {rows[0]['world']} ranks{link}", loc="left")
     axis.legend(loc="lower right")
+
+
+def _pareto(rows: Rows, axis: Any) -> None:
+    """KL divergence against bits per value, a line for each family; the rise in perplexity beside each point."""
+    families = {"plans": "-o", "-had formats": "--s", "plain formats": ":^"}
+    for family, style in families.items():
+        mine = [r for r in rows if _family(r["format"]) == family and float(r["kl"]) > 0]
+        mine.sort(key=lambda r: float(r["bits"]))
+        if not mine:
+            continue
+        bits, loss = [float(r["bits"]) for r in mine], [float(r["kl"]) for r in mine]
+        axis.plot(bits, loss, style, label=family, markersize=4)
+        for row, x, y in zip(mine, bits, loss, strict=True):
+            text = f"{row['format'].removesuffix('.json')} {float(row['rise_pct']):+.2g} %"
+            above = family != "plans"
+            place = {"xytext": (3, 3) if above else (-3, -4), "textcoords": "offset points"}
+            axis.annotate(
+                text, (x, y), fontsize=5, ha="left" if above else "right", va="bottom" if above else "top", **place
+            )
+    axis.set(yscale="log", xlabel="bits per value on the wire, all included")
+    axis.margins(x=0.15)
+    axis.set_title(f"{rows[0]['world']} ranks, {rows[0]['algorithm']}", loc="left")
+    axis.grid(alpha=0.3)
+    if axis.get_subplotspec().is_first_col():
+        axis.set_ylabel("KL divergence, nats per token")
+        axis.legend()
+
+
+def _family(fmt: str) -> str:
+    if fmt.endswith(".json"):
+        return "plans"
+    return "-had formats" if "-had" in fmt else "plain formats"
+
+
+def _layers(rows: Rows, axis: Any) -> None:
+    """KL divergence of each layer coded alone, by its place in the model; a colour a format, a marker a kind."""
+    names = list(dict.fromkeys(row["layer"] for row in rows))
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    for i, fmt in enumerate(dict.fromkeys(row["format"] for row in rows)):
+        for kind, marker in zip(kinds, "ov^sD*", strict=False):
+            mine = [r for r in rows if r["format"] == fmt and r["layer"].endswith(kind)]
+            places = [int("0" + "".join(c for c in r["layer"] if c.isdigit())) for r in mine]
+            label = f"{fmt}, {kind}"
+            axis.plot(places, [float(r["kl"]) for r in mine], marker, color=f"C{i}", markersize=4, label=label)
+    axis.set(yscale="log", xlabel="layer", ylabel="KL divergence, nats per token, that layer alone")
+    axis.set_title(f"{rows[0]['model']}, {rows[0]['world']} ranks", loc="left")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, ncols=2)

@@ -13,10 +13,14 @@ The seam is a Python subclass of ProcessGroup, because torch (2.11 to 2.13) call
 Python only, and functional collectives and DTensor come from C++. Such a subclass must pass on *every* collective in
 Python: where it does not, torch runs the inherited method with the GIL held, and gloo's worker thread, which needs the
 GIL to let go of a tensor while it holds the lock that the method wants, deadlocks with it.
+
+FLASHCOMM_FORMAT may name a plan. A collective knows no layer, so that what holds is the plan's format for layers not
+named, and its format for decoding.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 from typing import Any
@@ -29,10 +33,13 @@ from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, St
 
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, FormatError, SettingsError
+from flashcomm.plan import Plan, is_decode
 from flashcomm.settings import Settings
+from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES
 
 NAME = "flashcomm"
+log = logging.getLogger("flashcomm")
 _SUM: Any = dist.ReduceOp.SUM
 
 
@@ -45,7 +52,11 @@ class FlashProcessGroup(dist.ProcessGroup):
         for device, kind, backend in _backends(store, rank, size, timeout):
             for group in (self, self._inner):
                 group._register_backend(torch.device(device), kind, backend)
-        self._settings = _agreed_settings(store, rank, size, timeout)
+        self._settings, self._plan = _agreed_settings(store, rank, size, timeout)
+        if self._plan is not None and self._plan.layers and rank == 0:
+            log.warning(
+                "backend 'flashcomm' sees no layers: %s for all sums, the plan's layers count not", self._plan.format
+            )
         self._communicators: dict[str, Communicator] = {}
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
@@ -58,12 +69,18 @@ class FlashProcessGroup(dist.ProcessGroup):
             return self._inner.allreduce(list(many), options)
         (x,) = many
         dense = x.is_contiguous()
-        result = self._communicator(x.device.type).all_reduce(x.detach(), out=x.detach() if dense else None)
+        result = self._communicator(x.device.type).all_reduce(
+            x.detach(), out=x.detach() if dense else None, format=self._format(x)
+        )
         if not dense:
             x.detach().copy_(result)
         done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         done.set_result([x])
         return _create_work_from_future(done)  # type: ignore[no-any-return]
+
+    def _format(self, x: Tensor) -> WireFormat | None:
+        decodes = self._plan is not None and self._plan.decode is not None and is_decode(x)
+        return self._plan.decode if self._plan is not None and decodes else None
 
     def _takes(self, x: Tensor) -> bool:
         """Whether this sum is ours: a fact about dtype and size, equal on every rank."""
@@ -75,25 +92,30 @@ class FlashProcessGroup(dist.ProcessGroup):
     def _communicator(self, device_type: str) -> Communicator:
         if device_type not in self._communicators:
             timeout_s = self._settings[device_type].timeout_s
-            self._communicators[device_type] = Communicator(self._inner, device=device_type, timeout_s=timeout_s)
+            fmt = self._settings[device_type].format
+            self._communicators[device_type] = Communicator(self._inner, fmt, device=device_type, timeout_s=timeout_s)
         return self._communicators[device_type]
 
     def getBackendName(self) -> str:  # noqa: N802  torch's name
         return NAME
 
 
-def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> dict[str, Settings]:
-    """Settings by device, from the environment, after comparing over the store; the same error on every rank otherwise.
+def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> tuple[dict[str, Settings], Plan | None]:
+    """Settings by device and the plan, if any, from the environment, after comparing over the store.
 
-    Here and not at the first sum, because they decide which sums are ours.
+    They are equal on all ranks, or the same error is raised on all. Here and not at the first sum, because they decide
+    which sums are ours.
     """
     given: dict[str, Any] = {} if "FLASHCOMM_TIMEOUT_S" in os.environ else {"timeout_s": timeout.total_seconds()}
-    settings, error = {}, ""
+    settings, plan, error = {}, None, ""
     try:
+        if "FLASHCOMM_FORMAT" in os.environ:
+            plan = Plan.of(os.environ["FLASHCOMM_FORMAT"])
+            given["format"] = plan.format
         settings = {device: Settings.resolve(device, **given) for device in ("cpu", "cuda")}
     except FlashcommError as why:
         error = f"rank {rank}: {why}"
-    store.set(f"flashcomm/{rank}", error or f"ok {settings}")
+    store.set(f"flashcomm/{rank}", error or f"ok {settings} {plan.as_dict() if plan else ''}")
     everybody = [store.get(f"flashcomm/{r}").decode() for r in range(size)]
     wrong = [text for text in everybody if not text.startswith("ok ")]
     if wrong:
@@ -101,7 +123,7 @@ def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> 
     if len(set(everybody)) > 1:
         told = "\n".join(f"  rank {r}: {text[3:]}" for r, text in enumerate(everybody))
         raise SettingsError(f"FLASHCOMM_* settings differ between ranks; give all of them the same:\n{told}")
-    return settings
+    return settings, plan
 
 
 def _pass_on(name: str) -> Any:

@@ -4,12 +4,14 @@
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
 
 `enable` replaces the "rowwise" styles of the tensor-parallel plan by a subclass whose one difference is the all-reduce
-after a row-parallel Linear (two a layer in a Llama). It changes models loaded afterwards, in this process, until
-`disable`; training, embeddings and mixture-of-experts sums keep transformers' own path.
+after a row-parallel Linear (two a layer in a Llama). In place of a format it takes a plan (`flashcomm.plan`): formats
+by layer, and one for decoding. It changes models loaded afterwards, in this process, until `disable`; training,
+embeddings and mixture-of-experts sums keep transformers' own path.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +22,9 @@ from torch import Tensor
 
 from flashcomm.communicator import Communicator
 from flashcomm.errors import UnavailableError
+from flashcomm.plan import Plan
 from flashcomm.settings import Settings
+from flashcomm.wire.format import WireFormat
 
 try:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
@@ -38,11 +42,12 @@ class Reducer:
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
+        self.plan: Plan | None = None
         self.skip = False
         self.communicators: dict[tuple[Any, str], Communicator] = {}
 
-    def __call__(self, partial: Tensor, mesh: Any) -> Tensor:
-        """Sum the partial results over the mesh's tensor-parallel group."""
+    def __call__(self, partial: Tensor, mesh: Any, layer: str) -> Tensor:
+        """Sum the partial results of the layer of that name over the mesh's tensor-parallel group."""
         group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
         if self.skip:
             dist.all_reduce(partial.new_zeros(1), group=group)
@@ -50,7 +55,11 @@ class Reducer:
         key = (group, repr(sorted(self.settings.items())))
         if key not in self.communicators:
             self.communicators[key] = Communicator(group, **self.settings)
-        return self.communicators[key].all_reduce(partial)
+        comm = self.communicators[key]
+        if self.plan is None:
+            return comm.all_reduce(partial)
+        message, fmt = self.plan.send(layer, partial, comm.world)
+        return self.plan.receive(layer, comm.all_reduce(message, format=fmt), comm.world)
 
 
 class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships no types
@@ -62,25 +71,34 @@ class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships
         )
         self.reducer = reducer
 
+    def validate_param(self, module: Any, param: Any, mesh: Any, parameter_name: str | None = None) -> None:
+        """Called by transformers as it shards the model: the one place where it tells a layer's name."""
+        super().validate_param(module, param, mesh, parameter_name=parameter_name)
+        module._flashcomm_layer = (parameter_name or "").rpartition(".")[0]
+
     def transform_output_post_forward(self, module: Any, output: Any, mesh: Any) -> Any:
         """Called by transformers with the partial sums of this rank."""
         inference = isinstance(module, torch.nn.Linear) and type(output) is Tensor and not output.requires_grad
         if not inference or not self.output_layouts.is_replicate():
             return super().transform_output_post_forward(module, output, mesh)
-        summed = self.reducer(output, mesh)
+        summed = self.reducer(output, mesh, getattr(module, "_flashcomm_layer", ""))
         bias = module._parameters.get("bias")
         return summed if bias is None else summed + getattr(bias, "to_local", lambda: bias)()
 
 
-def enable(format: str | None = None, **settings: Any) -> None:
+def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> None:
     """Use low-bit all-reduce in models loaded from now on; arguments as for `flashcomm.Communicator`.
 
-    Call it on every rank, with the same arguments, before `from_pretrained`. Called again it changes the settings,
-    also of the models loaded since the first call. Raises FormatError and SettingsError at once.
+    format may be a plan, or the `.json` file of one; so may FLASHCOMM_FORMAT. Call it on every rank, with the same
+    arguments, before `from_pretrained`. Called again it changes the settings, also of the models loaded since the first
+    call. Raises FormatError, PlanError and SettingsError at once.
     """
-    Settings.resolve("cpu", format=format, **settings)
+    given = os.environ.get("FLASHCOMM_FORMAT") if format is None else format
+    plan = Plan.of(given) if given is not None and not isinstance(given, WireFormat) else None
+    text = format if plan is None else str(plan.format)
+    Settings.resolve("cpu", format=text, **settings)
     reducer = _reducer() or Reducer()
-    reducer.settings = {"format": format, **settings}
+    reducer.plan, reducer.settings = plan, {"format": text, **settings}
     for name in STYLES:
         if not isinstance(ALL_PARALLEL_STYLES[name], FlashRowwise):
             ALL_PARALLEL_STYLES[name] = FlashRowwise(ALL_PARALLEL_STYLES[name], reducer)
@@ -113,6 +131,14 @@ def communicators() -> list[Communicator]:
     """The Communicators made so far: their `calls` and `transport.n_bytes_sent` tell what went which way."""
     reducer = _reducer()
     return list(reducer.communicators.values()) if reducer else []
+
+
+def check_plan(model: Any) -> None:
+    """Raise PlanError unless the plan in force, if any, is for this (sharded) model; useful right after loading it."""
+    reducer = _reducer()
+    if reducer is not None and reducer.plan is not None:
+        names = [m._flashcomm_layer for m in model.modules() if getattr(m, "_flashcomm_layer", "")]
+        reducer.plan.check([n for n in names if n], model.config)
 
 
 def _reducer() -> Reducer | None:

@@ -1,0 +1,128 @@
+"""Write the tables of accuracy into README.md and docs/accuracy.md, between `<!-- table NAME -->` and `<!-- end -->`.
+
+They come from the CSVs in results/. A test compares the pages with what this would write.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/accuracy.md")
+Row = dict[str, str]
+
+
+def rows_of(name: str) -> list[Row]:
+    with (ROOT / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def name_of(row: Row) -> str:
+    return f"`{row['format'].removesuffix('.json')}`"
+
+
+def signed(row: Row, interval: bool = False) -> str:
+    text = f"{float(row['rise_pct']):+.2f}"
+    return text + (f" [{float(row['low_pct']):+.2f}, {float(row['high_pct']):+.2f}]" if interval else "")
+
+
+def accuracy() -> str:
+    """By format: bits, rise at each number of ranks, KL at the first."""
+    rows = [r for r in rows_of("accuracy-smollm2.csv") if r["format"] != "bf16"]
+    worlds = list(dict.fromkeys(r["world"] for r in rows))
+    found = {(r["format"], r["world"]): r for r in rows}
+    formats = sorted(dict.fromkeys(r["format"] for r in rows), key=lambda f: -float(found[f, worlds[0]]["bits"]))
+    body = []
+    for fmt in formats:
+        many = [found[fmt, w] for w in worlds]
+        kl = f"{float(many[0]['kl']):.4f}"
+        body.append(
+            [name_of(many[0]), f"{float(many[0]['bits']):.2f}", *map(signed, many), kl, many[0]["same_top1_pct"]]
+        )
+    ranks = [f"{w} ranks" for w in worlds]
+    return table(["format", "bits/value", *ranks, f"KL, {ranks[0]}", "same likeliest token, %"], body)
+
+
+def auto() -> str:
+    rows = [r for r in rows_of("accuracy-smollm2-2ranks-auto.csv") if r["format"] != "bf16"]
+    body = [[name_of(r), r["bits"], signed(r, True), f"{float(r['kl']):.4f}", r["greedy_pct"]] for r in rows]
+    return table(["format, 2 ranks, one-shot", "bits/value", "rise, %", "KL", "greedy, %"], body)
+
+
+def real() -> str:
+    rows = [r for r in rows_of("accuracy-smollm2-3ranks-real.csv") if r["format"] != "bf16"]
+    body = [[r["ranks"], name_of(r), r["bits"], r["perplexity"], signed(r, True), r["kl"]] for r in rows]
+    return table(["3 ranks", "format", "bits/value", "perplexity", "rise, %", "KL"], body)
+
+
+def predicted() -> str:
+    """The sum of the prices of layers, and what tune predicted on its own text, beside what came out."""
+    made = json.loads((ROOT / "results" / "plans" / "smollm2-4.6.json").read_text())["made"]
+    measured = {(r["world"], r["format"]): r for r in rows_of("accuracy-smollm2.csv")}
+    layers = rows_of("accuracy-layers-smollm2.csv")
+    body = []
+    for fmt in dict.fromkeys(r["format"] for r in layers):
+        price = sum(float(r["kl"]) for r in layers if r["format"] == fmt)
+        body.append([f"`{fmt}`, 2 ranks", f"{price:.4f}", f"{float(measured['2', fmt]['kl']):.4f}"])
+    body.append(
+        ["`plan-4.6`, 4 ranks", f"{made['predicted_kl']:.4f}", f"{float(measured['4', 'plan-4.6.json']['kl']):.4f}"]
+    )
+    return table(["", "KL predicted", "KL measured"], body)
+
+
+def needle() -> str:
+    rows = [r for r in rows_of("needle-smollm2.csv") if r["probe"] == "needle"]
+    lengths = list(dict.fromkeys(r["context"] for r in rows))
+    found = {(r["format"], r["context"]): r for r in rows}
+    body = []
+    for fmt in dict.fromkeys(r["format"] for r in rows):
+        many = [found[fmt, length] for length in lengths]
+        body.append([name_of(many[0]), *(f"{float(r['found_pct']):.0f} %, {float(r['nats']):.2f}" for r in many)])
+    return table(["format", *(f"{length} tokens" for length in lengths)], body)
+
+
+def generation() -> str:
+    rows = rows_of("generation-smollm2.csv")
+    body = [[name_of(r), r["median_first"], r["mean_same"], f"{r['never_pct']} %"] for r in rows]
+    return table(["format", "first difference, median token", "mean", "never within 64"], body)
+
+
+def readme() -> str:
+    """The plans and a few formats, from wide to narrow: bits, how much less is sent than in bf16, rises."""
+    rows = rows_of("accuracy-smollm2.csv")
+    worlds = list(dict.fromkeys(r["world"] for r in rows))
+    found = {(r["format"], r["world"]): r for r in rows}
+    body = []
+    for fmt in ("int8", "int8-had", "int6-had/int7-had", "int6", "plan-5.3.json", "plan-4.6.json", "int4-had", "int4"):
+        many = [found[fmt, w] for w in worlds]
+        bits = float(many[0]["bits"])
+        body.append([name_of(many[0]), f"{bits:.2f}", f"{16 / bits:.1f}x", *map(signed, many)])
+    return table(["format", "bits/value", "less than bf16", *(f"{w} ranks" for w in worlds)], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (readme, accuracy, auto, real, predicted, needle, generation)
+}
+
+
+def rendered(page: str) -> str:
+    """The page with every table in it as the CSVs have it."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", fill, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        (ROOT / name).write_text(rendered((ROOT / name).read_text()))

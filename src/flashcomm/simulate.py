@@ -1,0 +1,153 @@
+"""Tensor parallelism of any degree in one process: what a wire format does to a model, without the ranks.
+
+    with TensorParallel(model, world=8, plan="int4-had") as ranks:      # any transformers causal LM with a tp_plan
+        logits = model(ids).logits                                     # as 8 ranks would compute them
+        print(ranks.bits_per_value)
+
+Row-parallel weights are split along their input and column-parallel ones along their output, as the model's own
+tensor-parallel plan says; each partial sum goes through the real codec, in the order of the real collective. On equal
+kernels the results are those of ranks, bit for bit (`native` sums excepted, which are summed here in rank order).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flashcomm import policy, reference
+from flashcomm.errors import InputError
+from flashcomm.plan import Plan
+from flashcomm.wire import codec_for
+from flashcomm.wire.format import WireFormat
+
+ROWWISE = ("rowwise", "rowwise_rep", "rowwise_split_input")
+COLWISE = ("colwise", "colwise_rep", "colwise_gather_output")
+
+Observer = Callable[[str, list[Tensor], Tensor], None]
+
+
+def parallel_layers(model: Any, styles: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
+    """The Linear layers, by module name, that the model's tensor-parallel plan gives one of these styles."""
+    plan = getattr(model, "tp_plan", None) or {}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) in styles:
+            found[name] = module
+    return found
+
+
+def row_parallel_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """The layers that end in an all-reduce. Raises InputError where there are none."""
+    found = parallel_layers(model, ROWWISE)
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no row-parallel Linear layers in its tensor-parallel plan "
+            "(model.tp_plan): nothing to simulate"
+        )
+    return found
+
+
+class TensorParallel:
+    """Runs `model` as `world` ranks would, from entering the context to leaving it.
+
+    plan: a Plan, a format or a `.json` file; it may be set anew at any time. algorithm, min_bytes: as in
+    `flashcomm.settings`, here with every message coded by default. observer: called after each all-reduce with the
+    layer's name, the ranks' partial sums and the result.
+    Raises InputError where world does not divide a layer, PlanError where the plan does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        world: int,
+        plan: Plan | WireFormat | str = "bf16",
+        *,
+        algorithm: str = "auto",
+        min_bytes: int = 0,
+        observer: Observer | None = None,
+    ) -> None:
+        self.model, self.world = model, world
+        self.algorithm, self.min_bytes, self.observer = algorithm, min_bytes, observer
+        self.layers = row_parallel_layers(model)
+        indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world]
+        if indivisible:
+            raise InputError(f"{world} ranks cannot share the inputs of {', '.join(indivisible[:3])}")
+        self.plan = plan
+        self._columns = parallel_layers(model, COLWISE)
+        self._sent = self._values = 0.0
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @plan.setter
+    def plan(self, given: Plan | WireFormat | str) -> None:
+        self._plan = Plan.of(given)
+        self._plan.check(list(self.layers), getattr(self.model, "config", None))
+        self._sent = self._values = 0.0
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits a value took on the wire, all included, in messages since the plan was set; a bf16 ring sends 16."""
+        return self._sent * 8 / self._values if self._values else 0.0
+
+    def __enter__(self) -> TensorParallel:
+        for name, module in self.layers.items():
+            vars(module)["forward"] = self._row_parallel(name, module)
+        for module in self._columns.values():
+            if module.out_features % self.world == 0:
+                vars(module)["forward"] = self._column_parallel(module)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None) -> None:
+        for module in (*self.layers.values(), *self._columns.values()):
+            vars(module).pop("forward", None)
+
+    def _row_parallel(self, name: str, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+        shards = [w.contiguous() for w in module.weight.detach().chunk(self.world, 1)]
+
+        def forward(x: Tensor) -> Tensor:
+            pieces = x.chunk(self.world, -1)
+            partials = [linear(piece.contiguous(), shard) for piece, shard in zip(pieces, shards, strict=True)]
+            total = self._all_reduce(name, partials)
+            if self.observer:
+                self.observer(name, partials, total)
+            return total if module.bias is None else total + module.bias
+
+        return forward
+
+    def _column_parallel(self, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            weights = module.weight.chunk(self.world)
+            biases = [None] * self.world if module.bias is None else module.bias.chunk(self.world)
+            return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+
+        return forward
+
+    def _all_reduce(self, name: str, partials: list[Tensor]) -> Tensor:
+        sent = [self._plan.send(name, p, self.world) for p in partials]
+        return self._plan.receive(name, self.reduce([message for message, _ in sent], sent[0][1]), self.world)
+
+    def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
+        """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""
+        x = tensors[0]
+        row = x.shape[-1] if x.dim() else 1
+        call = policy.Call(x.numel(), row, x.element_size(), self.world, "cpu")
+        way = policy.choose(call, fmt, self.algorithm, self.min_bytes).route.algorithm
+        if way != "copy":
+            as_bf16 = policy.Call(x.numel(), row, 2, self.world, "cpu")
+            self._sent += policy.wire_bytes(way, as_bf16, fmt)
+            self._values += 2 * (self.world - 1) / self.world * x.numel()
+        if way in ("copy", "native"):
+            total = x.float()
+            for tensor in tensors[1:]:
+                total = total + tensor.float()
+            return total.to(x.dtype)
+        run = reference.one_shot if way == "one_shot" else reference.two_shot
+        return run(tensors, fmt, codec_for(x.device.type))

@@ -1,0 +1,147 @@
+"""Plans: JSON there and back, first match, conditioning, what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from flashcomm import WireFormat
+from flashcomm.errors import FormatError, PlanError
+from flashcomm.plan import LayerPlan, Plan, is_decode
+
+INT4, INT6, INT8 = (WireFormat.parse(text) for text in ("int4-had", "int6", "int8"))
+
+
+def text_of(vector: torch.Tensor) -> str:
+    return base64.b64encode(bytes(vector.view(torch.uint8).tolist())).decode()
+
+
+def test_json_there_and_back(tmp_path: Path) -> None:
+    """Written down by hand once: int8 shifts and little-endian bfloat16 offsets in base64."""
+    vectors = LayerPlan(INT4, torch.tensor([1, -2, 0], dtype=torch.int8), torch.tensor([0.5, -1.0, 2.0]).bfloat16())
+    plan = Plan(INT6, INT8, {"a.*": vectors, "*": LayerPlan(INT8)}, {"hidden_size": 3}, {"by": "hand"})
+    plan.save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == {
+        "flashcomm_plan": 1,
+        "format": "int6",
+        "decode": "int8",
+        "layers": {"a.*": {"format": "int4-had", "shift": "Af4A", "offset": "AD+AvwBA"}, "*": "int8"},
+        "model": {"hidden_size": 3},
+        "made": {"by": "hand"},
+    }
+    again = Plan.of(str(tmp_path / "plan.json"))
+    assert again.as_dict() == plan.as_dict()
+    assert (again.format, again.decode) == (INT6, INT8)
+    part = again.layer("a.b")
+    assert part.shift is not None
+    assert part.offset is not None
+    assert part.shift.tolist() == [1, -2, 0]
+    assert part.offset.tolist() == [0.5, -1.0, 2.0]
+
+
+def test_the_first_pattern_that_matches_counts() -> None:
+    plan = Plan(INT6, layers={"model.layers.1.*": LayerPlan(INT4), "*.down_proj": LayerPlan(INT8)})
+    assert plan.layer("model.layers.1.mlp.down_proj").format == INT4
+    assert plan.layer("model.layers.11.mlp.down_proj").format == INT8
+    assert plan.layer("model.layers.11.self_attn.o_proj").format == INT6
+
+
+def test_a_format_is_a_plan_for_all_layers() -> None:
+    plan = Plan.of("int4-had")
+    x = torch.randn(2, 3, 64)
+    message, fmt = plan.send("anything", x, 4)
+    assert message is x
+    assert fmt == INT4
+    assert plan.receive("anything", x, 4) is x
+    assert Plan.of(plan) is plan
+    with pytest.raises(FormatError):
+        Plan.of("int12")
+
+
+def test_conditioning_is_undone_after_the_sum() -> None:
+    """(x - offset / world) * 2^shift there, the inverse back: exact where the arithmetic is."""
+    shift, offset = torch.tensor([3, 0, -2, 7], dtype=torch.int8), torch.tensor([4.0, -8.0, 0.0, 16.0]).bfloat16()
+    plan = Plan(INT8, layers={"l": LayerPlan(INT4, shift, offset)})
+    ranks = [torch.randint(-9, 9, (5, 4)).float() for _ in range(4)]
+    sent = [plan.send("l", x, 4) for x in ranks]
+    assert {fmt for _, fmt in sent} == {INT4}
+    assert torch.equal(sent[0][0], (ranks[0] - torch.tensor([1.0, -2, 0, 4])) * torch.tensor([8.0, 1, 0.25, 128]))
+    total = sum((message for message, _ in sent[1:]), sent[0][0])
+    assert torch.equal(plan.receive("l", total, 4), sum(ranks[1:], ranks[0]))
+
+
+def test_decoding_takes_its_own_format_and_no_conditioning() -> None:
+    vectors = LayerPlan(INT4, torch.ones(4, dtype=torch.int8), torch.ones(4).bfloat16())
+    plan = Plan(INT6, INT8, {"l": vectors})
+    token, prompt = torch.randn(7, 1, 4), torch.randn(1, 7, 4)
+    assert plan.send("l", token, 2) == (token, INT8)
+    assert plan.receive("l", token, 2) is token
+    assert plan.send("l", prompt, 2)[1] == INT4
+    assert [is_decode(torch.zeros(shape)) for shape in ((7, 1, 4), (1, 4), (7, 4), (2, 7, 4), (4,))] == [
+        *(True, True, False, False, False)
+    ]
+
+
+def test_the_vectors_must_fit_the_row() -> None:
+    plan = Plan(INT6, layers={"l": LayerPlan(INT4, torch.ones(4, dtype=torch.int8), torch.ones(4).bfloat16())})
+    with pytest.raises(PlanError, match="vectors for l have 4 channels, the layer 8: it was made for another model"):
+        plan.send("l", torch.zeros(2, 3, 8), 2)
+
+
+def test_check_compares_layers_and_model() -> None:
+    plan = Plan(INT6, layers={"*.down_proj": LayerPlan(INT4)}, model={"hidden_size": 64})
+    plan.check(["m.0.down_proj", "m.0.o_proj"], SimpleNamespace(hidden_size=64))
+    with pytest.raises(PlanError, match="hidden_size=64, this one has 128: tune anew"):
+        plan.check(["m.0.down_proj"], SimpleNamespace(hidden_size=128))
+    with pytest.raises(PlanError, match=r"layers the model has not \(\*\.down_proj\); it has h\.0\.c_proj"):
+        plan.check(["h.0.c_proj"])
+
+
+GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ([], "not a plan"),
+        ({"format": "int8"}, "not a plan"),
+        ({"flashcomm_plan": 2, "format": "int8"}, "not a plan"),
+        ({"flashcomm_plan": 1}, 'no "format"'),
+        (GOOD | {"colour": 1}, "unknown keys colour"),
+        (GOOD | {"format": "int1"}, "1 bits asked for"),
+        (GOOD | {"decode": "int4-g7"}, "a group of 7"),
+        (GOOD | {"layers": ["int8"]}, "are objects"),
+        (GOOD | {"layers": {"a": 4}}, "layer a: give a format"),
+        (GOOD | {"layers": {"a": {"format": "int4", "color": 1}}}, "layer a: give a format"),
+        (GOOD | {"layers": {"a": {"format": "int4", "shift": "AAAA"}}}, "go together"),
+        (GOOD | {"layers": {"a": {"format": "int4", "shift": "!", "offset": "AAA="}}}, "shift is not base64"),
+        (GOOD | {"layers": {"a": {"format": "int4", "shift": "AA==", "offset": "AA=="}}}, "offset is not base64"),
+        (
+            GOOD | {"layers": {"a": {"format": "int4", "shift": "AAA=", "offset": "AAA="}}},
+            "shift and offset must be equally long",
+        ),
+        (
+            GOOD | {"layers": {"a": {"format": "int4", "shift": "fw==", "offset": "AAA="}}},
+            r"\|shift\| <= 60 and offset finite",
+        ),
+        (GOOD | {"layers": {"a": {"format": "int4", "shift": "AA==", "offset": "wH8="}}}, "offset finite"),
+    ],
+)
+def test_refusals_name_the_file_and_the_part(said: Any, why: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(said))
+    with pytest.raises(PlanError, match=rf"plan\.json: .*{why}"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"no plan at .*`flashcomm tune` writes one"):
+        Plan.of(tmp_path / "none.json")
+    (tmp_path / "text.json").write_text("int4")
+    with pytest.raises(PlanError, match="is no JSON"):
+        Plan.of(str(tmp_path / "text.json"))
