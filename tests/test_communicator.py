@@ -54,6 +54,10 @@ class TestSettings:
         with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
             Settings.resolve("cpu", env)
 
+    def test_a_plan_is_no_format(self) -> None:
+        with pytest.raises(SettingsError, match=r"format='p\.json' is a plan, with formats by layer; one call has one"):
+            Settings.resolve("cpu", {"FLASHCOMM_FORMAT": "p.json"})
+
     def test_misspelt_arguments_are_errors(self) -> None:
         with pytest.raises(SettingsError, match="unknown settings algoritm: there are format, algorithm"):
             Settings.resolve("cpu", {}, algoritm="two_shot")

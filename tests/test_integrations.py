@@ -296,7 +296,7 @@ def seam_takes_a_plan(ctx: RankContext, path: str, plan_file: str) -> None:
         want = "int8" if mine.shape[1] == 1 else "int3-had" if layer == "model.layers.1.mlp.down_proj" else "int6-g32"
         assert {str(f) for f in formats} == {want}
         total = reference.one_shot([plan.send(layer, x, ctx.world)[0] for x in everybody], WireFormat.parse(want))
-        assert torch.equal(out, plan.receive(layer, total, ctx.world))
+        assert torch.equal(out, plan.receive(layer, total, ctx.world, total.dtype))
 
 
 class TestTransformers:

@@ -126,6 +126,26 @@ MUTATIONS = {
         "communicator.py", "result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out",
         "result = x if out is None else out", "test_ops.py::test_functional",
     ),
+    "the offset is not added back": (
+        "plan.py", "return total * down + whole", "return total * down",
+        "test_plan.py::test_conditioning_is_undone_after_the_sum",
+    ),
+    "decoding takes the layer's format": (
+        "plan.py", "if self.decode is not None and is_decode(x):", "if False:",
+        "test_plan.py::test_decoding_takes_its_own_format_and_no_conditioning",
+    ),
+    "simulated ranks in another order": (
+        "simulate.py", "return run(tensors, fmt,", "return run(tensors[::-1], fmt,",
+        "test_accuracy.py::TestSimulation::test_every_sum_is_the_reference_of_the_partial_sums",
+    ),
+    "a price without its half": (
+        "sensitivity.py", "0.5 * float(square)", "float(square)",
+        "test_accuracy.py::TestSensitivity::test_a_price_is_half_the_square_of_gradient_times_error",
+    ),
+    "divergence the wrong way round": (
+        "cli/evaluate.py", "(b.exp() * (b - m)).sum()", "(m.exp() * (m - b)).sum()",
+        "test_accuracy.py::TestEvaluate::test_rows_are_what_the_logits_say",
+    ),
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_a_format_is_a_plan_for_all_layers() -> None:
     message, fmt = plan.send("anything", x, 4)
     assert message is x
     assert fmt == INT4
-    assert plan.receive("anything", x, 4) is x
+    assert plan.receive("anything", x, 4, x.dtype) is x
     assert Plan.of(plan) is plan
     with pytest.raises(FormatError):
         Plan.of("int12")
@@ -73,7 +73,20 @@ def test_conditioning_is_undone_after_the_sum() -> None:
     assert {fmt for _, fmt in sent} == {INT4}
     assert torch.equal(sent[0][0], (ranks[0] - torch.tensor([1.0, -2, 0, 4])) * torch.tensor([8.0, 1, 0.25, 128]))
     total = sum((message for message, _ in sent[1:]), sent[0][0])
-    assert torch.equal(plan.receive("l", total, 4), sum(ranks[1:], ranks[0]))
+    assert torch.equal(plan.receive("l", total, 4, total.dtype), sum(ranks[1:], ranks[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_conditioning_of_half_precision(dtype: torch.dtype) -> None:
+    """Shifts that float16 could not hold; offsets whose difference from x is exact in bfloat16."""
+    shift, offset = torch.tensor([20, -20], dtype=torch.int8), torch.tensor([4.0, -8.0]).bfloat16()
+    plan = Plan(INT8, layers={"l": LayerPlan(INT4, shift, offset)})
+    x = torch.tensor([[3.0, -60.0], [100.0, 0.5]], dtype=dtype)
+    message, _ = plan.send("l", x, 2)
+    assert message.tolist() == [[2.0**20, -56 * 2.0**-20], [98 * 2.0**20, 4.5 * 2.0**-20]]
+    got = plan.receive("l", message + message, 2, dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, 2 * x)
 
 
 def test_decoding_takes_its_own_format_and_no_conditioning() -> None:
@@ -81,7 +94,7 @@ def test_decoding_takes_its_own_format_and_no_conditioning() -> None:
     plan = Plan(INT6, INT8, {"l": vectors})
     token, prompt = torch.randn(7, 1, 4), torch.randn(1, 7, 4)
     assert plan.send("l", token, 2) == (token, INT8)
-    assert plan.receive("l", token, 2) is token
+    assert plan.receive("l", token, 2, token.dtype) is token
     assert plan.send("l", prompt, 2)[1] == INT4
     assert [is_decode(torch.zeros(shape)) for shape in ((7, 1, 4), (1, 4), (7, 4), (2, 7, 4), (4,))] == [
         *(True, True, False, False, False)

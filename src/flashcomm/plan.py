@@ -143,16 +143,18 @@ class Plan:
         part = self.layer(name)
         if part.shift is None:
             return x, part.format
+        if x.dtype == torch.float16:  # whose range a shift can leave
+            x = x.float()
         up, _, share, _ = self._vectors_for(name, part, x, world)
         return (x - share) * up, part.format
 
-    def receive(self, name: str, total: Tensor, world: int) -> Tensor:
-        """The layer's output, out of the sum of what the ranks gave."""
+    def receive(self, name: str, total: Tensor, world: int, dtype: torch.dtype) -> Tensor:
+        """The layer's output, of the dtype that x had, out of the sum of what the ranks gave."""
         part = self.layer(name)
         if part.shift is None or (self.decode is not None and is_decode(total)):
             return total
         _, down, _, whole = self._vectors_for(name, part, total, world)
-        return total * down + whole
+        return (total * down + whole).to(dtype)
 
     def _vectors_for(self, name: str, part: LayerPlan, x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """2^shift, 2^-shift, a rank's share of the offset, and `world` times that share, in x's dtype."""
@@ -165,10 +167,11 @@ class Plan:
                     f"the plan's vectors for {name} have {part.shift.numel()} channels, the layer {x.shape[-1]}: "
                     "it was made for another model"
                 )
-            shift = part.shift.to(x.device, torch.float32)
-            share = (part.offset.to(x.device, torch.float32) / world).to(x.dtype)
-            whole = (share.float() * world).to(x.dtype)
-            self._vectors[key] = shift.exp2().to(x.dtype), (-shift).exp2().to(x.dtype), share, whole
+            with torch.inference_mode(False):  # kept: what is made in inference mode cannot be used outside it
+                shift = part.shift.to(x.device, torch.float32)
+                share = (part.offset.to(x.device, torch.float32) / world).to(x.dtype)
+                whole = (share.float() * world).to(x.dtype)
+                self._vectors[key] = shift.exp2().to(x.dtype), (-shift).exp2().to(x.dtype), share, whole
         return self._vectors[key]
 
 

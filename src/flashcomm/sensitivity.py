@@ -130,10 +130,11 @@ def _errors(plan: Plan, name: str, seen: _Seen, world: int, step: StepFormat) ->
     codec = codec_for(seen.total.device.type)
     sent = [plan.send(name, p, world)[0] for p in seen.partials]
     exact = sum(sent[1:], sent[0])
-    back = plan.receive(name, exact, world)
+    dtype = exact.dtype
+    back = plan.receive(name, exact, world, dtype)
     reduced = reference.coded_sum(sent, step, codec).view(exact.shape)
     gathered = reference.coded_sum([exact], step, codec).view(exact.shape)
-    return plan.receive(name, reduced, world) - back, plan.receive(name, gathered, world) - back
+    return plan.receive(name, reduced, world, dtype) - back, plan.receive(name, gathered, world, dtype) - back
 
 
 def _batches(

@@ -69,7 +69,7 @@ class Settings:
 
         cpu = device_type == "cpu"
         return cls(
-            fmt=str(WireFormat.parse(value("format", DEFAULT_FORMAT))),
+            fmt=_format(value("format", DEFAULT_FORMAT)),
             algorithm=_one_of("algorithm", value("algorithm", "auto"), ALGORITHMS),
             min_bytes=parse_size("min_bytes", value("min_bytes", 64 << 10 if cpu else NEVER_BYTES)),
             chunk_bytes=parse_size("chunk_bytes", value("chunk_bytes", 4 << 20 if cpu else 32 << 20), least=1),
@@ -94,6 +94,15 @@ def parse_size(name: str, value: int | str, least: int = 0) -> int:
     if size < least:
         raise SettingsError(f"{name}={value!r}: give a number of bytes of at least {least}, such as 65536, 64K or 16M")
     return size
+
+
+def _format(value: Any) -> str:
+    if str(value).strip().lower().endswith(".json"):
+        raise SettingsError(
+            f"format={value!r} is a plan, with formats by layer; one call has one format. Give plans to a seam: "
+            "flashcomm.integrations.transformers.enable, or backend='flashcomm'"
+        )
+    return str(WireFormat.parse(value))
 
 
 def _seconds(value: float | str) -> float:

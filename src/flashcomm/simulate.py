@@ -132,7 +132,8 @@ class TensorParallel:
 
     def _all_reduce(self, name: str, partials: list[Tensor]) -> Tensor:
         sent = [self._plan.send(name, p, self.world) for p in partials]
-        return self._plan.receive(name, self.reduce([message for message, _ in sent], sent[0][1]), self.world)
+        total = self.reduce([message for message, _ in sent], sent[0][1])
+        return self._plan.receive(name, total, self.world, partials[0].dtype)
 
     def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
         """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""

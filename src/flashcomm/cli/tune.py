@@ -36,7 +36,7 @@ class Prices:
     def plan(self, chosen: dict[str, WireFormat]) -> Plan:
         layers = {}
         for name, fmt in chosen.items():
-            vectors = self.vectors.get(name)
+            vectors = None if fmt.lossless else self.vectors.get(name)
             layers[name] = LayerPlan(fmt, vectors.shift, vectors.offset) if vectors else LayerPlan(fmt)
         most = max(chosen.values(), key=list(chosen.values()).count)
         return Plan(most, layers=layers)

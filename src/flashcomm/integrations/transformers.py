@@ -59,7 +59,7 @@ class Reducer:
         if self.plan is None:
             return comm.all_reduce(partial)
         message, fmt = self.plan.send(layer, partial, comm.world)
-        return self.plan.receive(layer, comm.all_reduce(message, format=fmt), comm.world)
+        return self.plan.receive(layer, comm.all_reduce(message, format=fmt), comm.world, partial.dtype)
 
 
 class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships no types
