@@ -95,7 +95,7 @@ class TestSimulation:
             TensorParallel(tiny(), 3)
         with pytest.raises(InputError, match="Sequential has no row-parallel Linear layers"):
             TensorParallel(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2)
-        with pytest.raises(PlanError, match="names layers the model has not"):
+        with pytest.raises(PlanError, match="names layers that the model does not have"):
             TensorParallel(tiny(), 2, Plan(WireFormat.parse("int8"), layers={"x": LayerPlan(WireFormat.parse("int8"))}))
 
     @needs_model
@@ -252,7 +252,24 @@ class TestBudgets:
         assert found.tries == 3
         assert seen[0] < seen[1] < seen[2]
         assert found.measured_rise == 0.008
-        assert tune.tune(self.prices(), lambda plan: 0.5, rise=0.01).tries == 4
+        assert tune.tune(self.prices(), lambda plan: 0.5, rise=0.01).tries == 5
+
+    def test_a_plan_far_inside_the_budget_is_loosened(self) -> None:
+        """Rises that are a tenth of what prices say: more is lost, fewer bits are sent, the budget still met."""
+        prices = self.prices()
+        losses = {str(f): loss for f, _, loss in prices.menu["a"]}
+
+        def measured(plan: Plan) -> float:
+            return losses[str(plan.layers["a"].format)] / 10
+
+        first = prices.within(kl=math.log1p(0.01))
+        found = tune.tune(prices, measured, rise=0.01)
+        assert found.measured_rise <= 0.01
+        assert found.bits < first[1]
+
+    def test_a_measurement_that_is_no_number(self) -> None:
+        with pytest.raises(InputError, match="is no number: try it with --dtype fp32"):
+            tune.tune(self.prices(), lambda plan: math.nan, rise=0.01)
 
 
 class TestEvaluate:

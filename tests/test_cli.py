@@ -313,6 +313,28 @@ class TestAccuracy:
             assert as_json(flashcomm("plot", source, "-o", picture, "--json")) == {"picture": str(picture)}
             assert "<svg" in picture.read_text()
 
+    def test_real_ranks_give_the_rows_of_simulated_ones(self, pages: Path) -> None:
+        args = (
+            "--model",
+            MODEL,
+            "--text",
+            pages,
+            "--context",
+            64,
+            "--windows",
+            2,
+            "--worlds",
+            3,
+            "--formats",
+            "int4-had",
+        )
+        args = (*args, "--continuation", 3, "--algorithm", "two_shot", "--json")
+        simulated, real = (as_json(flashcomm("eval", *args, *more))["rows"] for more in ((), ("--real",)))
+        for a, b in zip(simulated, real, strict=True):
+            assert (a.pop("ranks"), b.pop("ranks")) == ("simulated", "real")
+            assert a.pop("bits") == pytest.approx(b.pop("bits"), rel=0.02)  # three shards, padded each to 16 bytes
+            assert a == b
+
     def test_a_budget_no_format_meets(self, pages: Path, tmp_path: Path) -> None:
         where = ("--text", pages, "--context", 96, "--windows", 2, "-o", tmp_path / "plan.json")
         done = flashcomm("tune", "--model", MODEL, *where, "--bits", "2.05")
@@ -343,9 +365,14 @@ class TestAccuracy:
         (tmp_path / "other.json").write_text('{"flashcomm_plan": 1, "format": "int8", "layers": {"h.*": "int4"}}')
         few = ("--context", 96, "--windows", 1)
         refused(
-            flashcomm("eval", *both, *few, "--plan", tmp_path / "other.json"), "names layers the model has not (h.*)"
+            flashcomm("eval", *both, *few, "--plan", tmp_path / "other.json"),
+            "names layers that the model does not have (h.*)",
         )
+        refused(flashcomm("eval", *both, "--formats", "bf16", "--layers", "l.csv"), "--layers prices formats")
         refused(flashcomm("tune", *both, "-o", "p.json"), "give one of --budget")
+        refused(
+            flashcomm("tune", *both, "-o", "p.json", "--bits", "4", "--world", 1), "--world 1: one rank sends nothing"
+        )
         refused(flashcomm("tune", *both, "-o", "p.json", "--budget", "-1%"), "--budget -1%: give a rise")
         refused(flashcomm("tune", *both, "-o", "p.json", "--bits", "1,2"), "--bits 1: give bits per value")
         refused(flashcomm("tune", *both, "-o", "p.json", "--bits", "4,5"), "for several budgets, has a {}")

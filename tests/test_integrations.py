@@ -292,14 +292,47 @@ def seam_takes_a_plan(ctx: RankContext, path: str, plan_file: str) -> None:
     for mine, layer, out in seen:
         everybody = [torch.empty_like(mine) for _ in range(ctx.world)]
         dist.all_gather(everybody, mine)
-        formats = {plan.send(layer, x, ctx.world)[1] for x in everybody}
+        formats = {plan.format_of(layer, x) for x in everybody}
         want = "int8" if mine.shape[1] == 1 else "int3-had" if layer == "model.layers.1.mlp.down_proj" else "int6-g32"
         assert {str(f) for f in formats} == {want}
-        total = reference.one_shot([plan.send(layer, x, ctx.world)[0] for x in everybody], WireFormat.parse(want))
+        total = reference.one_shot([plan.send(layer, x, ctx.world) for x in everybody], WireFormat.parse(want))
         assert torch.equal(out, plan.receive(layer, total, ctx.world, total.dtype))
 
 
+def seam_plans_differ(ctx: RankContext, path: str) -> None:
+    from flashcomm.integrations import transformers as seam
+    from flashcomm.plan import LayerPlan, Plan
+
+    shift = torch.full((64,), 2 * ctx.rank, dtype=torch.int8)
+    seam.enable(Plan(FMT, layers={"*": LayerPlan(FMT, shift, torch.zeros(64).bfloat16())}), min_bytes=0)
+    told = r"settings differ between ranks; give all of them the same:\n  plan: rank 0"
+    with torch.inference_mode(), pytest.raises(SettingsError, match=told):
+        load(path)(IDS)
+
+
+def seam_leaves_native_sums_alone(ctx: RankContext, path: str) -> None:
+    """What is not coded is not conditioned: below min_bytes the logits are those of no plan at all."""
+    from flashcomm.integrations import transformers as seam
+    from flashcomm.plan import LayerPlan, Plan
+
+    seam.enable("bf16")
+    model = load(path)
+    with torch.inference_mode():
+        want = model(IDS).logits
+        vectors = LayerPlan(FMT, torch.ones(64, dtype=torch.int8), torch.full((64,), 0.3).bfloat16())
+        seam.enable(Plan(FMT, layers={"*": vectors}), min_bytes="1M")
+        assert torch.equal(model(IDS).logits, want)
+
+
 class TestTransformers:
+    def test_plans_that_differ_between_ranks(self, tmp_path: Path) -> None:
+        tiny_llama(tmp_path)
+        run(seam_plans_differ, 2, (str(tmp_path),))
+
+    def test_what_is_not_coded_is_not_conditioned(self, tmp_path: Path) -> None:
+        tiny_llama(tmp_path)
+        run(seam_leaves_native_sums_alone, 2, (str(tmp_path),))
+
     def test_a_plan_in_place_of_a_format(self, tmp_path: Path) -> None:
         from flashcomm.plan import LayerPlan, Plan
 
@@ -318,7 +351,7 @@ class TestTransformers:
         seam.enable(str(tmp_path / "plan.json"))
         model = torch.nn.Linear(4, 4)
         model._flashcomm_layer, model.config = "model.layers.0.mlp.down_proj", None
-        with pytest.raises(PlanError, match=r"names layers the model has not \(h\.\*\.c_proj\)"):
+        with pytest.raises(PlanError, match=r"names layers that the model does not have \(h\.\*\.c_proj\)"):
             seam.check_plan(model)
         seam.disable()
 

@@ -55,9 +55,8 @@ def test_the_first_pattern_that_matches_counts() -> None:
 def test_a_format_is_a_plan_for_all_layers() -> None:
     plan = Plan.of("int4-had")
     x = torch.randn(2, 3, 64)
-    message, fmt = plan.send("anything", x, 4)
-    assert message is x
-    assert fmt == INT4
+    assert plan.send("anything", x, 4) is x
+    assert plan.format_of("anything", x) == INT4
     assert plan.receive("anything", x, 4, x.dtype) is x
     assert Plan.of(plan) is plan
     with pytest.raises(FormatError):
@@ -70,9 +69,8 @@ def test_conditioning_is_undone_after_the_sum() -> None:
     plan = Plan(INT8, layers={"l": LayerPlan(INT4, shift, offset)})
     ranks = [torch.randint(-9, 9, (5, 4)).float() for _ in range(4)]
     sent = [plan.send("l", x, 4) for x in ranks]
-    assert {fmt for _, fmt in sent} == {INT4}
-    assert torch.equal(sent[0][0], (ranks[0] - torch.tensor([1.0, -2, 0, 4])) * torch.tensor([8.0, 1, 0.25, 128]))
-    total = sum((message for message, _ in sent[1:]), sent[0][0])
+    assert torch.equal(sent[0], (ranks[0] - torch.tensor([1.0, -2, 0, 4])) * torch.tensor([8.0, 1, 0.25, 128]))
+    total = sum(sent[1:], sent[0])
     assert torch.equal(plan.receive("l", total, 4, total.dtype), sum(ranks[1:], ranks[0]))
 
 
@@ -82,7 +80,7 @@ def test_conditioning_of_half_precision(dtype: torch.dtype) -> None:
     shift, offset = torch.tensor([20, -20], dtype=torch.int8), torch.tensor([4.0, -8.0]).bfloat16()
     plan = Plan(INT8, layers={"l": LayerPlan(INT4, shift, offset)})
     x = torch.tensor([[3.0, -60.0], [100.0, 0.5]], dtype=dtype)
-    message, _ = plan.send("l", x, 2)
+    message = plan.send("l", x, 2)
     assert message.tolist() == [[2.0**20, -56 * 2.0**-20], [98 * 2.0**20, 4.5 * 2.0**-20]]
     got = plan.receive("l", message + message, 2, dtype)
     assert got.dtype == dtype
@@ -93,12 +91,28 @@ def test_decoding_takes_its_own_format_and_no_conditioning() -> None:
     vectors = LayerPlan(INT4, torch.ones(4, dtype=torch.int8), torch.ones(4).bfloat16())
     plan = Plan(INT6, INT8, {"l": vectors})
     token, prompt = torch.randn(7, 1, 4), torch.randn(1, 7, 4)
-    assert plan.send("l", token, 2) == (token, INT8)
+    assert plan.send("l", token, 2) is token
+    assert plan.format_of("l", token) == INT8
     assert plan.receive("l", token, 2, token.dtype) is token
-    assert plan.send("l", prompt, 2)[1] == INT4
+    assert plan.format_of("l", prompt) == INT4
+    assert not torch.equal(plan.send("l", prompt, 2), prompt)
     assert [is_decode(torch.zeros(shape)) for shape in ((7, 1, 4), (1, 4), (7, 4), (2, 7, 4), (4,))] == [
         *(True, True, False, False, False)
     ]
+
+
+def test_the_digest_is_of_what_a_plan_does() -> None:
+    vectors = LayerPlan(INT4, torch.ones(4, dtype=torch.int8), torch.ones(4).bfloat16())
+    others = LayerPlan(INT4, torch.ones(4, dtype=torch.int8), torch.zeros(4).bfloat16())
+    plans = [
+        Plan(INT6),
+        Plan(INT8),
+        Plan(INT6, INT8),
+        Plan(INT6, layers={"l": vectors}),
+        Plan(INT6, layers={"l": others}),
+    ]
+    assert len({plan.digest for plan in plans}) == 5
+    assert Plan(INT6, made={"date": "today"}).digest == Plan(INT6).digest
 
 
 def test_the_vectors_must_fit_the_row() -> None:
@@ -112,7 +126,7 @@ def test_check_compares_layers_and_model() -> None:
     plan.check(["m.0.down_proj", "m.0.o_proj"], SimpleNamespace(hidden_size=64))
     with pytest.raises(PlanError, match="hidden_size=64, this one has 128: tune anew"):
         plan.check(["m.0.down_proj"], SimpleNamespace(hidden_size=128))
-    with pytest.raises(PlanError, match=r"layers the model has not \(\*\.down_proj\); it has h\.0\.c_proj"):
+    with pytest.raises(PlanError, match=r"layers that the model does not have \(\*\.down_proj\); it has h\.0\.c_proj"):
         plan.check(["h.0.c_proj"])
 
 
@@ -143,6 +157,7 @@ GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
             GOOD | {"layers": {"a": {"format": "int4", "shift": "fw==", "offset": "AAA="}}},
             r"\|shift\| <= 60 and offset finite",
         ),
+        (GOOD | {"layers": {"a": {"format": "int4", "shift": "gA==", "offset": "AAA="}}}, r"\|shift\| <= 60"),  # -128
         (GOOD | {"layers": {"a": {"format": "int4", "shift": "AA==", "offset": "wH8="}}}, "offset finite"),
     ],
 )

@@ -38,8 +38,8 @@ class Communicator:
     group: a torch.distributed process group; None is the default group. device: "cpu" or "cuda", where the tensors
     will be; None is CUDA where the group's backend is NCCL, else the CPU.
     format: a wire format or its text ("int4", "int4-g32", "int4/int8", "bf16"). The other arguments are those of
-    `flashcomm.settings`, which also come from FLASHCOMM_* variables. Use one Communicator from one thread and, on
-    GPUs, one stream at a time.
+    `flashcomm.settings`, which also come from FLASHCOMM_* variables. plan: the `Plan.digest` of the plan that the
+    caller follows; it is only compared. Use one Communicator from one thread and, on GPUs, one stream at a time.
 
     Raises FormatError or SettingsError, on every rank, when any rank's settings are wrong or differ from the others';
     CommunicationError when a rank does not come within the time-out.
@@ -57,6 +57,7 @@ class Communicator:
         timeout_s: float | None = None,
         check: bool | None = None,
         debug: str | None = None,
+        plan: str = "",
     ) -> None:
         if group is None:
             if not dist.is_initialized():
@@ -71,7 +72,7 @@ class Communicator:
             self.device = agreement.group_device(group, device)
             given: dict[str, Any] = {"format": format, "algorithm": algorithm, "min_bytes": min_bytes}
             given |= {"chunk_bytes": chunk_bytes, "timeout_s": timeout_s, "check": check, "debug": debug}
-            mine: Settings | FlashcommError = Settings.resolve(self.device.type, **given)
+            mine: Settings | FlashcommError = replace(Settings.resolve(self.device.type, **given), plan=plan)
         except FlashcommError as why:
             self.device = agreement.group_device(group, None)
             mine = why  # raised below, once every rank knows of it
@@ -109,7 +110,7 @@ class Communicator:
     def world(self) -> int:
         return self.transport.world
 
-    def all_reduce(self, x: Tensor, out: Tensor | None = None, *, format: WireFormat | None = None) -> Tensor:
+    def all_reduce(self, x: Tensor, out: Tensor | None = None, *, format: str | WireFormat | None = None) -> Tensor:
         """The sum of x over all ranks, x's shape and dtype, the same bits on every rank.
 
         x: bf16, fp16 or fp32, any shape and strides, not modified; the last dimension is the row that quantisation
@@ -117,8 +118,8 @@ class Communicator:
         format: another wire format for this call, equal on all ranks; plans (`flashcomm.plan`) use it layer by layer.
         Cost: see `explain`. Raises InputError, ClosedError or CommunicationError.
         """
-        call = self._enter("all_reduce", x, out, format)
-        fmt = format or self.format
+        fmt = self.format if format is None else WireFormat.parse(format)
+        call = self._enter("all_reduce", x, out, fmt)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
@@ -151,10 +152,13 @@ class Communicator:
         out = torch.empty((x.shape[0] * self.world, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return self._exchange("all_gather", x, out)
 
-    def explain(self, shape: Sequence[int], dtype: torch.dtype) -> policy.Choice:
+    def explain(
+        self, shape: Sequence[int], dtype: torch.dtype, format: str | WireFormat | None = None
+    ) -> policy.Choice:
         """Which way an all-reduce of this shape and dtype goes, how many bytes a rank sends, why not the other ways."""
         call = self._call(tuple(shape), dtype)
-        return policy.choose(call, self.format, self.settings.algorithm, self.settings.min_bytes)
+        fmt = self.format if format is None else WireFormat.parse(format)
+        return policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes)
 
     def close(self) -> None:
         """Free the workspace. Not collective. A call afterwards raises ClosedError; closing again is fine."""

@@ -19,6 +19,7 @@ bfloat16, a number per channel each, in base64.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Plan:
         if isinstance(given, Plan):
             return given
         if isinstance(given, Path) or (isinstance(given, str) and given.strip().lower().endswith(".json")):
-            return cls.load(Path(given))
+            return cls.load(given if isinstance(given, Path) else Path(given.strip()))
         return cls(WireFormat.parse(given))
 
     @classmethod
@@ -111,6 +112,13 @@ class Plan:
             "made": self.made,
         }
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits that differ between plans that do different things; ranks compare them."""
+        said = self.as_dict()
+        acts = {key: said.get(key) for key in ("format", "decode", "layers")}
+        return hashlib.sha256(json.dumps(acts).encode()).hexdigest()[:16]
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
@@ -131,22 +139,26 @@ class Plan:
         idle = [p for p in self.layers if not any(fnmatchcase(name, p) for name in names)]
         if idle:
             some = ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
-            raise PlanError(f"the plan names layers the model has not ({', '.join(idle[:3])}); it has {some}")
+            raise PlanError(
+                f"the plan names layers that the model does not have ({', '.join(idle[:3])}); it has {some}"
+            )
 
-    def send(self, name: str, x: Tensor, world: int) -> tuple[Tensor, WireFormat]:
-        """What a rank of `world` gives to layer `name`'s all-reduce for its x (..., row), and in which format.
+    def format_of(self, name: str, x: Tensor) -> WireFormat:
+        """The format of layer `name`'s all-reduce of x (..., row)."""
+        return self.decode if self.decode is not None and is_decode(x) else self.layer(name).format
+
+    def send(self, name: str, x: Tensor, world: int) -> Tensor:
+        """What a rank of `world` gives to layer `name`'s all-reduce, if that is coded, for its x (..., row).
 
         Raises PlanError where the vectors do not fit the row.
         """
-        if self.decode is not None and is_decode(x):
-            return x, self.decode
         part = self.layer(name)
-        if part.shift is None:
-            return x, part.format
+        if part.shift is None or (self.decode is not None and is_decode(x)):
+            return x
         if x.dtype == torch.float16:  # whose range a shift can leave
             x = x.float()
         up, _, share, _ = self._vectors_for(name, part, x, world)
-        return (x - share) * up, part.format
+        return (x - share) * up
 
     def receive(self, name: str, total: Tensor, world: int, dtype: torch.dtype) -> Tensor:
         """The layer's output, of the dtype that x had, out of the sum of what the ranks gave."""
@@ -193,7 +205,7 @@ def _layer(pattern: str, said: Any) -> LayerPlan:
     shift, offset = (
         _vector(pattern, key, part[key], dtype) for key, dtype in (("shift", torch.int8), ("offset", torch.bfloat16))
     )
-    if shift.shape != offset.shape or int(shift.abs().max()) > 60 or not bool(offset.isfinite().all()):
+    if shift.shape != offset.shape or int(shift.int().abs().max()) > 60 or not bool(offset.isfinite().all()):
         raise PlanError(f"layer {pattern}: shift and offset must be equally long, |shift| <= 60 and offset finite")
     return LayerPlan(fmt, shift, offset)
 

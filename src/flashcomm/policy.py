@@ -43,6 +43,10 @@ class Route:
     wire_bytes: int
     reason: str
 
+    @property
+    def coded(self) -> bool:
+        return self.algorithm in ("one_shot", "two_shot")
+
 
 @dataclass(frozen=True)
 class Rejected:

@@ -7,8 +7,8 @@ divergence of the model's next-token distribution from its uncompressed self is,
     KL = 1/2 E[(g . e)^2]   nats per token           (the Fisher information is the Hessian of KL)
 
 and errors of different layers and steps add up, being independent. So the reduce step and the gather step of every
-layer can be priced for every format by encoding what the layer really sends, and a plan's price is a sum. On
-SmolLM2-135M prices agree with measured divergences within a few per cent (docs/accuracy.md).
+layer can be priced for every format by encoding what the layer really sends, and a plan's price is a sum. How near
+prices come to measured divergences on SmolLM2-135M: docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def condition(
     """Conditioning vectors by layer, from the outputs and gradients on `windows`, token ids (n, length).
 
     offset: each channel's mean over tokens, those left out whose values are more than four times as large as the
-    usual token's (the first of a text, often). shift: the power of 2 next to sqrt(g / s), g and s the root mean
-    squares of gradient and output less offset; errors spread evenly over scaled channels then cost the least.
+    usual token's (the first of a text, often). shift: the power of 2 next to sqrt(g / s), g the root mean square of
+    the gradient and s^2 the mean square of the output less offset^2; errors spread evenly over scaled channels then
+    cost the least.
     """
     count: dict[str, float] = {}
     first: dict[str, Tensor] = {}
@@ -128,7 +129,7 @@ def condition(
 def _errors(plan: Plan, name: str, seen: _Seen, world: int, step: StepFormat) -> tuple[Tensor, Tensor]:
     """What the reduce step and the gather step, coded as `step`, add to the layer's output: (tokens, row) each."""
     codec = codec_for(seen.total.device.type)
-    sent = [plan.send(name, p, world)[0] for p in seen.partials]
+    sent = [plan.send(name, p, world) for p in seen.partials]
     exact = sum(sent[1:], sent[0])
     dtype = exact.dtype
     back = plan.receive(name, exact, world, dtype)

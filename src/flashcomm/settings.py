@@ -44,6 +44,7 @@ class Settings:
     timeout_s: float
     check: bool
     debug: str
+    plan: str = ""  # the digest of the plan that a seam follows with these settings
 
     @property
     def format(self) -> WireFormat:

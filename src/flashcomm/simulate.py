@@ -74,7 +74,10 @@ class TensorParallel:
     ) -> None:
         self.model, self.world = model, world
         self.algorithm, self.min_bytes, self.observer = algorithm, min_bytes, observer
+        if world < 1:
+            raise InputError(f"{world} ranks asked for: at least 1 is needed")
         self.layers = row_parallel_layers(model)
+        self._before: dict[torch.nn.Module, Any] = {}
         indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world]
         if indivisible:
             raise InputError(f"{world} ranks cannot share the inputs of {', '.join(indivisible[:3])}")
@@ -98,6 +101,8 @@ class TensorParallel:
         return self._sent * 8 / self._values if self._values else 0.0
 
     def __enter__(self) -> TensorParallel:
+        modules = (*self.layers.values(), *self._columns.values())
+        self._before = {module: vars(module).get("forward") for module in modules}
         for name, module in self.layers.items():
             vars(module)["forward"] = self._row_parallel(name, module)
         for module in self._columns.values():
@@ -106,8 +111,10 @@ class TensorParallel:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None) -> None:
-        for module in (*self.layers.values(), *self._columns.values()):
+        for module, forward in self._before.items():
             vars(module).pop("forward", None)
+            if forward is not None:  # another wrapper's
+                vars(module)["forward"] = forward
 
     def _row_parallel(self, name: str, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
         shards = [w.contiguous() for w in module.weight.detach().chunk(self.world, 1)]
@@ -131,18 +138,22 @@ class TensorParallel:
         return forward
 
     def _all_reduce(self, name: str, partials: list[Tensor]) -> Tensor:
-        sent = [self._plan.send(name, p, self.world) for p in partials]
-        total = self.reduce([message for message, _ in sent], sent[0][1])
+        fmt = self._plan.format_of(name, partials[0])
+        if not self._route(partials[0], fmt).coded:
+            return self.reduce(partials, fmt)
+        total = self.reduce([self._plan.send(name, p, self.world) for p in partials], fmt)
         return self._plan.receive(name, total, self.world, partials[0].dtype)
+
+    def _route(self, x: Tensor, fmt: WireFormat) -> policy.Route:
+        call = policy.Call(x.numel(), x.shape[-1] if x.dim() else 1, x.element_size(), self.world, "cpu")
+        return policy.choose(call, fmt, self.algorithm, self.min_bytes).route
 
     def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
         """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""
         x = tensors[0]
-        row = x.shape[-1] if x.dim() else 1
-        call = policy.Call(x.numel(), row, x.element_size(), self.world, "cpu")
-        way = policy.choose(call, fmt, self.algorithm, self.min_bytes).route.algorithm
+        way = self._route(x, fmt).algorithm
         if way != "copy":
-            as_bf16 = policy.Call(x.numel(), row, 2, self.world, "cpu")
+            as_bf16 = policy.Call(x.numel(), x.shape[-1] if x.dim() else 1, 2, self.world, "cpu")
             self._sent += policy.wire_bytes(way, as_bf16, fmt)
             self._values += 2 * (self.world - 1) / self.world * x.numel()
         if way in ("copy", "native"):

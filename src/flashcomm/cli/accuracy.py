@@ -63,7 +63,11 @@ def evaluate(
 
     counts = _numbers("--worlds", worlds)
     plans = _plans([*formats_of(formats, plans=True), *map(str, plan or [])])
-    loaded, tokenizer, where = _load(model, device, dtype, algorithm)
+    if layers and all(p.layers or p.format.lossless for p in plans.values()):
+        raise SettingsError(
+            "--layers prices formats, one at a time: give one in --formats that is neither a plan nor bf16"
+        )
+    loaded, tokenizer, where = _load(model, device, dtype, algorithm, max(counts) if real else 1)
     ids = read_windows(text, tokenizer, context, windows)
     n_bytes, ids = bytes_in(ids, tokenizer), ids.to(where)
     _check(loaded, plans, counts)
@@ -90,10 +94,10 @@ def evaluate(
     same = {"model": model.name, "text": text.name, "context": context, "algorithm": algorithm, "dtype": dtype}
     same["ranks"] = "real" if real else "simulated"
     rows = [same | row for row in rows]
-    if layers:
-        report.write_csv(layers, [same | row for row in priced])
     if csv:
         report.write_csv(csv, rows)
+    if layers:
+        report.write_csv(layers, [same | {"algorithm": "two_shot", "ranks": "simulated"} | row for row in priced])
     if json:
         report.print_json({"rows": rows, "layers": priced, **report.environment()})
         return
@@ -131,6 +135,8 @@ def tune(
     from flashcomm.wire.format import WireFormat
 
     budgets = _budgets(budget, bits)
+    if world < 2:
+        raise SettingsError("--world 1: one rank sends nothing; give the number of ranks the plan is for")
     if output.suffix != ".json" or (len(budgets) > 1 and "{}" not in output.name):
         raise SettingsError(
             f"--output {output}: a plan's name ends in .json and, for several budgets, has a {{}} in it"
@@ -230,7 +236,7 @@ def probe(
     )
 
 
-def _load(path: Path, device: str, dtype: str, algorithm: str) -> tuple[Any, Any, str]:
+def _load(path: Path, device: str, dtype: str, algorithm: str, ranks: int = 1) -> tuple[Any, Any, str]:
     from flashcomm.cli.models import check_model, load_model
     from flashcomm.settings import ALGORITHMS
 
@@ -238,7 +244,7 @@ def _load(path: Path, device: str, dtype: str, algorithm: str) -> tuple[Any, Any
         raise SettingsError(f"--algorithm {algorithm}: allowed are {', '.join(ALGORITHMS)}")
     import torch
 
-    where = device_for(device, 1)
+    where = device_for(device, ranks)
     check_model(path, 1)
     model, tokenizer = load_model(path, 1, torch.device(where), dtype_for(dtype))
     return model, tokenizer, where
@@ -247,7 +253,12 @@ def _load(path: Path, device: str, dtype: str, algorithm: str) -> tuple[Any, Any
 def _plans(names: Sequence[str]) -> dict[str, Plan]:
     from flashcomm.plan import Plan
 
-    return {Path(name).name if name.endswith(".json") else name: Plan.of(name) for name in names if name != "bf16"}
+    short = [Path(name).name for name in names]
+    return {
+        Path(name).name if name.endswith(".json") and short.count(Path(name).name) == 1 else name: Plan.of(name)
+        for name in names
+        if name != "bf16"
+    }
 
 
 def _check(model: Any, plans: dict[str, Plan], worlds: Sequence[int]) -> None:

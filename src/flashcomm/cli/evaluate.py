@@ -48,10 +48,10 @@ class RealRanks:
         self._seam, self._algorithm, self._plan = seam, algorithm, Plan.of("bf16")
         self._width = sum(m.weight.shape[0] for m in model.modules() if getattr(m, "_flashcomm_layer", ""))
         self._tokens = self._before = 0
-        model.register_forward_pre_hook(self._count)
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, module: Any, args: tuple[Any, ...]) -> None:
-        self._tokens += args[0].numel()
+    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._tokens += (args[0] if args else kwargs["input_ids"]).numel()
 
     @property
     def plan(self) -> Plan:
@@ -156,8 +156,12 @@ def _add(tally: Tally, batch: Tensor, mine: Tensor, base: Tensor, bits: float) -
 def _greedy(ranks: TensorParallel | RealRanks, plan: Plan, windows: Tensor, n: int) -> Tensor:
     """The n likeliest tokens, one after the other, after the first quarter of each of up to 16 windows."""
     ranks.plan = plan
-    prompts = windows[:16, : max(1, windows.shape[1] // 4)]
-    out = ranks.model.generate(
+    return continue_greedily(ranks.model, windows[:16, : max(1, windows.shape[1] // 4)], n)
+
+
+def continue_greedily(model: Any, prompts: Tensor, n: int) -> Tensor:
+    """The n likeliest tokens, one after the other, after prompts (k, length): (k, n)."""
+    out = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=n,

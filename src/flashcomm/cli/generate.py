@@ -26,6 +26,7 @@ def generate(
 
     seam.enable(fmt, **settings)
     model, tokenizer = load_model(model_dir, ctx.world, ctx.device, dtype)
+    seam.check_plan(model)
     text = prompt
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]

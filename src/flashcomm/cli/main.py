@@ -278,11 +278,11 @@ def bench_codec(
 
 @app.command()
 def plot(
-    source: Annotated[Path, typer.Argument(help="A CSV written by bench or ttft.")],
+    source: Annotated[Path, typer.Argument(help="A CSV written by bench, ttft or eval.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to put the picture: .svg or .png.")],
     json: Json = False,
 ) -> None:
-    """Draw a CSV of bench or ttft."""
+    """Draw a CSV of bench, ttft or eval."""
     from flashcomm.cli import report
     from flashcomm.cli.plot import plot as draw
 

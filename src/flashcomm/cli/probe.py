@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcomm.cli.evaluate import continue_greedily
 from flashcomm.plan import Plan
 from flashcomm.simulate import TensorParallel
 
@@ -100,11 +101,11 @@ def generation(
     for i, piece in enumerate(pieces):
         progress("generation", i, len(pieces))
         with torch.inference_mode():
-            texts["one rank"].append(_continue(model, piece, n_tokens))
+            texts["one rank"].append(continue_greedily(model, piece, n_tokens).cpu())
             with TensorParallel(model, world, algorithm=algorithm) as ranks:
                 for name, plan in ({"bf16": ranks.plan} | plans).items():
                     ranks.plan = plan
-                    texts[name].append(_continue(model, piece, n_tokens))
+                    texts[name].append(continue_greedily(model, piece, n_tokens).cpu())
     base, rows = torch.cat(texts["bf16"]), []
     for name in names[1:]:
         first = (base == torch.cat(texts[name])).cumprod(1).sum(1)
@@ -121,15 +122,3 @@ def generation(
             }
         )
     return rows
-
-
-def _continue(model: Any, prompts: Tensor, n: int) -> Tensor:
-    out = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=n,
-        min_new_tokens=n,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[:, prompts.shape[1] :].cpu()  # type: ignore[no-any-return]

@@ -41,6 +41,9 @@ def ttft(
 
     seam.enable("bf16", **settings)
     model, _ = load_model(model_dir, ctx.world, ctx.device, dtype)
+    for name in formats:
+        seam.enable(name, **settings)
+        seam.check_plan(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, n_tokens), generator=generator).to(ctx.device)
     names = list(dict.fromkeys([NONE, "bf16", *formats]))

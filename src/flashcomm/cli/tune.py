@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from torch import Tensor
 
+from flashcomm.errors import InputError
 from flashcomm.plan import LayerPlan, Plan
 from flashcomm.sensitivity import LOSSLESS, Costs, condition, measure
 from flashcomm.simulate import row_parallel_layers
@@ -22,6 +23,7 @@ from flashcomm.wire.format import Layout, StepFormat, WireFormat
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 GROUPS = (32, 64, 128)
+TRIES = 5
 Progress = Callable[[str, int, int], None]
 
 
@@ -102,19 +104,25 @@ def tune(
 ) -> Tuned:
     """The plan for a budget: at most this rise in perplexity (0.01 is 1 %), or at most these bits per value.
 
-    measured_rise(plan) runs it. A plan whose measured rise is above the budget is tightened and measured again, up to
-    four times; the last is returned even if it does not meet the budget, which its `measured_rise` then says.
+    measured_rise(plan) runs it. Prices are of KL divergence, and to second order: a plan that measures above the budget
+    is tightened and one far below it loosened, up to `TRIES` measurements. Returned is the one of the fewest bits that
+    meets the budget, or else the last, whose `measured_rise` then says so. Raises InputError where a measurement is no
+    number.
     """
     if rise is None:
         chosen, b, kl = prices.within(bits=bits)
         plan = prices.plan(chosen)
         return Tuned(plan, b, kl, measured_rise(plan), 1)
-    target = math.log1p(rise)
-    for tries in range(1, 5):
+    target, best = math.log1p(rise), None
+    for tries in range(1, TRIES + 1):
         chosen, b, kl = prices.within(kl=target)
         plan = prices.plan(chosen)
-        found = measured_rise(plan)
-        if found <= rise or tries == 4:
+        last = Tuned(plan, b, kl, measured_rise(plan), tries)
+        if not math.isfinite(last.measured_rise):
+            raise InputError("the model's perplexity with a plan is no number: try it with --dtype fp32")
+        if last.measured_rise <= rise and (best is None or b < best.bits):
+            best = last
+        if 0.8 * rise <= last.measured_rise <= rise:
             break
-        target *= 0.95 * rise / found
-    return Tuned(plan, b, kl, found, tries)
+        target *= 0.95 * rise / max(last.measured_rise, rise / 4)
+    return replace(best or last, tries=tries)

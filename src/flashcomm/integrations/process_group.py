@@ -32,7 +32,7 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
 
 from flashcomm.communicator import Communicator
-from flashcomm.errors import FlashcommError, FormatError, SettingsError
+from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError
 from flashcomm.plan import Plan, is_decode
 from flashcomm.settings import Settings
 from flashcomm.wire.format import WireFormat
@@ -55,7 +55,7 @@ class FlashProcessGroup(dist.ProcessGroup):
         self._settings, self._plan = _agreed_settings(store, rank, size, timeout)
         if self._plan is not None and self._plan.layers and rank == 0:
             log.warning(
-                "backend 'flashcomm' sees no layers: %s for all sums, the plan's layers count not", self._plan.format
+                "backend 'flashcomm' sees no layers: %s for all sums, the plan's layers are ignored", self._plan.format
             )
         self._communicators: dict[str, Communicator] = {}
 
@@ -87,7 +87,7 @@ class FlashProcessGroup(dist.ProcessGroup):
         if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings or x.dim() > 8:
             return False
         settings = self._settings[x.device.type]
-        return not settings.format.lossless and x.numel() * x.element_size() >= settings.min_bytes
+        return not (self._format(x) or settings.format).lossless and x.numel() * x.element_size() >= settings.min_bytes
 
     def _communicator(self, device_type: str) -> Communicator:
         if device_type not in self._communicators:
@@ -114,12 +114,13 @@ def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> 
             given["format"] = plan.format
         settings = {device: Settings.resolve(device, **given) for device in ("cpu", "cuda")}
     except FlashcommError as why:
-        error = f"rank {rank}: {why}"
-    store.set(f"flashcomm/{rank}", error or f"ok {settings} {plan.as_dict() if plan else ''}")
+        error = f"{type(why).__name__} rank {rank}: {why}"
+    store.set(f"flashcomm/{rank}", error or f"ok {settings} plan {plan.digest if plan else 'none'}")
     everybody = [store.get(f"flashcomm/{r}").decode() for r in range(size)]
     wrong = [text for text in everybody if not text.startswith("ok ")]
     if wrong:
-        raise (FormatError if "a format is" in wrong[0] else SettingsError)(wrong[0])
+        kind, _, text = wrong[0].partition(" ")
+        raise {"FormatError": FormatError, "PlanError": PlanError}.get(kind, SettingsError)(text)
     if len(set(everybody)) > 1:
         told = "\n".join(f"  rank {r}: {text[3:]}" for r, text in enumerate(everybody))
         raise SettingsError(f"FLASHCOMM_* settings differ between ranks; give all of them the same:\n{told}")

@@ -58,8 +58,11 @@ class Reducer:
         comm = self.communicators[key]
         if self.plan is None:
             return comm.all_reduce(partial)
-        message, fmt = self.plan.send(layer, partial, comm.world)
-        return self.plan.receive(layer, comm.all_reduce(message, format=fmt), comm.world, partial.dtype)
+        fmt = self.plan.format_of(layer, partial)
+        if not comm.explain(partial.shape, partial.dtype, fmt).route.coded:
+            return comm.all_reduce(partial, format=fmt)
+        total = comm.all_reduce(self.plan.send(layer, partial, comm.world), format=fmt)
+        return self.plan.receive(layer, total, comm.world, partial.dtype)
 
 
 class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships no types
@@ -99,6 +102,8 @@ def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> No
     Settings.resolve("cpu", format=text, **settings)
     reducer = _reducer() or Reducer()
     reducer.plan, reducer.settings = plan, {"format": text, **settings}
+    if plan is not None and (plan.layers or plan.decode):
+        reducer.settings["plan"] = plan.digest
     for name in STYLES:
         if not isinstance(ALL_PARALLEL_STYLES[name], FlashRowwise):
             ALL_PARALLEL_STYLES[name] = FlashRowwise(ALL_PARALLEL_STYLES[name], reducer)
@@ -138,7 +143,8 @@ def check_plan(model: Any) -> None:
     reducer = _reducer()
     if reducer is not None and reducer.plan is not None:
         names = [m._flashcomm_layer for m in model.modules() if getattr(m, "_flashcomm_layer", "")]
-        reducer.plan.check([n for n in names if n], model.config)
+        if names:  # none in a world of one
+            reducer.plan.check(names, model.config)
 
 
 def _reducer() -> Reducer | None:

@@ -16,9 +16,9 @@ low * f and high * f with f = 11/16, 13/16, 29/32, what lies outside being clamp
 round(16 * (y - y^) * inv)^2, inv being that of the whole range, which is taken if the sums are equal.
 
 Why so. The grid is integer multiples of the stored scale, so the zero point costs nothing, a value of 0 comes out as
-0, and y^ has at most 16 significant bits: it is *exact* in float32, its transform (24 bits) too, so that neither
-fused multiply-adds nor the order of a transform's sums can change a bit. Sums of ranks are sums of y^, transformed
-once. The floor 2^-110 keeps subnormals out of every result.
+0, and y^ has at most 16 significant bits: it is *exact* in float32, so that fused multiply-adds cannot change a bit.
+Sums of ranks are sums of y^, transformed once, in the order above, which is part of the definition; only the
+transform of a single buffer is exact (24 bits) in any order. The floor 2^-110 keeps subnormals out of every result.
 
 Error: see `error_bound`. A group that holds NaN, Inf or |y| >= 2^126 (8.5e37; a transform 2^126 / n) has the scale NaN,
 codes and zero 0, and decodes to NaN throughout; other groups do not notice.
