@@ -127,15 +127,15 @@ MUTATIONS = {
         "result = x if out is None else out", "test_ops.py::test_functional",
     ),
     "the offset is not added back": (
-        "plan.py", "return total * down + whole", "return total * down",
+        "plan.py", "return (total * down + whole).to(dtype)", "return (total * down).to(dtype)",
         "test_plan.py::test_conditioning_is_undone_after_the_sum",
     ),
     "decoding takes the layer's format": (
-        "plan.py", "if self.decode is not None and is_decode(x):", "if False:",
+        "plan.py", "return self.decode if self.decode is not None and is_decode(x) else ", "return ",
         "test_plan.py::test_decoding_takes_its_own_format_and_no_conditioning",
     ),
-    "simulated ranks in another order": (
-        "simulate.py", "return run(tensors, fmt,", "return run(tensors[::-1], fmt,",
+    "a simulated rank left out": (
+        "simulate.py", "return run(tensors, fmt,", "return run(tensors[:-1], fmt,",
         "test_accuracy.py::TestSimulation::test_every_sum_is_the_reference_of_the_partial_sums",
     ),
     "a price without its half": (
