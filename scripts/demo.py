@@ -37,8 +37,8 @@ def main() -> None:
             results.append(generate(fmt))
     panels = []
     for result in results:
-        saved = results[0]["wire_bytes"] / result["wire_bytes"]
-        sent = f"sent {human(result['wire_bytes'])} a rank" + (f", {saved:.1f}x less" if saved > 1 else "")
+        each = [r["wire_bytes"] / len(r["tokens"]) for r in (results[0], result)]  # texts differ in length
+        sent = f"{human(each[1])} a token" + (f", {each[0] / each[1]:.1f}x less" if each[0] > each[1] else "")
         panels.append(Panel(result["text"].strip(), title=result["format"], subtitle=sent, width=38))
     console.print(Columns(panels))
     console.print(agreement(results))
