@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def tiny() -> Any:
 
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.o_proj", "mlp.down_proj")]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As on the ranks, because kernels cut their work by threads; given back, because other tests need threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class TestSimulation:
@@ -100,7 +110,7 @@ class TestSimulation:
 
     @needs_model
     @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-    def test_three_real_ranks_compute_the_same_bits(self, algorithm: str) -> None:
+    def test_three_real_ranks_compute_the_same_bits(self, algorithm: str, one_thread: None) -> None:
         ids = torch.arange(1000, 1200).view(1, 200)
         plans = [Plan.of("int6-had"), smol_plan()]
         real = run(real_logits, 3, (ids, plans, algorithm), timeout_s=300)
@@ -108,7 +118,6 @@ class TestSimulation:
         with TensorParallel(model, 3, algorithm=algorithm) as ranks, torch.inference_mode():
             for plan, want in zip(plans, real, strict=True):
                 ranks.plan = plan
-                torch.set_num_threads(1)  # as on the ranks: kernels cut their work by threads
                 assert torch.equal(model(ids).logits, torch.tensor(want))
 
 

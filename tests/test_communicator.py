@@ -95,6 +95,26 @@ class TestAgreement:
         assert len(messages) == 1
         assert "rank 1: 9 bits asked for, 2 to 8 are allowed" in messages.pop()
 
+    @pytest.mark.parametrize("theirs", ["int9", "int6"])
+    def test_formats_of_one_call_differ_and_the_group_goes_on(self, theirs: str) -> None:
+        """An unknown format on one rank, or another one: an error on all, and the next call works."""
+
+        def body(group: dist.ProcessGroup, rank: int) -> torch.Tensor:
+            comm = Communicator(group, "int4", min_bytes=0)
+            with pytest.raises(InputError, match="did not make the same valid call"):
+                comm.all_reduce(steps(64, 576), format=theirs if rank else "int8")
+            return comm.all_reduce(rank * steps(64, 576), format="int8")
+
+        want = reference.one_shot([0 * steps(64, 576), steps(64, 576)], WireFormat.parse("int8"))
+        assert all(torch.equal(r, want) for r in raise_first(run_ranks(2, body)))
+
+    def test_an_unknown_format_without_the_check(self) -> None:
+        def body(group: dist.ProcessGroup, rank: int) -> None:
+            with pytest.raises(FormatError, match="9 bits asked for"):
+                Communicator(group, "int4", check=False).all_reduce(steps(64, 576), format="int9")
+
+        raise_first(run_ranks(2, body))
+
     @pytest.mark.parametrize("algorithm", ["auto", "two_shot"])
     def test_shapes_differ_and_the_group_goes_on(self, algorithm: str) -> None:
         """Also across the minimum size, where one rank would code and the other not."""

@@ -41,6 +41,7 @@ class Problem(enum.IntEnum):
     DIVIDE = 6
     DIMS = 7
     OUT = 8
+    FORMAT = 9
 
     def text(self, x: Any, device: torch.device, world: int) -> str:
         """For the rank whose tensor it is: what was given, what is allowed, what to do."""
@@ -58,6 +59,7 @@ class Problem(enum.IntEnum):
             Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
             Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world}; pad it",
             Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
+            Problem.FORMAT: "format= is no wire format; give one such as 'int4-had', or leave it out",
             Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape it",
         }[self]
 

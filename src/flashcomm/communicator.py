@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashcomm import agreement, policy
 from flashcomm.collectives import composed
-from flashcomm.errors import ClosedError, FlashcommError, InputError, SettingsError
+from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
 from flashcomm.settings import NEVER_BYTES, Settings
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import codec_for
@@ -118,8 +118,12 @@ class Communicator:
         format: another wire format for this call, equal on all ranks; plans (`flashcomm.plan`) use it layer by layer.
         Cost: see `explain`. Raises InputError, ClosedError or CommunicationError.
         """
-        fmt = self.format if format is None else WireFormat.parse(format)
-        call = self._enter("all_reduce", x, out, fmt)
+        fmt, unknown = self.format, None
+        try:
+            fmt = self.format if format is None else WireFormat.parse(format)
+        except FormatError as why:
+            unknown = why  # raised below, once every rank knows of it
+        call = self._enter("all_reduce", x, out, fmt, unknown)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
@@ -188,13 +192,24 @@ class Communicator:
         run(x.contiguous(), out, self._context)
         return out
 
-    def _enter(self, name: str, x: Tensor, out: Tensor | None = None, fmt: WireFormat | None = None) -> policy.Call:
+    def _enter(
+        self,
+        name: str,
+        x: Tensor,
+        out: Tensor | None = None,
+        fmt: WireFormat | None = None,
+        unknown: FormatError | None = None,
+    ) -> policy.Call:
         """Check this rank's input and, where settings say so, that all ranks make the same call."""
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
         problem = agreement.problem_with(name, x, self.device, self.world, out)
+        if unknown and not problem:
+            problem = agreement.Problem.FORMAT
         if self.settings.check and self.world > 1:
             agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt))
+        elif problem == agreement.Problem.FORMAT and unknown:
+            raise unknown
         elif problem:
             raise InputError(f"{name}: {problem.text(x, self.device, self.world)}")
         self._n_calls += 1
