@@ -98,7 +98,22 @@ class TestSimulation:
                 model(torch.arange(128).view(1, 128))
                 assert ranks.bits_per_value == pytest.approx(bits, rel=0.002)  # sections are padded to 16 bytes
 
+    def test_one_inside_another_is_left_as_it_was(self) -> None:
+        model = tiny()
+        with torch.inference_mode():
+            plain = model(IDS).logits
+            with TensorParallel(model, 2, "int4") as outer:
+                want = model(IDS).logits
+                with TensorParallel(model, 4, "int2"):
+                    assert not torch.equal(model(IDS).logits, want)
+                assert torch.equal(model(IDS).logits, want)
+                outer.plan = "int2"
+                assert not torch.equal(model(IDS).logits, want)
+            assert torch.equal(model(IDS).logits, plain)
+
     def test_refusals(self) -> None:
+        with pytest.raises(InputError, match="0 ranks asked for: at least 1"):
+            TensorParallel(tiny(), 0)
         with pytest.raises(
             InputError, match=r"3 ranks cannot share the inputs of model.layers.0.self_attn.o_proj \(64\)"
         ):

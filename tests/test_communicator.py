@@ -102,7 +102,7 @@ class TestAgreement:
         def body(group: dist.ProcessGroup, rank: int) -> torch.Tensor:
             comm = Communicator(group, "int4", min_bytes=0)
             with pytest.raises(InputError, match="did not make the same valid call"):
-                comm.all_reduce(steps(64, 576), format=theirs if rank else "int8")
+                comm.all_reduce(steps(64, 576), format=theirs if rank else "int4")
             return comm.all_reduce(rank * steps(64, 576), format="int8")
 
         want = reference.one_shot([0 * steps(64, 576), steps(64, 576)], WireFormat.parse("int8"))
