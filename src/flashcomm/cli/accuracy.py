@@ -24,6 +24,7 @@ from flashcomm.cli.options import (
     progress_bar,
 )
 from flashcomm.errors import InputError, SettingsError
+from flashcomm.settings import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
     from flashcomm.cli.tune import Progress
@@ -34,7 +35,7 @@ Formats = Annotated[str, typer.Option(help="Wire formats and plans (.json), sepa
 Context = Annotated[int, typer.Option(min=8, help="Tokens of a window.")]
 Windows = Annotated[int, typer.Option(min=1, help="How many windows, spread evenly over the text.")]
 Simulated = Annotated[str, typer.Option(help="auto (as a Communicator would choose), one_shot or two_shot.")]
-FORMATS = "int8,int8-had,int6,int6-had,int5-had,int4,int4-had"
+FORMATS = f"int8,int8-had,{DEFAULT_FORMAT},int6,int6-had,int5-had,int4,int4-had"
 
 
 def evaluate(
