@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
+N_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+if not N_GPUS:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; ranks inherit it
+
 import datetime
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from flashcomm.wire import torch_codec
@@ -80,12 +87,11 @@ def tough(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Te
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in list(os.environ):
         if name.startswith("FLASHCOMM_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))  # no tables of this machine's own
     torch.manual_seed(0)
 
 

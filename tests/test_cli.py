@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,9 +69,10 @@ class TestBench:
         sizes = ("-b", 20000, "-e", 40000, "--row", 576, "--turns", 2)
         done = flashcomm(*BENCH, "-n", 3, "--formats", "int8,int4/int8", *sizes, "--csv", tmp_path / "b.csv", "--json")
         got = as_json(done)
-        assert [(r["size"], r["format"]) for r in got["rows"]] == [
-            (size, fmt) for size in (20000, 40000) for fmt in ("bf16", "int8", "int4/int8")
+        assert [(r["size"], r["format"]) for r in got["rows"] if r["path"] != "auto"] == [
+            (size, fmt) for size in (20000, 40000) for fmt in ("bf16", "bf16", "bf16", "int8", "int4/int8")
         ]
+        assert got["unavailable"]["symm two-shot"] == "for CUDA tensors only"
         for row in got["rows"]:
             assert row["world"] == 3
             assert row["time_us"] > 0
@@ -79,11 +81,11 @@ class TestBench:
             assert row["busbw"] == pytest.approx(row["algbw"] * 4 / 3, rel=1e-2)
             assert row["speedup"] > 0
         by = {(r["size"], r["format"]): r for r in got["rows"]}
-        assert by[20000, "bf16"]["speedup"] == 1.0
+        assert by[20000, "bf16"]["speedup"] == 1.0  # the last of the lossless ones is the best
         assert by[20000, "bf16"]["error"] < 0.01 < by[20000, "int4/int8"]["error"]
         assert by[40000, "int8"]["wire_bytes"] < 0.6 * 2 * 40000
         rows = list(csv.DictReader((tmp_path / "b.csv").open()))
-        assert len(rows) == 6
+        assert len(rows) == 14
         assert all(rows[0][key] for key in ("machine", "torch", "python", "date", "command", "flashcomm"))
         assert "bench all_reduce" in rows[0]["command"]
         as_json(flashcomm("plot", tmp_path / "b.csv", "-o", tmp_path / "b.svg", "--json"))
@@ -114,6 +116,16 @@ class TestBench:
             assert row["encode_share"] == pytest.approx(row["encode"] / row["copy"], rel=0.02)
             assert row["decode_share"] == pytest.approx(row["decode_sum"] / row["copy"], rel=0.02)
 
+    def test_table(self) -> None:
+        """Every path has a row, and what has none a reason."""
+        done = flashcomm(*BENCH, "--formats", "int8", "-b", 8192, "-e", 8192, "--turns", 1)
+        assert done.returncode == 0, done.stderr
+        for row in ("bf16 +native", "bf16 +one_shot", "bf16 +two_shot", "int8 +auto", "int8 +one_shot"):
+            assert re.search(rf"8192 +{row}", done.stdout), done.stdout
+        assert "auto: takes native; new output" in done.stdout
+        for path in ("symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8"):
+            assert f"not measured: {path}: for CUDA tensors only" in done.stdout
+
     @needs_link
     def test_a_link_limits_the_rate(self) -> None:
         """1 MB over 50 Mbit/s takes 168 ms and the frame headers uncompressed, a quarter as int4."""
@@ -133,6 +145,9 @@ class TestBench:
         refused(flashcomm(*BENCH, "--device", "tpu"), "allowed are auto, cpu and cuda")
         refused(flashcomm(*BENCH, "--device", "cuda"), "no CUDA device")
         refused(flashcomm(*BENCH, "--link", "fast"), "fast")
+        refused(flashcomm(*BENCH, "--mode", "slow"), "allowed are eager, graph, both")
+        refused(flashcomm(*BENCH, "--mode", "graph", "--device", "cpu"), "CUDA graphs need --device cuda")
+        refused(flashcomm("bench", "codec", "--device", "cuda"), "no CUDA device")
         refused(flashcomm("plot", "none.csv", "-o", "x.svg"), "none.csv cannot be read")
 
     def test_no_orphans_after_a_kill(self) -> None:

@@ -34,9 +34,10 @@ class TestSettings:
         given = Settings.resolve("cpu", env, format="int4", min_bytes=7, check=True)
         assert (given.fmt, given.min_bytes, given.check) == ("int4", 7, True)
         default = Settings.resolve("cpu", {})
-        assert (default.fmt, default.min_bytes, default.check) == ("int6-had/int7-had", 65536, True)
-        on_gpu = Settings.resolve("cuda", {})
-        assert (on_gpu.check, on_gpu.min_bytes) == (False, 1 << 40)
+        assert (default.fmt, default.min_bytes, default.check) == ("int6-had/int7-had", None, True)
+        assert (default.transport, default.workspace_bytes) == ("auto", 256 << 20)
+        on_gpu = Settings.resolve("cuda", {"FLASHCOMM_TRANSPORT": "symmetric", "FLASHCOMM_WORKSPACE_BYTES": "32M"})
+        assert (on_gpu.check, on_gpu.transport, on_gpu.workspace_bytes) == (False, "symmetric", 32 << 20)
 
     @pytest.mark.parametrize(
         ("env", "message"),
@@ -44,6 +45,11 @@ class TestSettings:
             ({"FLASHCOMM_ALGORITHM": "ring"}, "algorithm='ring': allowed are auto, native, one_shot, two_shot"),
             ({"FLASHCOMM_MIN_BYTES": "-1"}, "min_bytes='-1': give a number of bytes"),
             ({"FLASHCOMM_CHUNK_BYTES": "0"}, "chunk_bytes='0': give a number of bytes of at least 1"),
+            (
+                {"FLASHCOMM_TRANSPORT": "pigeon"},
+                "transport='pigeon': allowed are auto, process_group, symmetric, shared",
+            ),
+            ({"FLASHCOMM_WORKSPACE_BYTES": "1M"}, "workspace_bytes='1M': give a number of bytes of at least 4194304"),
             ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a positive number"),
             ({"FLASHCOMM_TIMEOUT_S": "0"}, "timeout_s='0'"),
             ({"FLASHCOMM_CHECK": "maybe"}, "check='maybe': allowed are 0, 1"),

@@ -21,13 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcomm import agreement, policy
+from flashcomm import agreement, links, policy
 from flashcomm.collectives import composed
 from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
-from flashcomm.settings import NEVER_BYTES, Settings
+from flashcomm.settings import Settings
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import codec_for
 from flashcomm.wire.format import WireFormat
+
+MAX_KEPT = 4096  # shapes whose launches a Communicator remembers
 
 log = logging.getLogger("flashcomm")
 
@@ -53,6 +55,8 @@ class Communicator:
         device: str | None = None,
         algorithm: str | None = None,
         min_bytes: int | str | None = None,
+        transport: str | None = None,
+        workspace_bytes: int | str | None = None,
         chunk_bytes: int | str | None = None,
         timeout_s: float | None = None,
         check: bool | None = None,
@@ -71,7 +75,8 @@ class Communicator:
         try:
             self.device = agreement.group_device(group, device)
             given: dict[str, Any] = {"format": format, "algorithm": algorithm, "min_bytes": min_bytes}
-            given |= {"chunk_bytes": chunk_bytes, "timeout_s": timeout_s, "check": check, "debug": debug}
+            given |= {"transport": transport, "workspace_bytes": workspace_bytes, "chunk_bytes": chunk_bytes}
+            given |= {"timeout_s": timeout_s, "check": check, "debug": debug}
             mine: Settings | FlashcommError = replace(Settings.resolve(self.device.type, **given), plan=plan)
         except FlashcommError as why:
             self.device = agreement.group_device(group, None)
@@ -88,15 +93,11 @@ class Communicator:
             composed.Workspace(self.device),
             self.settings.chunk_bytes,
         )
+        self.machine, self._fused = links.connect(group, self.transport, self.settings)
+        self._launches: dict[Any, Any] = {}  # of this Communicator's messages so far, by shape, dtype and format
+        self._stream: torch.cuda.Stream | None = None
         self._n_calls = 0
         self._closed = False
-        codes_nothing = self.settings.algorithm == "auto" and self.settings.min_bytes >= NEVER_BYTES
-        if codes_nothing and not self.format.lossless and self.rank == 0:
-            log.warning(
-                "%r: on CUDA the codec is plain torch for now and slower than NCCL, so auto leaves every message to "
-                "NCCL; set min_bytes or algorithm to code all the same",
-                self,
-            )
 
     @property
     def rank(self) -> int:
@@ -118,6 +119,9 @@ class Communicator:
         format: another wire format for this call, equal on all ranks; plans (`flashcomm.plan`) use it layer by layer.
         Cost: see `explain`. Raises InputError, ClosedError or CommunicationError.
         """
+        quick = self._quick(x, out, format)
+        if quick is not None:
+            return quick
         fmt, unknown = self.format, None
         try:
             fmt = self.format if format is None else WireFormat.parse(format)
@@ -127,12 +131,15 @@ class Communicator:
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
-        way = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes).route.algorithm
+        route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
+        way = route.algorithm
         self._count("all_reduce", way, x)
         if way in ("copy", "native"):
             result.copy_(x)
             if way == "native":
                 self.transport.all_reduce_native(result, "native all-reduce").wait()
+        elif self._fused is not None:
+            self._run_fused(fused_kind(way), x, result, call.row, WireFormat.parse(route.fmt), format)
         else:
             run = composed.one_shot if way == "one_shot" else composed.two_shot
             run(x.contiguous(), result, replace(self._context, fmt=fmt))
@@ -162,11 +169,27 @@ class Communicator:
         """Which way an all-reduce of this shape and dtype goes, how many bytes a rank sends, why not the other ways."""
         call = self._call(tuple(shape), dtype)
         fmt = self.format if format is None else WireFormat.parse(format)
-        return policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes)
+        return policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine)
+
+    def synchronize(self) -> None:
+        """Wait, on the host, for this rank's calls so far. Raises CommunicationError if a peer did not come to one.
+
+        On GPUs calls return before they are done; without this a dead peer shows in the next call.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self._fused is not None:
+            self._fused.check()
 
     def close(self) -> None:
-        """Free the workspace. Not collective. A call afterwards raises ClosedError; closing again is fine."""
-        self._closed = True
+        """Free the workspace. Not collective; on GPUs it waits for this rank's calls.
+
+        A call afterwards raises ClosedError; a graph that holds calls must not be replayed. Closing again is fine.
+        """
+        if self._fused is not None and not self._closed:
+            self._fused.close()
+        self._closed, self._fused = True, None
+        self._launches.clear()
         self.transport.close()
         self._context.workspace = composed.Workspace(self.device)
 
@@ -187,10 +210,63 @@ class Communicator:
         if self.world == 1:
             self._count(name, "copy", x)
             return out.copy_(x)
+        kind = fused_kind(name)
+        row = x.shape[-1] if x.dim() > 1 else min(x.numel(), out.numel())
+        if self._fused is not None and self._fused.fits(kind, x.numel(), row, self.format, x.element_size()):
+            self._count(name, "fused", x)
+            self._run_fused(kind, x, out, row, self.format, None)
+            return out
         self._count(name, "composed", x)
         run = composed.reduce_scatter if name == "reduce_scatter" else composed.all_gather
         run(x.contiguous(), out, self._context)
         return out
+
+    def _quick(self, x: Any, out: Any, format: Any) -> Tensor | None:
+        """The result of a message like an earlier one, with as little as possible done on the host; None: not so."""
+        if out is not None or not self._launches or not isinstance(x, Tensor):
+            return None
+        kept = self._launches.get((x.shape, x.dtype, format))
+        if kept is None or self._closed or x.get_device() != self.device.index or not x.is_contiguous():
+            return None
+        source = x.data_ptr()
+        if source & 15 or self.settings.check or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        launch, key = kept
+        result = torch.empty_like(x)
+        self._order()
+        launch(source, result.data_ptr())
+        self.calls[key] += 1
+        self._n_calls += 1
+        return result
+
+    def _run_fused(self, kind: int, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any) -> None:
+        """One launch, or a few for messages larger than the workspace, over copies of what is not aligned."""
+        assert self._fused is not None
+        self._order()
+        given, x = x, x.contiguous()
+        x = x.clone() if x.data_ptr() % 16 else x
+        target = torch.empty_like(out) if out.data_ptr() % 16 else out
+        launch = self._fused.plan(kind, x, row, fmt)
+        launch(x.data_ptr(), target.data_ptr())
+        if target is not out:
+            out.copy_(target)
+        if kind in (fused_kind("one_shot"), fused_kind("two_shot")) and self.device.type == "cuda":
+            way = "one_shot" if kind == fused_kind("one_shot") else "two_shot"
+            if len(self._launches) >= MAX_KEPT:
+                self._launches.clear()
+            self._launches[given.shape, given.dtype, format] = (launch, f"all_reduce/{way}")
+
+    def _order(self) -> None:
+        """Raise what kernels reported; put this call behind the last one if that was on another stream."""
+        assert self._fused is not None
+        self._fused.check()
+        if self.device.type != "cuda":
+            return
+        if self._stream is None or self._stream.cuda_stream != torch._C._cuda_getCurrentRawStream(self.device.index):
+            current = torch.cuda.current_stream(self.device)
+            if self._stream is not None and not torch.cuda.is_current_stream_capturing():
+                current.wait_stream(self._stream)
+            self._stream = current
 
     def _enter(
         self,
@@ -224,3 +300,8 @@ class Communicator:
         if self.settings.debug == "info" and not self.calls[key]:
             log.warning("%r: first %s goes %s, shape %s %s", self, name, way, tuple(x.shape), x.dtype)
         self.calls[key] += 1
+
+
+def fused_kind(name: str) -> int:
+    """The number that `collectives.fused_kernel` gives to an algorithm or collective."""
+    return ("one_shot", "two_shot", "reduce_scatter", "all_gather").index(name)

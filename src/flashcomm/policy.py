@@ -1,23 +1,29 @@
-"""Which way a message goes: a pure function of values that are equal on every rank.
+"""Which way a message goes: pure functions of values that are equal on every rank.
 
-Nothing here touches a tensor, a group or a clock, so every rank decides alike. The ways:
+Nothing here touches a tensor, a group or a clock, so every rank decides alike. A way is an algorithm over a transport:
 
     native     the backend's own all-reduce, not compressed
     one_shot   everybody sends all to everybody: one hop, one rounding
     two_shot   reduce-scatter and all-gather: two hops, two roundings, the fewest bytes
     copy       a world of one, or no values
+
+`admit` says whether a way can be taken at all, `choose` takes the fastest of those that can: by the times measured for
+machines of this kind, and by rules of thumb where there are none. `algorithm` and `min_bytes` win over both.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from flashcomm.wire.format import Layout, WireFormat, bounds
+from flashcomm.wire.format import LOSSLESS, Layout, WireFormat, bounds
 
 ALGORITHMS = ("native", "one_shot", "two_shot")
+FUSED = ("symmetric", "shared")  # transports over which one kernel does it all
 ONE_SHOT_BYTES = 64 << 10  # wire bytes a rank sends below which one hop beats less volume
+MIN_BYTES = {"cpu": 64 << 10, "symmetric": 64 << 10, "shared": 0, "cuda": 1 << 20}  # of a coded message, unmeasured
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,52 @@ class Call:
         return self.numel * self.itemsize
 
 
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Measured times of all-reduces, in us, of bfloat16 messages of `sizes` bytes, by way: "native", "int4 one_shot"."""
+
+    source: str  # machine, date: what `explain` shows
+    sizes: tuple[int, ...]
+    us: dict[str, tuple[float, ...]]
+
+    def time(self, way: str, n_bytes: int) -> float:
+        """Straight lines between logarithms of the sizes measured; beyond them in proportion, or as the smallest."""
+        times = self.us[way]
+        if n_bytes <= self.sizes[0]:
+            return times[0]
+        if n_bytes >= self.sizes[-1]:
+            return times[-1] * n_bytes / self.sizes[-1]
+        for i, (low, high) in enumerate(pairwise(self.sizes)):
+            if n_bytes <= high:
+                part = math.log(n_bytes / low) / math.log(high / low)
+                return math.exp((1 - part) * math.log(times[i]) + part * math.log(times[i + 1]))
+        raise AssertionError
+
+    def coded(self, fmt: WireFormat, algorithm: str) -> str | None:
+        """The measured way that is nearest to a format: by transform first, then by bits."""
+        step = fmt.reduce if algorithm == "one_shot" else fmt
+
+        def distance(way: str) -> float:
+            other = WireFormat.parse(way.split()[0])
+            bits = abs((other.reduce.bits if algorithm == "one_shot" else other.bits) - step.bits)
+            return bits + 8 * (other.lossless != fmt.lossless) + (other.reduce.hadamard != fmt.reduce.hadamard)
+
+        ways = [way for way in self.us if way.endswith(f" {algorithm}")]
+        return min(ways, key=distance, default=None)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks of a group found that they can do, all alike: the transport of coded messages, and its times.
+
+    rejected: other transports, each with the reason.
+    """
+
+    transport: str = "process_group"
+    table: Table | None = None
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True)
 class Route:
     """The way a call goes; `wire_bytes` is the payload one rank sends to others."""
@@ -42,10 +94,12 @@ class Route:
     algorithm: str
     wire_bytes: int
     reason: str
+    transport: str = "process_group"
+    fmt: str = LOSSLESS
 
     @property
     def coded(self) -> bool:
-        return self.algorithm in ("one_shot", "two_shot")
+        return self.algorithm in ("one_shot", "two_shot") and self.fmt != LOSSLESS
 
 
 @dataclass(frozen=True)
@@ -64,15 +118,17 @@ class Choice:
     rejected: tuple[Rejected, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.route.algorithm}: {self.route.wire_bytes} bytes a rank; {self.route.reason}"]
+        route = self.route
+        way = route.algorithm if route.algorithm in ("native", "copy") else f"{route.algorithm} as {route.fmt}"
+        over = "" if route.algorithm == "copy" else f" over {route.transport}"
+        lines = [f"{way}{over}: {route.wire_bytes} bytes a rank; {route.reason}"]
         return "\n".join(lines + [f"  not {r.algorithm}: {r.reason}" for r in self.rejected])
 
 
 def wire_bytes(algorithm: str, call: Call, fmt: WireFormat) -> int:
     """Payload bytes a rank sends for an all-reduce, the largest over ranks; a ring is assumed for `native`.
 
-    Not counted: the padding of chunks to 16 bytes a section (below 0.1 % at the default chunk sizes), the check's
-    128 bytes a peer, and what TCP or PCIe add around it.
+    Not counted: the padding of chunks and tiles, the check's 128 bytes a peer, flags, and what TCP or PCIe add.
     """
     w = call.world
     if algorithm == "native":
@@ -86,38 +142,86 @@ def wire_bytes(algorithm: str, call: Call, fmt: WireFormat) -> int:
     return (w - 1) * (max(reduce.nbytes(*s) for s in spans) + max(gather.nbytes(*s) for s in spans))
 
 
+def admit(call: Call, fmt: WireFormat, min_bytes: int | None) -> str:
+    """Why a message should not be coded whatever the machine, or ""."""
+    if fmt.lossless:
+        return f"format {LOSSLESS} does not compress"
+    if min_bytes is not None and call.n_bytes < min_bytes:
+        return f"{call.n_bytes} message bytes are fewer than min_bytes={min_bytes}: coding would not pay"
+    fewest, native = min(wire_bytes(a, call, fmt) for a in ("one_shot", "two_shot")), wire_bytes("native", call, fmt)
+    if fewest >= native:
+        return f"{fmt} would send {fewest} bytes a rank for rows of {call.row}, no compression {native}"
+    return ""
+
+
 @lru_cache(maxsize=4096)
-def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int) -> Choice:
+def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, machine: Machine = Machine()) -> Choice:
     """The route of an all-reduce, and why the other ways were passed over.
 
-    An explicit `algorithm` wins over everything but a world of one. `auto` leaves to the backend what would gain
-    nothing (the bf16 format, messages below `min_bytes`, rows so short that scales outweigh codes); otherwise one-shot
-    where it sends no more bytes than two-shot (two ranks) or so few that latency rules, else two-shot.
+    An explicit `algorithm` wins over everything but a world of one; `min_bytes` (None: not set) decides whether to
+    code. Otherwise the fastest way by the machine's table; without one, what is too small or gains nothing goes
+    uncoded, the rest one-shot where that sends no more bytes than two-shot or so few that latency rules.
     """
     if call.world == 1 or call.numel == 0:
         why = "a world of one" if call.world == 1 else "no values"
-        return _choice(call, fmt, "copy", f"{why}: nothing travels, nothing is coded", {})
+        return _choice(call, fmt, machine, "copy", f"{why}: nothing travels, nothing is coded", {})
     if algorithm != "auto":
         asked = f"algorithm={algorithm} was asked for"
-        return _choice(call, fmt, algorithm, asked, dict.fromkeys(ALGORITHMS, asked))
+        return _choice(call, fmt, machine, algorithm, asked, dict.fromkeys(ALGORITHMS, asked))
+    uncoded = admit(call, fmt, min_bytes)
+    if machine.table is not None:
+        return _measured(call, fmt, machine, machine.table, uncoded, min_bytes is not None)
+    if not uncoded and min_bytes is None:
+        least = MIN_BYTES[machine.transport if machine.transport in FUSED else call.device_type]
+        uncoded = admit(call, fmt, least)
+    if uncoded and machine.transport in FUSED:
+        lossless = WireFormat.parse(LOSSLESS)
+        why = f"{uncoded}; one kernel over peers' memory, not compressed"
+        if call.n_bytes <= 256 << 10:
+            return _choice(
+                call, lossless, machine, "one_shot", why, {"native": "more launches", "two_shot": "two hops"}
+            )
+    if uncoded:
+        return _choice(call, fmt, machine, "native", uncoded, {"one_shot": uncoded, "two_shot": uncoded})
     one, two, native = (wire_bytes(name, call, fmt) for name in ("one_shot", "two_shot", "native"))
-    if fmt.lossless:
-        why = "format bf16 does not compress"
-    elif call.n_bytes < min_bytes:
-        why = f"{call.n_bytes} message bytes are fewer than min_bytes={min_bytes}: coding would not pay"
-    elif min(one, two) >= native:
-        why = f"{fmt} would send {min(one, two)} bytes a rank for rows of {call.row}, no compression {native}"
-    else:
-        why = ""
-    if why:
-        return _choice(call, fmt, "native", why, {"one_shot": why, "two_shot": why})
     saved = {"native": f"would send {native} bytes a rank"}
     if one <= two or one <= ONE_SHOT_BYTES:
         why = "one hop and one rounding, " + ("no more bytes than two-shot" if one <= two else "few bytes")
-        return _choice(call, fmt, "one_shot", why, saved | {"two_shot": f"would send {two} bytes a rank in two hops"})
-    return _choice(call, fmt, "two_shot", "fewest bytes", saved | {"one_shot": f"would send {one} bytes a rank"})
+        others = saved | {"two_shot": f"would send {two} bytes a rank in two hops"}
+        return _choice(call, fmt, machine, "one_shot", why, others)
+    return _choice(
+        call, fmt, machine, "two_shot", "fewest bytes", saved | {"one_shot": f"would send {one} bytes a rank"}
+    )
 
 
-def _choice(call: Call, fmt: WireFormat, algorithm: str, reason: str, others: dict[str, str]) -> Choice:
-    route = Route(algorithm, 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt), reason)
-    return Choice(route, tuple(Rejected(name, why) for name, why in others.items() if name != algorithm))
+def _measured(call: Call, fmt: WireFormat, machine: Machine, table: Table, uncoded: str, forced: bool) -> Choice:
+    """The fastest way by the table; forced: the coded ones only, unless `uncoded` says why not."""
+    lossless = WireFormat.parse(LOSSLESS)
+    size = call.numel * 2  # tables are of bfloat16
+    times: dict[tuple[str, WireFormat], float] = {}
+    if uncoded or not forced:
+        times["native", fmt] = table.time("native", size)
+    for algorithm in ("one_shot", "two_shot"):
+        for way_of in {fmt, lossless} if not uncoded and not forced else {lossless} if uncoded else {fmt}:
+            if (way := table.coded(way_of, algorithm)) and (
+                WireFormat.parse(way.split()[0]).lossless == way_of.lossless
+            ):
+                times[algorithm, way_of] = table.time(way, size)
+    (best, best_fmt), us = min(times.items(), key=lambda item: item[1])
+    others = {}
+    for name in ALGORITHMS:
+        tried = min((t for (a, _), t in times.items() if a == name), default=None)
+        others[name] = uncoded or "not measured" if tried is None else f"{tried:.1f} us"
+    why = f"{us:.1f} us for {size >> 10} KiB, fastest of those measured ({table.source})"
+    return _choice(call, best_fmt, machine, best, f"{uncoded}; {why}" if uncoded else why, others)
+
+
+def _choice(
+    call: Call, fmt: WireFormat, machine: Machine, algorithm: str, reason: str, others: dict[str, str]
+) -> Choice:
+    n_bytes = 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt)
+    coded = algorithm in ("one_shot", "two_shot")
+    transport, name = (machine.transport, str(fmt)) if coded else ("process_group", LOSSLESS)
+    rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]
+    rejected += [Rejected(name, why) for name, why in machine.rejected]
+    return Choice(Route(algorithm, n_bytes, reason, transport, name), tuple(rejected))

@@ -2,14 +2,16 @@
 
     FLASHCOMM_FORMAT       wire format                                          int6-had/int7-had
     FLASHCOMM_ALGORITHM    auto, native, one_shot or two_shot                   auto
-    FLASHCOMM_MIN_BYTES    `auto` leaves smaller messages to the backend        64K on CPUs, 1T (all) on GPUs
-    FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time               4M on CPUs, 32M on GPUs
+    FLASHCOMM_MIN_BYTES    `auto` codes no smaller messages, and all larger     what was measured, or `policy.MIN_BYTES`
+    FLASHCOMM_TRANSPORT    auto, process_group, symmetric (peers' GPU memory)   auto: symmetric where it can be had
+                           or shared (CPUs, in Triton's interpreter)
+    FLASHCOMM_WORKSPACE_BYTES  peers' memory a rank gives; larger messages go in parts   256M
+    FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time (process_group)  4M on CPUs, 32M on GPUs
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs
     FLASHCOMM_DEBUG        off, or info: print the first use of every path      off
 
-All of them must be equal on all ranks of a group. On GPUs the codec is plain torch for now and slower than NCCL, so
-`auto` codes nothing there unless a minimum size is given.
+All of them must be equal on all ranks of a group.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
 DEFAULT_FORMAT = "int6-had/int7-had"  # the fewest bits with at most 1 % loss (docs/accuracy.md)
-NEVER_BYTES = 1 << 40  # a minimum size that no message has
+TRANSPORTS = ("auto", "process_group", "symmetric", "shared")
 ALGORITHMS = ("auto", *policy.ALGORITHMS)
-NAMES = ("FORMAT", "ALGORITHM", "MIN_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK", "DEBUG")
+NAMES = (
+    *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
+    "DEBUG",
+)
 _PREFIX = "FLASHCOMM_"
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
@@ -39,7 +44,9 @@ class Settings:
 
     fmt: str
     algorithm: str
-    min_bytes: int
+    min_bytes: int | None  # None: what the policy says
+    transport: str
+    workspace_bytes: int
     chunk_bytes: int
     timeout_s: float
     check: bool
@@ -72,7 +79,9 @@ class Settings:
         return cls(
             fmt=_format(value("format", DEFAULT_FORMAT)),
             algorithm=_one_of("algorithm", value("algorithm", "auto"), ALGORITHMS),
-            min_bytes=parse_size("min_bytes", value("min_bytes", 64 << 10 if cpu else NEVER_BYTES)),
+            min_bytes=None if (least := value("min_bytes", None)) is None else parse_size("min_bytes", least),
+            transport=_one_of("transport", value("transport", "auto"), TRANSPORTS),
+            workspace_bytes=parse_size("workspace_bytes", value("workspace_bytes", 256 << 20), least=4 << 20),
             chunk_bytes=parse_size("chunk_bytes", value("chunk_bytes", 4 << 20 if cpu else 32 << 20), least=1),
             timeout_s=_seconds(value("timeout_s", 60.0)),
             check=_flag("check", value("check", cpu)),

@@ -11,24 +11,40 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm import policy
+from flashcomm import links, policy, tables
 from flashcomm.cli import link
 from flashcomm.cli.report import cpu_name
 from flashcomm.settings import Settings
+from flashcomm.transports import symmetric
 
 SIZES = tuple(1 << k for k in range(12, 28, 3))
 PACKAGES = ("torch", "numpy", "llvmlite", "transformers", "triton", "pyroute2", "vllm", "sglang")
 
 
 def examine(world: int, row: int, itemsize: int, settings: Settings, device: str) -> dict[str, Any]:
-    """Everything `doctor` shows, as one JSON-able object. Starts no ranks."""
+    """Everything `doctor` shows, as one JSON-able object. Starts no ranks: it works out what they would agree on."""
+    found = _found(device, world, settings)
     return {
         "machine": _machine(),
         "versions": {"flashcomm": flashcomm.__version__, "python": platform.python_version()} | _versions(),
-        "paths": _paths(device),
+        "paths": _paths(device, found),
         "settings": settings.as_dict(),
-        "choices": [_choice(size, row, itemsize, world, settings, device) for size in SIZES],
+        "choices": [_choice(size, row, itemsize, world, settings, device, found) for size in SIZES],
     }
+
+
+def _found(device: str, world: int, settings: Settings) -> policy.Machine:
+    """What ranks 0 to world-1, one for each GPU, would find; see `links.connect`."""
+    name, rejected = "process_group", ""
+    if device == "cuda" and settings.transport != "process_group":
+        facts = [symmetric.facts(torch.device("cuda", rank)) for rank in range(min(world, torch.cuda.device_count()))]
+        missing = f"{world} ranks and {len(facts)} GPUs here" if len(facts) < world else ""
+        rejected = missing or symmetric.verdict(facts)
+        name = name if rejected else symmetric.NAME
+    table = tables.find(
+        links.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world, name
+    )
+    return policy.Machine(name, table, ((symmetric.NAME, rejected),) if rejected else ())
 
 
 def _machine() -> dict[str, Any]:
@@ -55,7 +71,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _paths(device: str) -> dict[str, str]:
+def _paths(device: str, found: policy.Machine) -> dict[str, str]:
     """Each thing a message could go through, and whether it can here."""
     try:
         import llvmlite
@@ -66,21 +82,37 @@ def _paths(device: str) -> dict[str, str]:
     nccl = dist.is_nccl_available() and torch.cuda.is_available()
     return {
         "cpu codec": codec,
-        "cuda codec": "plain torch" if torch.cuda.is_available() else "no: torch finds no CUDA device",
+        "cuda codec": _cuda_codec(),
         "gloo": "available" if dist.is_gloo_available() else "no: this torch was built without gloo",
         "nccl": "available"
         if nccl
         else "no: " + ("torch finds no CUDA device" if dist.is_nccl_available() else "not in this torch"),
         "chosen device": device,
+        "chosen transport": found.transport,
+        "table of times": found.table.source if found.table else "none: rules of thumb; `flashcomm calibrate` measures",
+        **{name: f"no: {why}" for name, why in found.rejected},
     }
 
 
-def _choice(size: int, row: int, itemsize: int, world: int, settings: Settings, device: str) -> dict[str, Any]:
+def _cuda_codec() -> str:
+    if not torch.cuda.is_available():
+        return "no: torch finds no CUDA device"
+    version = _versions()["triton"]
+    return (
+        "plain torch, slower, same bits: triton is not installed" if version == "not installed" else f"triton {version}"
+    )
+
+
+def _choice(
+    size: int, row: int, itemsize: int, world: int, settings: Settings, device: str, found: policy.Machine
+) -> dict[str, Any]:
     call = policy.Call(size // itemsize, min(row, size // itemsize), itemsize, world, device)
-    choice = policy.choose(call, settings.format, settings.algorithm, settings.min_bytes)
+    choice = policy.choose(call, settings.format, settings.algorithm, settings.min_bytes, found)
     return {
         "size": size,
         "path": choice.route.algorithm,
+        "format": choice.route.fmt,
+        "transport": choice.route.transport,
         "wire_bytes": choice.route.wire_bytes,
         "why": choice.route.reason,
         "not": {r.algorithm: r.reason for r in choice.rejected},

@@ -177,11 +177,62 @@ def ttft(
         )
 
 
+@app.command()
+def calibrate(
+    world: World = 2,
+    formats: Annotated[
+        str | None, typer.Option(help="Coded formats to measure; others go by the nearest. Default: a few.")
+    ] = None,
+    begin: Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")] = "2K",
+    end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
+    factor: Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")] = 2,
+    row: Annotated[int, typer.Option(min=1, help="Length of a row (hidden size).")] = 4096,
+    turns: Annotated[int, typer.Option(min=1, help="Alternating samples; the median counts.")] = 7,
+    device: Device = "auto",
+    link: Link = None,
+    output: Annotated[Path | None, typer.Option(help="Write the table here, not where Communicators look.")] = None,
+    timeout: Timeout = 1800,
+    json: Json = False,
+) -> None:
+    """Measure this machine once: `auto` then decides by its own times which way messages go."""
+    from flashcomm import tables
+    from flashcomm.cli import calibrate as command
+    from flashcomm.cli import report
+    from flashcomm.cli.bench import sizes_between
+    from flashcomm.settings import parse_size
+
+    if world < 2:
+        raise SettingsError("calibrating a collective needs --world 2 or more")
+    names = formats_of(formats) if formats else list(command.FORMATS)
+    where, _ = _prepare(names[0], device, world, None, None)
+    sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
+    if not sizes:
+        raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
+    about = report.environment()
+    source = f"{about['machine']}{f' over {link}' if link else ''}, torch {about['torch']}, {about['date']}"
+    args = (names, sizes, row, turns, source)
+    with progress_bar(json) as bar:
+        task = bar.add_task("measuring", total=len(sizes))
+        found: Any = _run(
+            command.measure, world, args, device=where, link=link, timeout=timeout, on_event=lambda _: bar.advance(task)
+        )
+    if found is None:
+        return
+    path = output or tables.own_directory() / tables.file_name(found["machine"], world, found["transport"])
+    tables.save(path, tables.from_dict(found["table"]))
+    if json:
+        report.print_json({"file": str(path), **found})
+        return
+    rows = command.fastest(found["table"])
+    report.print_table(f"all-reduce over {found['transport']}: the faster way, us", {c: c for c in rows[0]}, rows)
+    report.console.print(f"written to {path}", markup=False)
+
+
 @bench_app.command("all_reduce")
 def bench_all_reduce(
     world: World = 2,
     formats: Annotated[
-        str, typer.Option(help="Wire formats, separated by commas; bf16 is always measured.")
+        str, typer.Option(help="Wire formats, separated by commas; lossless paths are always measured.")
     ] = "int8,int6-had,int4-had,int4",
     begin: Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")] = "64K",
     end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
@@ -190,6 +241,9 @@ def bench_all_reduce(
         int, typer.Option(min=1, help="Length of a row (hidden size), where it divides the message.")
     ] = 4096,
     turns: Annotated[int, typer.Option(min=1, help="Alternating samples; the median counts.")] = 7,
+    mode: Annotated[
+        str | None, typer.Option(help="eager, graph (replays of a CUDA graph) or both. [default: both on CUDA]")
+    ] = None,
     min_bytes: MinBytes = "0",
     chunk_bytes: Annotated[str | None, typer.Option(help="Message bytes coded and sent at a time.")] = None,
     algorithm: Algorithm = None,
@@ -213,25 +267,44 @@ def bench_all_reduce(
     sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
-    args = (names, sizes, row, dtype_for(dtype), turns, settings)
+    args = (names, sizes, row, dtype_for(dtype), turns, _modes(mode, where), settings)
     with progress_bar(json) as bar:
         task = bar.add_task("starting", total=len(sizes))
 
         def on_event(event: Any) -> None:
-            bar.update(task, description=f"{event['size']} {event['format']}", completed=sizes.index(event["size"]))
+            done = sizes.index(event["size"])
+            bar.update(task, description=f"{event['size']} {event['format']} {event['path']}", completed=done)
 
-        rows: Any = _run(command.all_reduce, world, args, device=where, link=link, timeout=timeout, on_event=on_event)
-    if rows is None:
+        found: Any = _run(command.all_reduce, world, args, device=where, link=link, timeout=timeout, on_event=on_event)
+    if found is None:
         return
-    rows = [r | {"link": link or "none"} for r in rows]
+    rows = [r | {"link": link or "none"} for r in found["rows"]]
     if csv:
         report.write_csv(csv, rows)
     if json:
-        report.print_json({"rows": rows, **report.environment()})
+        report.print_json({"rows": rows, "unavailable": found["unavailable"], **report.environment()})
         return
-    columns = ("size", "count", "type", "format", "path", "time_us", "algbw", "busbw", "wire_bytes", "error", "speedup")
-    title = f"all_reduce, {world} ranks on {where}{f' over {link}' if link else ''} (GB/s of uncompressed bytes)"
-    report.print_table(title, {c: c for c in columns}, rows)
+    of_gpus = {"mode", "transport", "host_us"}  # they take the place of the wire bytes, which the CSV has
+    columns = ["size", "format", "path", "mode", "transport", "time_us", "host_us", "busbw", "wire_bytes", "error"]
+    columns = [c for c in columns if c not in (of_gpus if where == "cpu" else {"wire_bytes"})]
+    over = f" over {link}" if link else ""
+    title = f"all_reduce of {dtype}, {world} ranks on {where}{over} (GB/s of uncompressed bytes)"
+    ratios = {"speedup": "x best lossless" if where == "cpu" else "x best", "over_native": "x native"}
+    report.print_table(title, {c: c for c in columns} | ratios, rows)
+    told = {f"{r['path']}: {r['note']}" for r in rows}
+    for line in [*sorted(told), *(f"not measured: {path}: {why}" for path, why in found["unavailable"].items())]:
+        report.console.print(line, markup=False, style="dim")
+
+
+def _modes(asked: str | None, device: str) -> tuple[str, ...]:
+    """Which ways to time: CUDA graphs only where there is CUDA."""
+    known = {"eager": ("eager",), "graph": ("graph",), "both": ("eager", "graph")}
+    asked = asked or ("both" if device == "cuda" else "eager")
+    if asked not in known:
+        raise SettingsError(f"--mode {asked}: allowed are {', '.join(known)}")
+    if device != "cuda" and asked != "eager":
+        raise SettingsError(f"--mode {asked}: CUDA graphs need --device cuda; on CPUs there is eager only")
+    return known[asked]
 
 
 @bench_app.command("codec")
@@ -243,24 +316,27 @@ def bench_codec(
     end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
     factor: Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")] = 4,
     row: Annotated[int, typer.Option(min=1, help="Length of a row (hidden size).")] = 4096,
-    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads, on CPUs.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Buffers that decode_sum adds.")] = 4,
     turns: Annotated[int, typer.Option(min=1, help="Alternating samples; the median counts.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is a GPU.")] = "cpu",
     dtype: Dtype = "bf16",
     csv: Csv = None,
     json: Json = False,
 ) -> None:
-    """Speed of the CPU codec beside a plain copy of the same bytes (GB/s)."""
+    """Speed of the codec beside a plain copy of the same bytes (GB/s)."""
     from flashcomm.cli import codec_bench, report
     from flashcomm.cli.bench import sizes_between
     from flashcomm.settings import parse_size
 
+    where = device_for(device, 1)
     sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
     names, rows = formats_of(formats), []
     with progress_bar(json) as bar:
         task = bar.add_task("verifying and timing", total=len(sizes) * len(names))
-        for measured in codec_bench.codec(names, sizes, row, dtype_for(dtype), threads, turns):
+        for measured in codec_bench.codec(names, sizes, row, dtype_for(dtype), threads, turns, where, ranks):
             rows.append(measured)
             bar.advance(task)
     if csv:
@@ -268,10 +344,13 @@ def bench_codec(
     if json:
         report.print_json({"rows": rows, **report.environment()})
         return
-    columns = ("size", "type", "format", "threads", "copy", "encode", "decode_sum", "encode_share", "decode_share")
+    columns = ("size", "format", "copy", "encode", "decode_sum", "encode_share", "decode_share")
+    traffic = {"encode_traffic_share": "encode traffic", "decode_traffic_share": "decode traffic"}
+    on = f"{threads} threads" if where == "cpu" else where
     report.print_table(
-        "CPU codec, GB/s: copy and encode of message bytes, decode_sum of 4 ranks' wire bytes",
-        {c: c for c in columns},
+        f"codec of {dtype} on {on}, GB/s: copy and encode of message bytes, decode_sum of {ranks} ranks' wire bytes; "
+        "shares of the copy, traffic: of all bytes read and written",
+        {c: c for c in columns} | traffic,
         rows,
     )
 

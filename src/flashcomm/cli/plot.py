@@ -58,20 +58,54 @@ def plot(source: Path, target: Path) -> None:
 
 
 def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
-    for fmt in dict.fromkeys(row["format"] for row in rows):
-        mine = [row for row in rows if row["format"] == fmt]
+    """Time and speed-up by size: a line for each format, and for each lossless or foreign path one, grey and dashed.
+
+    Of a line's rows those of CUDA graphs are drawn where there are any. What `auto` takes is one of the other lines, so
+    it is left out. Older files hold the best lossless path only: there it is the one line of its format.
+    """
+    lines: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        if row["path"] != "auto":
+            lines.setdefault(_line_of(row), []).append(row)
+    has_graphs = any(row.get("mode") == "graph" for row in rows)
+    for name, mine in lines.items():
+        graphs = [row for row in mine if row.get("mode") == "graph"]
+        label = f"{name} (eager)" if has_graphs and not graphs else name
+        mine = graphs or mine
         sizes = [int(row["size"]) for row in mine]
-        label = "best lossless" if fmt == "bf16" else fmt
-        time_axis.plot(sizes, [float(row["time_us"]) / 1e3 for row in mine], marker=".", label=label)
-        speed_axis.plot(sizes, [float(row["speedup"]) for row in mine], marker=".", label=label)
+        color, dashes = _GREYS.get(name, (None, "-"))
+        style = {"color": color, "linestyle": dashes, "linewidth": 1.0 if color else 1.5}
+        time_axis.plot(sizes, [float(row["time_us"]) / 1e3 for row in mine], marker=".", label=label, **style)
+        speed_axis.plot(sizes, [float(row["speedup"] or "nan") for row in mine], marker=".", label=label, **style)
     time_axis.set(yscale="log", ylabel="time, ms")
     speed_axis.set(ylabel="speed-up over the best lossless path", ylim=(0, None))
     for axis in (time_axis, speed_axis):
         axis.set(xscale="log", xlabel="message, bytes of bf16" if rows[0]["type"] == "bfloat16" else "message, bytes")
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize=None if len(lines) < 7 else 7)
     link = "" if rows[0].get("link", "none") == "none" else f" over {rows[0]['link']}"
-    time_axis.set_title(f"all-reduce, {rows[0]['world']} ranks{link}", loc="left")
+    mode = ", CUDA graphs" if has_graphs else ""
+    time_axis.set_title(f"all-reduce, {rows[0]['world']} ranks{link}{mode}", loc="left")
+
+
+_GREYS = {  # what our formats are measured against
+    "native": ("0.2", "--"),
+    "symm one-shot": ("0.7", "--"),
+    "symm two-shot": ("0.5", "--"),
+    "vllm custom": ("0.4", "-."),
+    "flashinfer fp8": ("tab:brown", "-."),
+    "bf16 one_shot": ("0.6", ":"),
+    "bf16 two_shot": ("0.4", ":"),
+}
+
+
+def _line_of(row: Mapping[str, str]) -> str:
+    """The line that a row of a bench belongs to."""
+    if row["format"] != "bf16":
+        return row["path"] if row["path"] in _GREYS else row["format"]
+    if "mode" not in row:
+        return "best lossless"
+    return f"bf16 {row['path']}" if row["path"] in ("one_shot", "two_shot") else row["path"]
 
 
 def _ttft(rows: Rows, axis: Any) -> None:

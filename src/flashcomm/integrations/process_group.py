@@ -34,6 +34,7 @@ from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, St
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError
 from flashcomm.plan import Plan, is_decode
+from flashcomm.policy import MIN_BYTES
 from flashcomm.settings import Settings
 from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES
@@ -87,7 +88,8 @@ class FlashProcessGroup(dist.ProcessGroup):
         if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings or x.dim() > 8:
             return False
         settings = self._settings[x.device.type]
-        return not (self._format(x) or settings.format).lossless and x.numel() * x.element_size() >= settings.min_bytes
+        least = MIN_BYTES[x.device.type] if settings.min_bytes is None else settings.min_bytes
+        return not (self._format(x) or settings.format).lossless and x.numel() * x.element_size() >= least
 
     def _communicator(self, device_type: str) -> Communicator:
         if device_type not in self._communicators:

@@ -21,4 +21,11 @@ def codec_for(device_type: str) -> ModuleType:
             return cpu_codec
         except ImportError as why:
             log.warning("the compiled CPU codec is not available (%s): using plain torch, same bits, slower", why)
+    if device_type == "cuda":
+        try:
+            from flashcomm.wire import triton_codec
+
+            return triton_codec
+        except ImportError as why:
+            log.warning("the Triton codec is not available (%s): using plain torch, same bits, slower", why)
     return torch_codec

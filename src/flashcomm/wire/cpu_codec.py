@@ -38,7 +38,8 @@ def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> Non
     _hold(out, layout.nbytes(start, stop), "wire bytes")
     kernel = encoder(x.dtype, step, layout.row % step.group)
     values, wire = x.data_ptr(), out.data_ptr()
-    _clear_padding(wire, layout, start, stop)
+    for a, b in layout.gaps(start, stop):
+        ctypes.memset(wire + a, 0, b - a)
 
     def part(a: int, b: int) -> None:
         kernel(
@@ -116,13 +117,3 @@ def _groups(layout: Layout, a: int, b: int) -> tuple[int, int, int]:
     if layout.row % layout.step.group == 0:
         return n_groups, n_groups, n_groups
     return per_row - layout.groups_before(a) % per_row, per_row, n_groups
-
-
-def _clear_padding(wire: int, layout: Layout, start: int, stop: int) -> None:
-    """Zero the bytes between sections, as the definition does."""
-    at = layout.sections(start, stop)
-    used = [layout.plane_bytes_before(w, stop) - layout.plane_bytes_before(w, start) for w, _ in layout.step.planes]
-    begins = [*at.planes, at.scale] if layout.step.packed else [*at.planes, at.scale, at.zero]
-    sizes = [*used, 2 * at.n_groups, at.n_groups][: len(begins)]
-    for begin, size, end in zip(begins, sizes, [*begins[1:], at.nbytes], strict=True):
-        ctypes.memset(wire + begin + size, 0, end - begin - size)

@@ -240,6 +240,17 @@ class Layout:
         """Size in bytes of the wire buffer of the values [start, stop); a multiple of 16."""
         return self.sections(start, stop).nbytes
 
+    def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The bytes [a, b) between sections of the wire buffer of the values [start, stop), which are zeros."""
+        at = self.sections(start, stop)
+        if self.step.lossless:
+            return [((stop - start) * self.itemsize, at.nbytes)]
+        used = [self.plane_bytes_before(w, stop) - self.plane_bytes_before(w, start) for w, _ in self.step.planes]
+        begins = [*at.planes, at.scale] if self.step.packed else [*at.planes, at.scale, at.zero]
+        sizes = [*used, 2 * at.n_groups, at.n_groups][: len(begins)]
+        gaps = [(a + size, b) for a, size, b in zip(begins, sizes, [*begins[1:], at.nbytes], strict=True)]
+        return [(a, b) for a, b in gaps if a < b]
+
 
 @lru_cache(maxsize=4096)
 def _sections(layout: Layout, start: int, stop: int) -> Sections:

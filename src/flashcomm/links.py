@@ -1,0 +1,94 @@
+"""What a group's ranks find that they can do together: peers' memory or not, and the times measured for it.
+
+Collective, at set-up: facts are exchanged once, and every rank comes to the same verdict.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from flashcomm import agreement, tables
+from flashcomm.errors import SettingsError, UnavailableError
+from flashcomm.policy import Machine
+from flashcomm.settings import Settings
+from flashcomm.transports import shared, symmetric
+from flashcomm.transports.process_group import ProcessGroupTransport
+
+if TYPE_CHECKING:
+    from flashcomm.collectives.fused import FusedCollectives
+
+log = logging.getLogger("flashcomm")
+
+
+def connect(
+    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
+) -> tuple[Machine, FusedCollectives | None]:
+    """The machine, as the policy sees it, and the collectives over peers' memory, if they can be had.
+
+    Raises, on every rank, SettingsError for a transport that is not for this device, UnavailableError for one that was
+    asked for and cannot be had. `auto` falls back, and rank 0 says why, once.
+    """
+    device, asked = transport.device, settings.transport
+    kind = symmetric if device.type == "cuda" else shared
+    if asked not in ("auto", "process_group", kind.NAME):
+        raise SettingsError(f"transport={asked!r} is not for tensors on {device.type}: allowed is {kind.NAME!r}")
+    fused: FusedCollectives | None = None
+    rejected: tuple[tuple[str, str], ...] = ()
+    if transport.world > 1 and (asked == kind.NAME or (asked == "auto" and kind is symmetric)):
+        fused, why = _join(group, transport, settings, kind)
+        if why and asked != "auto":
+            raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
+        if why:
+            rejected = ((kind.NAME, why),)
+            if transport.rank == 0:
+                log.warning("no kernels over peers' GPU memory (%s): messages go through the process group", why)
+    name = kind.NAME if fused else "process_group"
+    table = tables.find(machine_name(device), transport.world, name) if transport.rank == 0 else None
+    told = agreement.tell(transport, tables.as_dict(table) if table else None, "sharing the table of times")[0]
+    return Machine(name, tables.from_dict(told) if told else None, rejected), fused
+
+
+def machine_name(device: torch.device) -> str:
+    """What tables call a machine of this kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _join(
+    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType
+) -> tuple[FusedCollectives | None, str]:
+    """The collectives over a region of this kind, or why not."""
+    everybody = agreement.tell(transport, kind.facts(transport.device), "looking for peers' memory")
+    if why := kind.verdict(everybody):
+        return None, why
+    from flashcomm.collectives import fused
+    from flashcomm.collectives.fused_kernel import MAX_RANKS
+
+    if transport.world > MAX_RANKS:
+        return None, f"{transport.world} ranks; {MAX_RANKS} are supported"
+    made, mine, place = None, "", ""
+    try:
+        made = kind.make(transport.device, fused.region_bytes(settings.workspace_bytes))
+        place = made.place
+    except UnavailableError as error:
+        mine = str(error)
+    told = agreement.tell(transport, (mine, place), "taking peers' memory")
+    if why := _first(error for error, _ in told):
+        return None, why
+    assert made is not None
+    try:
+        made.join(group, [place for _, place in told])
+    except UnavailableError as error:
+        mine = str(error)
+    if why := _first(agreement.tell(transport, mine, "mapping peers' memory")):
+        return None, why
+    return fused.FusedCollectives(made, settings.timeout_s), ""
+
+
+def _first(errors: Iterable[str]) -> str:
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(errors) if text), "")

@@ -1,0 +1,78 @@
+"""Peers' GPU memory: a region per rank that kernels of every rank read and write, by torch's symmetric memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flashcomm.errors import UnavailableError
+
+NAME = "symmetric"
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What this rank has to say on whether peers' memory can be used; `verdict` judges everybody's."""
+    why = ""
+    if device.type != "cuda":
+        why = "the tensors are not on GPUs"
+    elif os.environ.get("NCCL_P2P_DISABLE") == "1":
+        why = "NCCL_P2P_DISABLE=1 forbids peer access"
+    elif importlib.util.find_spec("triton") is None:
+        why = "triton is not installed"
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    blind = [i for i in range(count) if i != device.index and not torch.cuda.can_device_access_peer(device.index, i)]
+    return {"host": socket.gethostname(), "device": device.index, "blind": blind, "why": why}
+
+
+def verdict(everybody: Sequence[dict[str, Any]]) -> str:
+    """Why ranks of these facts cannot use each other's memory, or ""."""
+    for rank, mine in enumerate(everybody):
+        if mine["why"]:
+            return f"rank {rank}: {mine['why']}"
+        if mine["host"] != everybody[0]["host"]:
+            return f"rank {rank} is on another host than rank 0"
+        for other, theirs in enumerate(everybody):
+            if theirs["device"] in mine["blind"]:
+                return f"GPU {mine['device']} (rank {rank}) has no peer access to GPU {theirs['device']} (rank {other})"
+    return ""
+
+
+class SymmetricRegion:
+    """`n_bytes` of zeroed GPU memory that, once all ranks have called `join`, every rank's kernels read and write.
+
+    peers: int64 (world,), on the GPU: the addresses of everybody's region as this GPU sees them. status: pinned memory
+    in which kernels report. Raises UnavailableError where memory is short or torch cannot map that of the peers.
+    """
+
+    def __init__(self, device: torch.device, n_bytes: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._symmetric, self.device, self.n_bytes, self.place = symmetric, device, n_bytes, ""
+        try:
+            self._buffer = symmetric.empty(n_bytes, dtype=torch.uint8, device=device).zero_()
+            self.status = torch.zeros(5, dtype=torch.int32).pin_memory()
+        except RuntimeError as why:
+            raise UnavailableError(f"{n_bytes} bytes of symmetric memory: {str(why).splitlines()[0]}") from why
+
+    def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
+        """Map the peers' regions. Collective; they may be used once every rank is known to have returned."""
+        self.rank, self.world = group.rank(), group.size()
+        try:
+            torch.cuda.synchronize(self.device)  # the region is zero before anybody sees it
+            self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
+        except RuntimeError as why:
+            raise UnavailableError(f"torch symmetric memory: {str(why).splitlines()[0]}") from why
+        self.peers = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64).to(self.device)
+
+    def close(self) -> None:
+        """Wait for this rank's kernels; the memory goes when the region does."""
+        torch.cuda.synchronize(self.device)
+
+
+make = SymmetricRegion

@@ -1,0 +1,277 @@
+"""The fused kernels, over peers' memory: on GPUs where there are two, else in Triton's interpreter, in real processes.
+
+One body serves both. What the interpreter cannot show (graphs, streams, thousands of calls) is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import N_GPUS, raise_first, run_ranks, same_bits, tough
+
+from flashcomm import Communicator, WireFormat, policy, reference
+from flashcomm.cli.launch import RankContext, run
+from flashcomm.collectives import fused, fused_kernel
+from flashcomm.errors import CommunicationError, InputError, SettingsError, UnavailableError
+from flashcomm.transports import shared, symmetric
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+ON_GPUS = N_GPUS >= 2
+DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "shared")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def on_ranks(body: object, world: int, *args: object) -> object:
+    if ON_GPUS and world > N_GPUS:
+        pytest.skip(f"{N_GPUS} CUDA devices, {world} are needed")
+    return run(body, world, args, device=DEVICE, timeout_s=250)  # type: ignore[arg-type]
+
+
+def make(fmt: str, algorithm: str = "auto", **more: object) -> Communicator:
+    settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60} | more
+    return Communicator(None, fmt, device=DEVICE, algorithm=algorithm, **settings)  # type: ignore[arg-type]
+
+
+def same_as_reference(comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device) -> None:
+    got = comm.all_reduce(everybody[comm.rank].to(device)).cpu()
+    want = getattr(reference, algorithm)(everybody, comm.format)
+    assert same_bits(got, want), (str(comm.format), algorithm, tuple(want.shape), want.dtype, comm.rank)
+
+
+def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes: list[tuple[int, ...]]) -> None:
+    for fmt, dtype in formats:
+        for algorithm in ("one_shot", "two_shot"):
+            with make(fmt, algorithm) as comm:
+                for seed, shape in enumerate(shapes):
+                    everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
+                    if seed % 2 and everybody[1].numel():
+                        everybody[1].view(-1)[-1] = float("inf")
+                    same_as_reference(comm, everybody, algorithm, ctx.device)
+                assert set(comm.calls) <= {f"all_reduce/{algorithm}"}
+                assert comm.machine.transport == TRANSPORT
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_all_reduce_equals_the_reference(world: int) -> None:
+    """Widths and both metadata layouts, transformed or not, mixed groups, lossless steps; tails, a scalar, nothing."""
+    formats = {
+        2: [("int4", BF16), ("int8/int5", FP32), ("int6-had/int7-had", BF16), ("bf16", BF16), ("bf16/int2-had", FP16)],
+        3: [("int4-g32/int8-g128", FP16), ("int3-g32-had/int4-g64-had", BF16)],
+        4: [("int6-had/int7-had", BF16), ("int4/bf16", FP32)],
+    }
+    shapes: list[tuple[int, ...]] = [(5, 600), (2, 3, 640), (7,), (), (0, 64), (3, 1), (1, 1)]
+    on_ranks(all_reduces, world, formats[world], shapes)
+
+
+def slices(ctx: RankContext) -> None:
+    for fmt in ("int4/int8", "int3-g32-had/int6-had", "bf16"):
+        with make(fmt) as comm:
+            for shape in ((2, 576), (1, 7), (3,), (2, 0)):
+                whole = [tough((shape[0] * ctx.world, *shape[1:]), BF16, r) for r in range(ctx.world)]
+                parts = [tough(shape, BF16, 99 + r) for r in range(ctx.world)]
+                got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
+                assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank]), (fmt, shape)
+                got = comm.all_gather(parts[ctx.rank].to(ctx.device)).cpu()
+                assert same_bits(got, reference.all_gather(parts, comm.format)), (fmt, shape)
+            assert set(comm.calls) == {"reduce_scatter/fused", "all_gather/fused"}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_reduce_scatter_and_all_gather_equal_the_reference(world: int) -> None:
+    on_ranks(slices, world)
+
+
+def cut_up(ctx: RankContext, tunings: list[fused.Tuning]) -> None:
+    """However a message is cut into tiles, blocks, launches: the same bits. A workspace of a few tiles only."""
+    region = (symmetric if ON_GPUS else shared).make(ctx.device, fused.region_bytes(40_000))
+    places: list[str] = [""] * ctx.world
+    dist.all_gather_object(places, region.place)
+    region.join(dist.group.WORLD, places)
+    dist.barrier()
+    kernels = fused.FusedCollectives(region, 60)
+    kinds = {fused_kernel.ONE_SHOT: reference.one_shot, fused_kernel.TWO_SHOT: reference.two_shot}
+    for fmt in (WireFormat.parse("int4"), WireFormat.parse("int6-had/int7-had")):
+        for how in tunings:
+            for shape in ((12, 512), (3, 600), (1, 4001)):
+                everybody = [tough(shape, BF16, rank) for rank in range(ctx.world)]
+                x = everybody[ctx.rank].to(ctx.device)
+                for kind, define in kinds.items():
+                    for target in (torch.full_like(x, 7), x.clone()):
+                        source = x if target is not x else target
+                        kernels.plan(kind, x, shape[-1], fmt, how)(source.data_ptr(), target.data_ptr())
+                        assert same_bits(target.cpu(), define(everybody, fmt)), (str(fmt), how, shape, kind)
+    kernels.check()
+    region.close()
+
+
+def test_how_a_message_is_cut_changes_no_bit() -> None:
+    tunings = [fused.Tuning(1024, 1, 0), fused.Tuning(512, 3, 2), fused.Tuning(1024, 2, 0)]
+    on_ranks(cut_up, 2, tunings)
+
+
+def in_turn(ctx: RankContext, calls: int) -> None:
+    """Shapes, dtypes and kinds alternate call by call, without a pause; each result is looked at."""
+    shapes, seen = [(1, 64), (9, 576), (2, 600), (1, 2048), (3, 1)], 0
+    with make("int4-had", "one_shot") as comm:
+        everybody = [
+            [tough(s, (BF16, FP32)[i % 2], i + 50 * r) for r in range(ctx.world)] for i, s in enumerate(shapes)
+        ]
+        want = [reference.one_shot(xs, comm.format) for xs in everybody]
+        mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
+        want = [w.to(ctx.device) for w in want]
+        for call in range(calls):
+            i = (call * call + call // 3) % len(shapes)
+            got = comm.all_reduce(mine[i])
+            if call % 7 == 0 or calls < 1000:
+                assert same_bits(got, want[i]), call
+                seen += 1
+        assert sum(comm.calls.values()) == calls
+        assert seen > calls // 8
+
+
+def test_calls_of_alternating_shapes() -> None:
+    on_ranks(in_turn, 2, 50_000 if ON_GPUS else 40)
+
+
+def slow_reader(ctx: RankContext, delay: int) -> None:
+    """Rank 0 is slow between its wait and its read; nobody may overwrite what it is going to read."""
+    with make("int8") as comm:
+        assert comm._fused is not None
+        comm._fused.delay = delay if ctx.rank == 0 else 0
+        for call in range(12):
+            everybody = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world)]
+            algorithm = ("one_shot", "two_shot")[call % 2]
+            same_as_reference_by(comm, everybody, algorithm, ctx.device)
+
+
+def same_as_reference_by(
+    comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device
+) -> None:
+    x = everybody[comm.rank].to(device)
+    out = torch.empty_like(x)
+    assert comm._fused is not None
+    kind = fused_kernel.ONE_SHOT if algorithm == "one_shot" else fused_kernel.TWO_SHOT
+    comm._fused.plan(kind, x, x.shape[-1], comm.format)(x.data_ptr(), out.data_ptr())
+    assert same_bits(out.cpu(), getattr(reference, algorithm)(everybody, comm.format)), algorithm
+
+
+def test_a_slow_reader_reads_what_was_meant_for_it() -> None:
+    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 300)
+
+
+def _call_and_wait(comm: Communicator, x: torch.Tensor) -> None:
+    comm.all_reduce(x)
+    comm.synchronize()
+
+
+def a_rank_is_gone(ctx: RankContext) -> None:
+    with make("int4", check=False, timeout_s=3) as comm:
+        x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
+        comm.all_reduce(x)
+        if ctx.rank == ctx.world - 1:
+            time.sleep(12 if ON_GPUS else 25)
+            return
+        begin = time.monotonic()
+        with pytest.raises(CommunicationError, match=rf"rank {ctx.world - 1}: expected call 2, saw 1") as raised:
+            _call_and_wait(comm, x)
+        assert str(raised.value).startswith(f"rank {ctx.rank} of {ctx.world}: waited 3 s")
+        assert time.monotonic() - begin < 30
+        with pytest.raises(CommunicationError, match="Make a new Communicator"):
+            comm.all_reduce(x)
+
+
+def test_a_rank_that_does_not_come_is_an_error_that_names_it() -> None:
+    on_ranks(a_rank_is_gone, 2)
+
+
+def odd_tensors(ctx: RankContext) -> None:
+    with make("int4", "one_shot") as comm:
+        everybody = [tough((6, 577), BF16, rank) for rank in range(ctx.world)]
+        want = reference.one_shot([x[:, 1:] for x in everybody], comm.format)
+        x = everybody[ctx.rank].to(ctx.device)
+        assert same_bits(comm.all_reduce(x[:, 1:]).cpu(), want)  # neither contiguous nor aligned
+        flat = torch.cat((torch.zeros(1, dtype=BF16, device=ctx.device), x.reshape(-1)))[1:].view(6, 577)
+        assert flat.data_ptr() % 16
+        whole = reference.one_shot(everybody, comm.format)
+        assert same_bits(comm.all_reduce(flat).cpu(), whole)  # contiguous, not aligned
+        assert comm.all_reduce(flat, out=flat) is flat
+        assert same_bits(flat.cpu(), whole)
+        assert same_bits(comm.all_reduce(x.t()).cpu(), reference.one_shot([t.t() for t in everybody], comm.format))
+        with pytest.raises(InputError, match="dtype must be one of"):
+            comm.all_reduce(x.double())
+        if ON_GPUS:
+            with pytest.raises(InputError, match="must be on cuda"):
+                comm.all_reduce(x.cpu())
+
+
+def test_strided_misaligned_and_refused_tensors() -> None:
+    on_ranks(odd_tensors, 2)
+
+
+def subgroups(ctx: RankContext) -> None:
+    """Groups of ranks {0, 1} and {0, 2}, several Communicators of each, calls interleaved."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([0, 2])]
+    members = [[0, 1], [0, 2]]
+    mine = [i for i, ranks in enumerate(members) if ctx.rank in ranks]
+    settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0}
+    comms = {(i, f): Communicator(pairs[i], f, device=DEVICE, **settings) for i in mine for f in ("int4", "int8")}  # type: ignore[arg-type]
+    for turn in range(3):
+        for (i, fmt), comm in comms.items():
+            everybody = [tough((3, 192), BF16, turn + 10 * rank) for rank in members[i]]
+            want = reference.one_shot(everybody, WireFormat.parse(fmt))
+            assert same_bits(comm.all_reduce(everybody[comm.rank].to(ctx.device)).cpu(), want)
+    for comm in comms.values():
+        comm.close()
+
+
+def test_subgroups_and_several_communicators() -> None:
+    on_ranks(subgroups, 3)
+
+
+def test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(transport: str) -> list[object]:
+        return run_ranks(2, lambda group, rank: Communicator(group, "int4", transport=transport))
+
+    for got in body("symmetric"):
+        assert isinstance(got, SettingsError)
+        assert "allowed is 'shared'" in str(got)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for got in body("shared"):
+        assert isinstance(got, UnavailableError)
+        assert "rank 0: it is for Triton's interpreter" in str(got)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(shared.os, "posix_fallocate", _full)
+    for got in body("shared"):
+        assert isinstance(got, UnavailableError)
+        assert "of shared memory: No space left on device" in str(got)
+    for comm in raise_first(body("auto")):
+        assert comm.machine == policy.Machine()  # type: ignore[attr-defined]
+        comm.close()  # type: ignore[attr-defined]
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_peers_memory_needs() -> None:
+    fine = {"host": "a", "device": 0, "blind": [], "why": ""}
+    assert symmetric.verdict([fine, fine | {"device": 1}]) == ""
+    assert symmetric.verdict([fine, fine | {"host": "b"}]) == "rank 1 is on another host than rank 0"
+    assert "no peer access to GPU 0 (rank 0)" in symmetric.verdict([fine, fine | {"device": 1, "blind": [0]}])
+    assert symmetric.verdict([fine, fine | {"why": "no triton"}]) == "rank 1: no triton"
+
+
+def test_messages_are_cut_without_gaps_or_straddling_groups() -> None:
+    for numel, row, unit, capacity in ((4096 * 7, 4096, 64, 100), (600 * 9, 600, 64, 25), (9001, 9001, 64, 10)):
+        at = 0
+        for part in fused.messages(numel, row, unit, capacity):
+            assert part.start == at
+            assert part.start % row % unit == 0
+            assert part.numel % part.row == 0
+            assert part.numel // part.row * -(-part.row // unit) <= capacity
+            at += part.numel
+        assert at == numel

@@ -1,0 +1,84 @@
+"""The Triton codec writes and reads the bytes of the torch codec, in Triton's interpreter; on GPUs see test_gpu.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import DTYPES, N_GPUS, same_bits, tough
+
+from flashcomm.wire import torch_codec
+from flashcomm.wire.format import Layout, StepFormat
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(N_GPUS > 0, reason="kernels are not interpreted where there is a GPU: test_gpu.py")
+
+FORMATS = [
+    "int8",
+    "int7-g16",
+    "int6-had",
+    "int5-g128-had",
+    "int4",
+    "int4-had",
+    "int3-g32-had",
+    "int3-g256",
+    "int2-g16-had",
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_bytes_of_the_torch_codec(name: str) -> None:
+    """Rows of whole groups, with tails, shorter than a group; a span of the message; codes of 3 ranks summed."""
+    from flashcomm.wire import triton_codec
+
+    step = StepFormat.parse(name)
+    for i, row in enumerate((2 * step.group, 600, 21, 1, 96)):
+        dtype = DTYPES[i % 3]
+        rotated = replace(step, rotated=True) if step.hadamard and i % 2 else step
+        layout, n = Layout(rotated, row, dtype.itemsize), 5 * row
+        x = tough((5, row), dtype, i)
+        x[1, 0], x[2, -1], x[3] = float("inf"), float("nan"), -x[3].abs()
+        for start, stop in ((0, n), (row, 3 * row)):
+            wires = []
+            for rank in range(3):
+                values = x.roll(rank, 0).reshape(-1)[start:stop].contiguous()
+                pair = [torch.full((layout.nbytes(start, stop),), 0xEE, dtype=torch.uint8) for _ in range(2)]
+                torch_codec.encode(values, layout, start, stop, pair[0])
+                triton_codec.encode(values, layout, start, stop, pair[1])
+                assert torch.equal(*pair), (row, dtype, start, stop)
+                wires.append(pair[0])
+            outs = [torch.full((stop - start,), 7, dtype=dtype) for _ in range(2)]
+            for codec, out in zip((torch_codec, triton_codec), outs, strict=True):
+                codec.decode_sum(torch.stack(wires), layout, start, stop, out, dtype)  # type: ignore[attr-defined]
+            assert same_bits(*outs), (row, dtype, start, stop)
+
+
+def test_a_new_length_is_no_new_kernel() -> None:
+    """Everything that follows from a message's length is a run-time value, to which kernels are not specialised."""
+    from flashcomm.collectives import fused_kernel
+    from flashcomm.wire import triton_codec
+
+    kernels = {
+        fused_kernel.fused: ("row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "lag"),
+        triton_codec._encode: ("count", "first", "start", "first_group", "plane1", "scales", "before0", "row0"),
+        triton_codec._decode_sum: ("stride", "count", "first", "start", "first_group", "plane1", "scales"),
+    }
+    for kernel, names in kernels.items():
+        fixed = kernel.kwargs["do_not_specialize"]
+        assert set(names) <= set(fixed), kernel
+        constants = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
+        assert not constants & set(names)
+
+
+def test_kernels_refuse_what_they_must_not_touch() -> None:
+    from flashcomm.wire import triton_codec
+
+    layout, out = Layout(StepFormat.parse("int4"), 64, 2), torch.empty(4096, dtype=torch.uint8)
+    x = torch.randn(4, 64).bfloat16()
+    with pytest.raises(ValueError, match="256 contiguous values on a GPU are needed"):
+        triton_codec.encode(x.t(), layout, 0, 256, out)
+    with pytest.raises(ValueError, match="contiguous wire bytes"):
+        triton_codec.encode(x, layout, 0, 256, out[:100])
+    with pytest.raises(ValueError, match="wire bytes"):
+        triton_codec.decode_sum(out[:100].view(1, -1), layout, 0, 256, x, torch.bfloat16)
