@@ -198,6 +198,10 @@ MUTATIONS = {
         "collectives/fused_kernel.py", "_wait(flag, epoch, 1", "_wait(flag, epoch - 1, 1",
         "test_fused.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
+    "data of even and odd calls lie in one place": (
+        "collectives/fused.py", "                self.half,\n                second,", "                0,\n                second,",
+        "test_fused.py::test_a_slow_reader_reads_what_was_meant_for_it",
+    ),
     "the kernel takes values behind the end of a row": (
         "collectives/fused_kernel.py", "n = tl.minimum(tl.maximum(row - column, 0), GROUP).to(tl.int32)",
         "n = (column * 0 + GROUP).to(tl.int32)", "test_fused.py::test_strided_misaligned_and_refused_tensors",

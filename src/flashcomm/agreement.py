@@ -24,6 +24,7 @@ from flashcomm.wire.torch_codec import DTYPES
 
 SETTINGS_BYTES = 2048
 CALLS = ("all_reduce", "reduce_scatter", "all_gather", "making a Communicator")
+PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is where they say; subclasses may only wrap others
 _MAX_DIMS = 8
 _WORDS = 16  # int64 per rank: version, call, its number, problem, settings, dtype, dims, up to 8 sizes, 1 spare
 _VERSION = 1
@@ -42,6 +43,7 @@ class Problem(enum.IntEnum):
     DIMS = 7
     OUT = 8
     FORMAT = 9
+    MEMORY = 10
 
     def text(self, x: Any, device: torch.device, world: int) -> str:
         """For the rank whose tensor it is: what was given, what is allowed, what to do."""
@@ -60,6 +62,7 @@ class Problem(enum.IntEnum):
             Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world}; pad it",
             Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
             Problem.FORMAT: "format= is no wire format; give one such as 'int4-had', or leave it out",
+            Problem.MEMORY: "a tensor with memory of its own is needed; of a DTensor give .to_local()",
             Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape it",
         }[self]
 
@@ -89,6 +92,8 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
         return Problem.DEVICE
     if x.layout != torch.strided:
         return Problem.LAYOUT
+    if type(x) not in PLAIN and x.numel() and x.data_ptr() == 0:
+        return Problem.MEMORY
     if x.requires_grad and torch.is_grad_enabled():
         return Problem.GRADIENT
     if x.dim() > _MAX_DIMS:

@@ -9,6 +9,7 @@ Results are those of `flashcomm.reference`, the same bits on every rank (`native
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import Counter
@@ -223,13 +224,17 @@ class Communicator:
 
     def _quick(self, x: Any, out: Any, format: Any) -> Tensor | None:
         """The result of a message like an earlier one, with as little as possible done on the host; None: not so."""
-        if out is not None or not self._launches or not isinstance(x, Tensor):
+        if out is not None or not self._launches or type(x) not in agreement.PLAIN:
             return None
-        kept = self._launches.get((x.shape, x.dtype, format))
-        if kept is None or self._closed or x.get_device() != self.device.index or not x.is_contiguous():
+        if format is not None and not isinstance(format, (str, WireFormat)):
+            return None
+        kept, device = self._launches.get((x.shape, x.dtype, format)), self.device.index
+        if kept is None or self._closed or x.get_device() != device or not x.is_contiguous() or x.is_neg():
             return None
         source = x.data_ptr()
         if source & 15 or self.settings.check or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        if torch._C._cuda_getDevice() != device:  # kernels go to the current device
             return None
         launch, key = kept
         result = torch.empty_like(x)
@@ -242,14 +247,15 @@ class Communicator:
     def _run_fused(self, kind: int, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any) -> None:
         """One launch, or a few for messages larger than the workspace, over copies of what is not aligned."""
         assert self._fused is not None
-        self._order()
-        given, x = x, x.contiguous()
-        x = x.clone() if x.data_ptr() % 16 else x
-        target = torch.empty_like(out) if out.data_ptr() % 16 else out
-        launch = self._fused.plan(kind, x, row, fmt)
-        launch(x.data_ptr(), target.data_ptr())
-        if target is not out:
-            out.copy_(target)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self._order()
+            given, x = x, x.resolve_neg().contiguous()
+            x = x.clone() if x.data_ptr() % 16 else x
+            target = torch.empty_like(out) if out.data_ptr() % 16 else out
+            launch = self._fused.plan(kind, x, row, fmt)
+            launch(x.data_ptr(), target.data_ptr())
+            if target is not out:
+                out.copy_(target)
         if kind in (fused_kind("one_shot"), fused_kind("two_shot")) and self.device.type == "cuda":
             way = "one_shot" if kind == fused_kind("one_shot") else "two_shot"
             if len(self._launches) >= MAX_KEPT:

@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Measured times of all-reduces, in us, of bfloat16 messages of `sizes` bytes, by way: "native", "int4 one_shot"."""
+    """Measured times of all-reduces of bfloat16, in us, for `sizes` in bytes, by way: "native", "int4 one_shot"."""
 
     source: str  # machine, date: what `explain` shows
     sizes: tuple[int, ...]

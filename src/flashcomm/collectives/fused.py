@@ -191,7 +191,8 @@ class FusedCollectives:
                 self.half,
                 second,
             )
-            constants = _constants(kind, world, unit, units, part.row % unit != 0, fmt, x.dtype, itemsize, tuning)
+            tails = part.row % unit != 0 or part.start * itemsize % 16 != 0  # then nothing is loaded 16 bytes at a time
+            constants = _constants(kind, world, unit, units, tails, fmt, x.dtype, itemsize, tuning)
             yield self._launch(x, part.start * itemsize, (*numbers, limit, tuning.lag), constants, steps * roles)
 
     def _launch(

@@ -18,7 +18,8 @@ ended epoch e + 1, for which every peer had to set a flag, which it did after it
 ended. So one epoch's flags are the barrier for the last but one epoch's data, and flags never need to be cleared.
 
 The epoch lives in device memory, above the count of programs that have started: the last one to start writes the next.
-A wait that lasts longer than the time-out is reported (`status`), all later waits end at once, and out becomes NaN.
+A wait that lasts longer than the time-out is reported (`status`), all later waits end soon, out becomes NaN, and peers
+get nothing more from this rank.
 """
 
 from __future__ import annotations
@@ -60,30 +61,45 @@ def _clock(polls, REAL: tl.constexpr):
 
 
 @triton.jit
-def _wait(flag, epoch, phase, source, own, status, limit, REAL: tl.constexpr, DELAY: tl.constexpr):
-    """Wait until a flag of this rank's memory has reached the epoch; 0 if it did not within limit (ns, or polls)."""
+def _late(seen, epoch):
+    """Whether a flag is neither of this call nor of the next one, in which a peer may be already."""
+    return ((seen - epoch) & -2) != 0
+
+
+@triton.jit
+def _wait(flag, epoch, phase, source, own, peers, status, limit, WORLD: tl.constexpr, REAL: tl.constexpr,
+          DELAY: tl.constexpr):  # fmt: skip
+    """Wait until a flag of this rank's memory has reached the epoch; 0 if it did not within limit (ns, or polls).
+
+    All threads go by what one of them read. Whoever is the first to give up reports it, and points this rank's stores
+    to its own memory from the next launch on: peers must not take what it sends out of step for data of their calls.
+    """
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    polls = seen * 0
-    if seen - epoch < 0:
+    if _late(seen, epoch):
+        abort = _words(own + _ABORT)  # bit 0: a wait is over its time; bit 1: and that was reported
+        polls, state = seen * 0, seen * 0
         begin = _clock(polls, REAL)
-        left = limit
-        while (seen - epoch < 0) & (left > 0):
-            seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-            polls += 1
-            left = limit - (_clock(polls, REAL) - begin)
-            aborted = tl.load(_words(own + _ABORT), volatile=True)
-            left = tl.where(aborted != 0, 0, left)
-        if seen - epoch < 0:
-            if tl.atomic_cas(_words(own + _ABORT), 0, 1) == 0:
+        while _late(seen, epoch) & (state == 0):
+            look = polls + 32
+            while _late(seen, epoch) & (polls < look):
+                seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+                polls += 1
+            if _late(seen, epoch):
+                over = (_clock(polls, REAL) - begin >= limit).to(tl.int32)
+                state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
+        if _late(seen, epoch):
+            if tl.atomic_cas(abort, 1, 3) == 1:
                 tl.store(status + 1, phase)
                 tl.store(status + 2, source)
                 tl.store(status + 3, epoch)
                 tl.store(status + 4, seen)
+                for i in tl.static_range(WORLD):
+                    tl.store(peers + i, own)
                 tl.atomic_xchg(status, 1, sem="release", scope="sys")
     for _ in range(DELAY):  # of tests: a slow reader, between the wait and the read
         tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     tl.debug_barrier()
-    return (seen - epoch >= 0).to(tl.int32)
+    return 1 - _late(seen, epoch).to(tl.int32)
 
 
 @triton.jit
@@ -170,7 +186,7 @@ def _fetch(base, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.
 def _expand(raw, ok, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
     """A tile's values as a product: float32 (B, P, M) and what it is to be multiplied with (B,); NaN unless ok."""
     if BITS == 16:
-        return widen(raw), tl.where(tl.arange(0, B) * ok == tl.arange(0, B), 1.0, float("nan"))
+        return widen(raw), tl.where((tl.arange(0, B) >= 0) & (ok != 0), 1.0, float("nan"))
     else:
         steps, scale = expand(raw, BITS, P, B, M)
         return steps, tl.where(ok != 0, scale, float("nan"))
@@ -321,7 +337,7 @@ def fused(
             ok = rank * 0 + 1
             for i in tl.static_range(WORLD):
                 flag = _words(own + _FLAGS + 4 * (i * _BLOCKS + block))
-                ok &= _wait(flag, epoch, 1, i, own, status, limit, REAL, DELAY)
+                ok &= _wait(flag, epoch, 1, i, own, peers, status, limit, WORLD, REAL, DELAY)
             last = tl.minimum(block * RUN + RUN, n_tiles) - 1
             after = _fetch_all(x, block * RUN, data, own, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
             for k in tl.static_range(RUN):
@@ -357,14 +373,15 @@ def fused(
                             at1, keep1, n1 = _places(unit, left, row, units_per_row, UNIT, GROUP1, P1, B1, M1, TAILS)
                         store(out if TAILS else out + unit * UNIT, at1, keep1, total, BF16)
             if KIND == _TWO_SHOT:
-                _publish(peers, rank, rank, block, epoch, 1, True, WORLD)
+                if ok != 0:  # without a flag the peers see that something is missing
+                    _publish(peers, rank, rank, block, epoch, 1, True, WORLD)
     else:
         epoch2 = _arrive(own)
         offset = _DATA + (epoch2 & 1).to(tl.int64) * half + second
         block2, owner = step - LAGS * lag, role - (N_E + N_S)
         if (block2 >= 0) & (block2 < n_blocks):
             flag2 = _words(own + _FLAGS + _STAGE + 4 * (owner * _BLOCKS + block2))
-            came = _wait(flag2, epoch2, 2, owner, own, status, limit, REAL, DELAY)
+            came = _wait(flag2, epoch2, 2, owner, own, peers, status, limit, WORLD, REAL, DELAY)
             for k2 in range(RUN):
                 tile2 = block2 * RUN + k2
                 if tile2 < n_tiles:

@@ -66,9 +66,9 @@ class SymmetricRegion:
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before anybody sees it
             self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
+            self.peers = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64).to(self.device)
         except RuntimeError as why:
             raise UnavailableError(f"torch symmetric memory: {str(why).splitlines()[0]}") from why
-        self.peers = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64).to(self.device)
 
     def close(self) -> None:
         """Wait for this rank's kernels; the memory goes when the region does."""
