@@ -195,7 +195,7 @@ MUTATIONS = {
         "test_fused.py::test_messages_are_cut_without_gaps_or_straddling_groups",
     ),
     "a flag of the call before will do": (
-        "collectives/fused_kernel.py", "_wait(flag, epoch, 1", "_wait(flag, epoch - 1, 1",
+        "collectives/fused_kernel.py", "wait(flag, epoch, 1", "wait(flag, epoch - 1, 1",
         "test_fused.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "data of even and odd calls lie in one place": (

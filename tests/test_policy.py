@@ -66,6 +66,12 @@ def test_settings_win_over_the_table() -> None:
     assert not choose(8 << 10, "int4", FAST).route.coded
 
 
+def test_a_table_without_coded_ways_does_not_overrule_min_bytes() -> None:
+    bare = Machine("symmetric", Table("bare", (1024,), {"native": (9.0,)}))
+    assert way(choose(8 << 10, "int4", bare, min_bytes=0)) == ("one_shot", "int4", "symmetric")
+    assert way(choose(8 << 10, "int4", bare)) == ("native", "bf16", "process_group")
+
+
 def test_a_format_goes_by_the_nearest_one_measured() -> None:
     assert TABLE.coded(WireFormat.parse("int5"), "one_shot") == "int4 one_shot"
     assert TABLE.coded(WireFormat.parse("int7-had"), "two_shot") == "int8-had two_shot"

@@ -63,11 +63,14 @@ def _join(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType
 ) -> tuple[FusedCollectives | None, str]:
     """The collectives over a region of this kind, or why not."""
-    everybody = agreement.tell(transport, kind.facts(transport.device), "looking for peers' memory")
+    facts = kind.facts(transport.device)
+    if kind is symmetric and group not in dist.distributed_c10d._world.pg_names:
+        facts["why"] = facts["why"] or "the group has no name in this process, being the inner one of a c10d backend"
+    everybody = agreement.tell(transport, facts, "looking for peers' memory")
     if why := kind.verdict(everybody):
         return None, why
     from flashcomm.collectives import fused
-    from flashcomm.collectives.fused_kernel import MAX_RANKS
+    from flashcomm.collectives.fused_sync import MAX_RANKS
 
     if transport.world > MAX_RANKS:
         return None, f"{transport.world} ranks; {MAX_RANKS} are supported"

@@ -207,6 +207,8 @@ def _measured(call: Call, fmt: WireFormat, machine: Machine, table: Table, uncod
                 WireFormat.parse(way.split()[0]).lossless == way_of.lossless
             ):
                 times[algorithm, way_of] = table.time(way, size)
+    if not times:  # a table without coded ways, and min_bytes wants one
+        times["one_shot", fmt] = math.inf
     (best, best_fmt), us = min(times.items(), key=lambda item: item[1])
     others = {}
     for name in ALGORITHMS:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.collectives import fused_kernel as kernel
+from flashcomm.collectives import fused_sync
 from flashcomm.collectives.fused_kernel import ONE_SHOT, REDUCE_SCATTER, TWO_SHOT
 from flashcomm.errors import CommunicationError, InputError
 from flashcomm.wire.format import StepFormat, WireFormat
@@ -43,7 +44,7 @@ class Region(Protocol):
 
 def region_bytes(workspace: int) -> int:
     """Size of a region that holds `workspace` bytes of messages, half of them for every other call."""
-    return kernel.DATA + workspace
+    return fused_sync.DATA + workspace
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class FusedCollectives:
 
     def __init__(self, region: Region, timeout_s: float, delay: int = 0) -> None:
         self.region, self.timeout_s, self.delay = region, timeout_s, delay
-        self.half = (region.n_bytes - kernel.DATA) // 32 * 16
+        self.half = (region.n_bytes - fused_sync.DATA) // 32 * 16
         self.own = int(region.peers[region.rank].item())
         self._status = (ctypes.c_int32 * 5).from_address(region.status.data_ptr())
         self._compiled: dict[Any, Any] = {}
@@ -152,7 +153,7 @@ class FusedCollectives:
             need = world * (bytes1 + bytes2)
         else:
             need = world * (bytes1 if kind == REDUCE_SCATTER else bytes2)
-        tiles = min(self.half // need, tuning.run * kernel.MAX_BLOCKS)
+        tiles = min(self.half // need, tuning.run * fused_sync.MAX_BLOCKS)
         return tiles * units * (world if kind == TWO_SHOT else 1)
 
     def _launches(self, kind: int, x: Tensor, row: int, fmt: WireFormat, tuning: Tuning) -> Iterator[Launch]:

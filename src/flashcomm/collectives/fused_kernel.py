@@ -27,102 +27,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashcomm.collectives.fused_sync import BLOCKS, DATA_AT, FLAGS_AT, STAGE_AT, arrive, bytes_at, publish, wait, words
 from flashcomm.wire.triton_tile import expand, fetch, hadamard, put, quantise, store, widen
 
-MAX_BLOCKS = 16384  # of a slice
-MAX_RANKS = 16
-ABORT = 8  # bytes: whether a wait of this rank timed out; before it epoch and started programs, behind it flags
-FLAGS = 64  # [stage][source][block]
-_STAGE_BYTES = 4 * MAX_BLOCKS * MAX_RANKS
-DATA = FLAGS + 2 * _STAGE_BYTES
 ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER = range(4)
-
-_BLOCKS, _STAGE = tl.constexpr(MAX_BLOCKS), tl.constexpr(_STAGE_BYTES)
-_FLAGS, _ABORT, _DATA = (tl.constexpr(at) for at in (FLAGS, ABORT, DATA))
 _ONE_SHOT, _TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER = (tl.constexpr(kind) for kind in range(4))
-
-
-@triton.jit
-def _bytes(address):
-    return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-
-
-@triton.jit
-def _words(address):
-    return address.to(tl.pointer_type(tl.int32))
-
-
-@triton.jit
-def _clock(polls, REAL: tl.constexpr):
-    if REAL:
-        return tl.extra.cuda.globaltimer()
-    else:
-        return polls.to(tl.int64)
-
-
-@triton.jit
-def _late(seen, epoch):
-    """Whether a flag is neither of this call nor of the next one, in which a peer may be already."""
-    return ((seen - epoch) & -2) != 0
-
-
-@triton.jit
-def _wait(flag, epoch, phase, source, own, peers, status, limit, WORLD: tl.constexpr, REAL: tl.constexpr,
-          DELAY: tl.constexpr):  # fmt: skip
-    """Wait until a flag of this rank's memory has reached the epoch; 0 if it did not within limit (ns, or polls).
-
-    All threads go by what one of them read. Whoever is the first to give up reports it, and points this rank's stores
-    to its own memory from the next launch on: peers must not take what it sends out of step for data of their calls.
-    """
-    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    if _late(seen, epoch):
-        abort = _words(own + _ABORT)  # bit 0: a wait is over its time; bit 1: and that was reported
-        polls, state = seen * 0, seen * 0
-        begin = _clock(polls, REAL)
-        while _late(seen, epoch) & (state == 0):
-            look = polls + 32
-            while _late(seen, epoch) & (polls < look):
-                seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-                polls += 1
-            if _late(seen, epoch):
-                over = (_clock(polls, REAL) - begin >= limit).to(tl.int32)
-                state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
-        if _late(seen, epoch):
-            if tl.atomic_cas(abort, 1, 3) == 1:
-                tl.store(status + 1, phase)
-                tl.store(status + 2, source)
-                tl.store(status + 3, epoch)
-                tl.store(status + 4, seen)
-                for i in tl.static_range(WORLD):
-                    tl.store(peers + i, own)
-                tl.atomic_xchg(status, 1, sem="release", scope="sys")
-    for _ in range(DELAY):  # of tests: a slow reader, between the wait and the read
-        tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    tl.debug_barrier()
-    return 1 - _late(seen, epoch).to(tl.int32)
-
-
-@triton.jit
-def _arrive(own):
-    """Count this program; the epoch of the call, and whether it was the last program to come, which ends the epoch."""
-    word = own.to(tl.pointer_type(tl.int64))
-    before = tl.atomic_add(word, 1, sem="relaxed", scope="gpu")
-    epoch = (before >> 32) + 1
-    if (before & 0xFFFFFFFF) == tl.num_programs(0) - 1:
-        tl.atomic_xchg(word, epoch << 32, sem="relaxed", scope="gpu")
-    return epoch.to(tl.int32)
-
-
-@triton.jit
-def _publish(peers, rank, to, block, epoch, STAGE: tl.constexpr, TO_ALL: tl.constexpr, WORLD: tl.constexpr):
-    """Set the flag of a block, in the memory of all or of rank `to`, once all of the program's stores are done."""
-    tl.debug_barrier()
-    at = _FLAGS + STAGE * _STAGE + 4 * (rank * _BLOCKS + block)
-    if TO_ALL:
-        for i in tl.static_range(WORLD):
-            tl.atomic_xchg(_words(tl.load(peers + i) + at), epoch, sem="release", scope="sys")
-    else:
-        tl.atomic_xchg(_words(tl.load(peers + to) + at), epoch, sem="release", scope="sys")
 
 
 @triton.jit
@@ -216,7 +125,7 @@ def _spread(y, n, tile, slice, offset, peers, rank, n_tiles, out, TO_ALL: tl.con
     """Code a tile to where its consumers, all or rank `slice`, look for it."""
     for i in tl.static_range(WORLD if TO_ALL else 1):
         base = tl.load(peers + (i if TO_ALL else slice)) + offset + (rank * n_tiles + tile).to(tl.int64) * BYTES
-        _put(_bytes(base), y, n, out, BITS, SHRUNK, TURNED, P, B, M, BF16)
+        _put(bytes_at(base), y, n, out, BITS, SHRUNK, TURNED, P, B, M, BF16)
 
 
 @triton.jit
@@ -228,14 +137,14 @@ def _encode(x, out, block, slice, offset, half, own, peers, rank, row, units_per
     """Role E: code a block of x to where its consumers look for it, and publish it."""
     if RUN == 1:  # of small messages: the values are on their way while the epoch is
         y, n = _load(x, block, slice, row, units_per_row, n_units, slice_units, stride, UNIT, UNITS, GROUP, P, B, M, TAILS)  # noqa: E501  # fmt: skip
-        epoch = _arrive(own)
+        epoch = arrive(own)
         offset += (epoch & 1).to(tl.int64) * half
         if TURNED:
             y = hadamard(y, _powers(n, TAILS), P, B, M, TAILS)
         _spread(y, n, block, slice, offset, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16)  # noqa: E501  # fmt: skip
-        _publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD)
+        publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD)
     else:
-        epoch = _arrive(own)
+        epoch = arrive(own)
         offset += (epoch & 1).to(tl.int64) * half
         last = tl.minimum(block * RUN + RUN, n_tiles) - 1
         after, n_after = _load(x, block * RUN, slice, row, units_per_row, n_units, slice_units, stride, UNIT, UNITS, GROUP, P, B, M, TAILS)  # noqa: E501  # fmt: skip
@@ -248,7 +157,7 @@ def _encode(x, out, block, slice, offset, half, own, peers, rank, row, units_per
                 if TURNED:
                     y = hadamard(y, _powers(n, TAILS), P, B, M, TAILS)
                 _spread(y, n, tile, slice, offset, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16)  # noqa: E501  # fmt: skip
-        _publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD)
+        publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD)
 
 
 @triton.jit
@@ -258,7 +167,7 @@ def _fetch_all(x, tile, offset, own, n_tiles, WORLD: tl.constexpr,
     raws = ()
     for i in tl.static_range(WORLD):
         at = own + offset + (i * n_tiles + tile).to(tl.int64) * BYTES
-        raws = raws + (_fetch(_bytes(at), x, BITS, P, B, M),)
+        raws = raws + (_fetch(bytes_at(at), x, BITS, P, B, M),)
     return raws
 
 
@@ -319,25 +228,25 @@ def fused(
         if step < n_blocks:
             slice = role if SLICED else rank * 0
             if KIND == _ALL_GATHER:
-                _encode(x, out, step, slice, _DATA + second, half, own, peers, rank, row, units_per_row, n_units,
+                _encode(x, out, step, slice, DATA_AT + second, half, own, peers, rank, row, units_per_row, n_units,
                         slice_units, stride, n_tiles, 1, True, WORLD, RUN, TAILS, UNIT, UNITS, BITS2, SHRUNK2,
                         TURNED2, GROUP2, P2, B2, M2, BYTES2, BF16)  # fmt: skip
             else:
-                _encode(x, out, step, slice, _DATA + second * 0, half, own, peers, rank, row, units_per_row, n_units,
+                _encode(x, out, step, slice, DATA_AT + second * 0, half, own, peers, rank, row, units_per_row, n_units,
                         slice_units, stride, n_tiles, 0, not SLICED, WORLD, RUN, TAILS, UNIT, UNITS, BITS1,
                         SHRUNK1, TURNED1, GROUP1, P1, B1, M1, BYTES1, BF16)  # fmt: skip
         else:
-            _arrive(own)
+            arrive(own)
     elif role < N_E + N_S:
-        epoch = _arrive(own)
-        data = _DATA + (epoch & 1).to(tl.int64) * half
+        epoch = arrive(own)
+        data = DATA_AT + (epoch & 1).to(tl.int64) * half
         block = step - lag
         if (block >= 0) & (block < n_blocks):
             slice = rank if SLICED else rank * 0
             ok = rank * 0 + 1
             for i in tl.static_range(WORLD):
-                flag = _words(own + _FLAGS + 4 * (i * _BLOCKS + block))
-                ok &= _wait(flag, epoch, 1, i, own, peers, status, limit, WORLD, REAL, DELAY)
+                flag = words(own + FLAGS_AT + 4 * (i * BLOCKS + block))
+                ok &= wait(flag, epoch, 1, i, own, peers, status, limit, WORLD, REAL, DELAY)
             last = tl.minimum(block * RUN + RUN, n_tiles) - 1
             after = _fetch_all(x, block * RUN, data, own, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
             for k in tl.static_range(RUN):
@@ -374,19 +283,19 @@ def fused(
                         store(out if TAILS else out + unit * UNIT, at1, keep1, total, BF16)
             if KIND == _TWO_SHOT:
                 if ok != 0:  # without a flag the peers see that something is missing
-                    _publish(peers, rank, rank, block, epoch, 1, True, WORLD)
+                    publish(peers, rank, rank, block, epoch, 1, True, WORLD)
     else:
-        epoch2 = _arrive(own)
-        offset = _DATA + (epoch2 & 1).to(tl.int64) * half + second
+        epoch2 = arrive(own)
+        offset = DATA_AT + (epoch2 & 1).to(tl.int64) * half + second
         block2, owner = step - LAGS * lag, role - (N_E + N_S)
         if (block2 >= 0) & (block2 < n_blocks):
-            flag2 = _words(own + _FLAGS + _STAGE + 4 * (owner * _BLOCKS + block2))
-            came = _wait(flag2, epoch2, 2, owner, own, peers, status, limit, WORLD, REAL, DELAY)
+            flag2 = words(own + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + block2))
+            came = wait(flag2, epoch2, 2, owner, own, peers, status, limit, WORLD, REAL, DELAY)
             for k2 in range(RUN):
                 tile2 = block2 * RUN + k2
                 if tile2 < n_tiles:
                     place = own + offset + (owner * n_tiles + tile2).to(tl.int64) * BYTES2
-                    steps, scale = _expand(_fetch(_bytes(place), x, BITS2, P2, B2, M2), came, BITS2, P2, B2, M2)
+                    steps, scale = _expand(_fetch(bytes_at(place), x, BITS2, P2, B2, M2), came, BITS2, P2, B2, M2)
                     y = steps * scale[:, None, None]
                     begin, remain = _message(tile2, owner, n_units, slice_units, stride, UNITS)
                     at3, keep3, n3 = _places(begin, remain, row, units_per_row, UNIT, GROUP2, P2, B2, M2, TAILS)
