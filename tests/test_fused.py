@@ -6,6 +6,7 @@ One body serves both. What the interpreter cannot show (graphs, streams, thousan
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -195,8 +196,25 @@ def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str) -> None:
     on_ranks(a_rank_is_gone, 2, fmt)
 
 
+def only_aligned(plan: Callable[..., fused.Launch]) -> Callable[..., fused.Launch]:
+    """The same, of launches that insist on addresses as kernels on GPUs do."""
+
+    def checked(*args: object) -> fused.Launch:
+        launch = plan(*args)
+
+        def run(source: int, target: int) -> None:
+            assert (source % 16, target % 16) == (0, 0)
+            launch(source, target)
+
+        return run
+
+    return checked
+
+
 def odd_tensors(ctx: RankContext) -> None:
     with make("int4", "one_shot") as comm:
+        assert comm._fused is not None
+        comm._fused.plan = only_aligned(comm._fused.plan)  # type: ignore[method-assign]
         everybody = [tough((6, 577), BF16, rank) for rank in range(ctx.world)]
         want = reference.one_shot([x[:, 1:] for x in everybody], comm.format)
         x = everybody[ctx.rank].to(ctx.device)

@@ -206,6 +206,14 @@ MUTATIONS = {
         "collectives/fused_kernel.py", "n = tl.minimum(tl.maximum(row - column, 0), GROUP).to(tl.int32)",
         "n = (column * 0 + GROUP).to(tl.int32)", "test_fused.py::test_strided_misaligned_and_refused_tensors",
     ),
+    "misaligned tensors go to the kernel": (
+        "communicator.py", "x = x.clone() if x.data_ptr() % 16 else x", "pass",
+        "test_fused.py::test_strided_misaligned_and_refused_tensors",
+    ),
+    "transforms have the limit of values": (
+        "wire/triton_tile.py", "if TURNED:\n        power", "if False:\n        power",
+        "test_triton.py::test_transforms_have_a_smaller_limit",
+    ),
     "strides are not looked at": (
         "communicator.py", "given, x = x, x.contiguous()", "given = x",
         "test_fused.py::test_strided_misaligned_and_refused_tensors",

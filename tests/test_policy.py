@@ -76,6 +76,9 @@ def test_a_format_goes_by_the_nearest_one_measured() -> None:
     assert TABLE.coded(WireFormat.parse("int5"), "one_shot") == "int4 one_shot"
     assert TABLE.coded(WireFormat.parse("int7-had"), "two_shot") == "int8-had two_shot"
     assert TABLE.coded(WireFormat.parse("bf16"), "two_shot") == "bf16 two_shot"
+    both = Table("t", (4,), {"native": (1.0,), "int6 one_shot": (1.0,), "int6-had one_shot": (2.0,)})
+    assert both.coded(WireFormat.parse("int5-had"), "one_shot") == "int6-had one_shot"
+    assert both.coded(WireFormat.parse("int5"), "one_shot") == "int6 one_shot"
     assert Table("t", (4,), {"native": (1.0,)}).coded(WireFormat.parse("int4"), "one_shot") is None
 
 

@@ -54,6 +54,38 @@ def test_the_bytes_of_the_torch_codec(name: str) -> None:
             assert same_bits(*outs), (row, dtype, start, stop)
 
 
+def test_sums_run_in_rank_order() -> None:
+    """Float32 sums of ranks whose values are of very different size: another order gives other bits."""
+    from flashcomm.wire import triton_codec
+
+    layout, n = Layout(StepFormat.parse("int8"), 192, 4), 4 * 192
+    wires = torch.empty(4, layout.nbytes(0, n), dtype=torch.uint8)
+    for rank, wire in enumerate(wires):
+        torch_codec.encode(torch.randn(n) * 10.0 ** (rank % 3 - 4 * (rank == 1)), layout, 0, n, wire)
+    outs = [torch.empty(n) for _ in range(3)]
+    torch_codec.decode_sum(wires, layout, 0, n, outs[0], torch.float32)
+    triton_codec.decode_sum(wires, layout, 0, n, outs[1], torch.float32)
+    assert same_bits(outs[0], outs[1])
+    torch_codec.decode_sum(wires.flip(0).contiguous(), layout, 0, n, outs[2], torch.float32)
+    assert not same_bits(outs[0], outs[2])
+
+
+def test_transforms_have_a_smaller_limit() -> None:
+    """Between 2^126 / n and 2^126 a value is too large for a -had group of n, and fine for a plain one."""
+    from flashcomm.wire import triton_codec
+
+    x = torch.randn(3, 64)
+    x[1, 5] = 2.0**121
+    for name, finite in (("int4", True), ("int4-had", False)):
+        layout, out = Layout(StepFormat.parse(name), 64, 4), torch.empty(192)
+        wires = torch.zeros(2, layout.nbytes(0, 192), dtype=torch.uint8)
+        torch_codec.encode(x, layout, 0, 192, wires[0])
+        triton_codec.encode(x, layout, 0, 192, wires[1])
+        assert torch.equal(wires[0], wires[1])
+        triton_codec.decode_sum(wires[1:], layout, 0, 192, out, torch.float32)
+        assert out.isfinite().view(3, 64).all(1).tolist() == [True, finite, True]
+
+
 def test_a_new_length_is_no_new_kernel() -> None:
     """Everything that follows from a message's length is a run-time value, to which kernels are not specialised."""
     from flashcomm.collectives import fused_kernel

@@ -31,7 +31,7 @@ def _clock(polls, REAL: tl.constexpr):
     if REAL:
         return tl.extra.cuda.globaltimer()
     else:
-        return polls.to(tl.int64)
+        return polls
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def wait(flag, epoch, phase, source, own, peers, status, limit, WORLD: tl.conste
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     if _late(seen, epoch):
         abort = words(own + _ABORT)  # bit 0: a wait is over its time; bit 1: and that was reported
-        polls, state = seen * 0, seen * 0
+        polls, state = (seen * 0).to(tl.int64), seen * 0
         begin = _clock(polls, REAL)
         while _late(seen, epoch) & (state == 0):
             look = polls + 32
