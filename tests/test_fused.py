@@ -5,6 +5,7 @@ One body serves both. What the interpreter cannot show (graphs, streams, thousan
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -273,6 +274,12 @@ def test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks(monkeypatch: py
         assert isinstance(got, UnavailableError)
         assert "rank 0: it is for Triton's interpreter" in str(got)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with monkeypatch.context() as without:  # a Triton that is there and cannot be imported
+        without.delattr("flashcomm.collectives.fused")
+        without.setitem(sys.modules, "flashcomm.collectives.fused", None)
+        for got in body("shared"):
+            assert isinstance(got, UnavailableError)
+            assert "rank 0: " in str(got)
     monkeypatch.setattr(shared.os, "posix_fallocate", _full)
     for got in body("shared"):
         assert isinstance(got, UnavailableError)
@@ -292,6 +299,8 @@ def test_what_peers_memory_needs() -> None:
     assert symmetric.verdict([fine, fine | {"host": "b"}]) == "rank 1 is on another host than rank 0"
     assert "no peer access to GPU 0 (rank 0)" in symmetric.verdict([fine, fine | {"device": 1, "blind": [0]}])
     assert symmetric.verdict([fine, fine | {"why": "no triton"}]) == "rank 1: no triton"
+    if not ON_GPUS:
+        assert symmetric.facts(torch.device("cuda", 0))["why"] == "TRITON_INTERPRET=1 keeps kernels on the CPU"
 
 
 def test_messages_are_cut_without_gaps_or_straddling_groups() -> None:

@@ -159,7 +159,7 @@ MUTATIONS = {
         "test_policy.py::test_own_tables_come_before_those_of_the_package",
     ),
     "peers on another host": (
-        "transports/symmetric.py", 'if mine["host"] != everybody[0]["host"]:', "if False:",
+        "transports/shared.py", 'if mine["host"] != everybody[0]["host"]:', "if False:",
         "test_fused.py::test_what_peers_memory_needs",
     ),
     "another transport than was asked for": (

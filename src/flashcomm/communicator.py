@@ -30,6 +30,7 @@ from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import codec_for
 from flashcomm.wire.format import WireFormat
 
+KINDS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collectives.fused_kernel` numbers them
 MAX_KEPT = 4096  # shapes whose launches a Communicator remembers
 
 log = logging.getLogger("flashcomm")
@@ -140,7 +141,7 @@ class Communicator:
             if way == "native":
                 self.transport.all_reduce_native(result, "native all-reduce").wait()
         elif self._fused is not None:
-            self._run_fused(fused_kind(way), x, result, call.row, WireFormat.parse(route.fmt), format)
+            self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), format)
         else:
             run = composed.one_shot if way == "one_shot" else composed.two_shot
             run(x.contiguous(), result, replace(self._context, fmt=fmt))
@@ -211,11 +212,12 @@ class Communicator:
         if self.world == 1:
             self._count(name, "copy", x)
             return out.copy_(x)
-        kind = fused_kind(name)
         row = x.shape[-1] if x.dim() > 1 else min(x.numel(), out.numel())
-        if self._fused is not None and self._fused.fits(kind, x.numel(), row, self.format, x.element_size()):
+        if self._fused is not None and self._fused.fits(
+            KINDS.index(name), x.numel(), row, self.format, x.element_size()
+        ):
             self._count(name, "fused", x)
-            self._run_fused(kind, x, out, row, self.format, None)
+            self._run_fused(name, x, out, row, self.format, None)
             return out
         self._count(name, "composed", x)
         run = composed.reduce_scatter if name == "reduce_scatter" else composed.all_gather
@@ -244,7 +246,7 @@ class Communicator:
         self._n_calls += 1
         return result
 
-    def _run_fused(self, kind: int, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any) -> None:
+    def _run_fused(self, name: str, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any) -> None:
         """One launch, or a few for messages larger than the workspace, over copies of what is not aligned."""
         assert self._fused is not None
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
@@ -252,15 +254,14 @@ class Communicator:
             given, x = x, x.resolve_neg().contiguous()
             x = x.clone() if x.data_ptr() % 16 else x
             target = torch.empty_like(out) if out.data_ptr() % 16 else out
-            launch = self._fused.plan(kind, x, row, fmt)
+            launch = self._fused.plan(KINDS.index(name), x, row, fmt)
             launch(x.data_ptr(), target.data_ptr())
             if target is not out:
                 out.copy_(target)
-        if kind in (fused_kind("one_shot"), fused_kind("two_shot")) and self.device.type == "cuda":
-            way = "one_shot" if kind == fused_kind("one_shot") else "two_shot"
+        if name in policy.ALGORITHMS and self.device.type == "cuda":
             if len(self._launches) >= MAX_KEPT:
                 self._launches.clear()
-            self._launches[given.shape, given.dtype, format] = (launch, f"all_reduce/{way}")
+            self._launches[given.shape, given.dtype, format] = (launch, f"all_reduce/{name}")
 
     def _order(self) -> None:
         """Raise what kernels reported; put this call behind the last one if that was on another stream."""
@@ -306,8 +307,3 @@ class Communicator:
         if self.settings.debug == "info" and not self.calls[key]:
             log.warning("%r: first %s goes %s, shape %s %s", self, name, way, tuple(x.shape), x.dtype)
         self.calls[key] += 1
-
-
-def fused_kind(name: str) -> int:
-    """The number that `collectives.fused_kernel` gives to an algorithm or collective."""
-    return ("one_shot", "two_shot", "reduce_scatter", "all_gather").index(name)

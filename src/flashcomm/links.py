@@ -69,16 +69,16 @@ def _join(
     everybody = agreement.tell(transport, facts, "looking for peers' memory")
     if why := kind.verdict(everybody):
         return None, why
-    from flashcomm.collectives import fused
-    from flashcomm.collectives.fused_sync import MAX_RANKS
-
-    if transport.world > MAX_RANKS:
-        return None, f"{transport.world} ranks; {MAX_RANKS} are supported"
     made, mine, place = None, "", ""
     try:
+        from flashcomm.collectives import fused
+        from flashcomm.collectives.fused_sync import MAX_RANKS
+
+        if transport.world > MAX_RANKS:
+            raise UnavailableError(f"{transport.world} ranks; {MAX_RANKS} are supported")
         made = kind.make(transport.device, fused.region_bytes(settings.workspace_bytes))
         place = made.place
-    except UnavailableError as error:
+    except (UnavailableError, ImportError) as error:  # of this rank alone, perhaps: the others hear of it
         mine = str(error)
     told = agreement.tell(transport, (mine, place), "taking peers' memory")
     if why := _first(error for error, _ in told):

@@ -202,7 +202,7 @@ def _measured(call: Call, fmt: WireFormat, machine: Machine, table: Table, uncod
     if uncoded or not forced:
         times["native", fmt] = table.time("native", size)
     for algorithm in ("one_shot", "two_shot"):
-        for way_of in {fmt, lossless} if not uncoded and not forced else {lossless} if uncoded else {fmt}:
+        for way_of in (lossless,) if uncoded else (fmt,) if forced else (fmt, lossless):
             if (way := table.coded(way_of, algorithm)) and (
                 WireFormat.parse(way.split()[0]).lossless == way_of.lossless
             ):

@@ -37,7 +37,7 @@ class Region(Protocol):
     n_bytes: int
     device: torch.device
     peers: Tensor  # int64 (world,) on the device: the address of everybody's region
-    status: Tensor  # int32 (5,) in host memory: what `fused_kernel._wait` reports
+    status: Tensor  # int32 (5,) in host memory: what `fused_sync.wait` reports
 
     def close(self) -> None: ...
 
@@ -170,12 +170,8 @@ class FusedCollectives:
             elif kind == ONE_SHOT:
                 n_tiles, slice_units, stride, total = -(-n_units // units), n_units, 0, n_units
             else:
-                n_tiles, slice_units, stride, total = (
-                    -(-n_units // units),
-                    n_units,
-                    numel // part.row * per_row,
-                    1 << 60,
-                )
+                n_tiles, slice_units, total = -(-n_units // units), n_units, 1 << 60
+                stride = numel // part.row * per_row
             roles = {ONE_SHOT: 2, TWO_SHOT: 2 * world + 1}.get(kind, world + 1)
             steps = -(-n_tiles // tuning.run) + (2 if kind == TWO_SHOT else 1) * tuning.lag
             second = world * n_tiles * bytes1 if kind == TWO_SHOT else 0
@@ -240,7 +236,7 @@ class FusedCollectives:
 
 def _at(address: int, dtype: torch.dtype) -> Tensor:
     """A tensor at an address, for the interpreter, which takes no bare ones."""
-    kind = {1: ctypes.c_uint8, 2: ctypes.c_int16, 4: ctypes.c_int32}[dtype.itemsize]
+    kind = {2: ctypes.c_int16, 4: ctypes.c_int32}[dtype.itemsize]
     return torch.frombuffer((kind * 1).from_address(address), dtype=dtype)
 
 

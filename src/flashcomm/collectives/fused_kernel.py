@@ -258,9 +258,8 @@ def fused(
                     total = _sum(raws, ok, WORLD, BITS1, P1, B1, M1)
                     unit, left = _message(tile, slice, n_units, slice_units, stride, UNITS)
                     at1, keep1, n1 = _places(unit, left, row, units_per_row, UNIT, GROUP1, P1, B1, M1, TAILS)
-                    if (
-                        KIND == _TWO_SHOT and not TAILS
-                    ):  # loads nothing; gives the tile the layout of x, which packs best
+                    # loads nothing; gives the tile the layout of x, which packs best
+                    if KIND == _TWO_SHOT and not TAILS:
                         total = tl.where(
                             lag < 0, tl.load(x + at1, mask=keep1 & (lag < 0), other=0.0).to(tl.float32), total
                         )

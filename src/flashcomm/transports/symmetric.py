@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from flashcomm.errors import UnavailableError
+from flashcomm.transports import shared
 
 NAME = "symmetric"
 
@@ -25,6 +26,8 @@ def facts(device: torch.device) -> dict[str, Any]:
         why = "NCCL_P2P_DISABLE=1 forbids peer access"
     elif importlib.util.find_spec("triton") is None:
         why = "triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        why = "TRITON_INTERPRET=1 keeps kernels on the CPU"
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     blind = [i for i in range(count) if i != device.index and not torch.cuda.can_device_access_peer(device.index, i)]
     return {"host": socket.gethostname(), "device": device.index, "blind": blind, "why": why}
@@ -32,11 +35,9 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 def verdict(everybody: Sequence[dict[str, Any]]) -> str:
     """Why ranks of these facts cannot use each other's memory, or ""."""
+    if why := shared.verdict(everybody):  # that much is asked of any memory
+        return why
     for rank, mine in enumerate(everybody):
-        if mine["why"]:
-            return f"rank {rank}: {mine['why']}"
-        if mine["host"] != everybody[0]["host"]:
-            return f"rank {rank} is on another host than rank 0"
         for other, theirs in enumerate(everybody):
             if theirs["device"] in mine["blind"]:
                 return f"GPU {mine['device']} (rank {rank}) has no peer access to GPU {theirs['device']} (rank {other})"

@@ -21,8 +21,6 @@ from flashcomm.wire.format import LIMIT, StepFormat
 MAGIC = tl.constexpr(1.5 * 2.0**23)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 TWO_23_BITS = tl.constexpr(0x4B000000)  # of 2^23: adding a code to it gives the float 2^23 + code
-TWO_23 = tl.constexpr(2.0**23)
-ABSOLUTE = tl.constexpr(0x7FFFFFFF)
 LIMIT_BITS = tl.constexpr(0x7E800000)  # of 2^126, see StepFormat.limit; smaller by log2(n) << 23 where transformed
 SCALE_MIN = tl.constexpr(torch_codec.SCALE_MIN)
 SCALE_NAN = tl.constexpr(torch_codec.SCALE_NAN)
@@ -309,13 +307,6 @@ def expand(raw, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.cons
         return values(codes, raw[0], raw[1], BITS, P, B, M, V)
     else:
         return values(codes, raw[0], (raw[0].to(tl.int32) >> 16) & 0xFF, BITS, P, B, M, V)
-
-
-@triton.jit
-def take(base, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """The y^ of a tile that `put` wrote, float32 (B, P, M)."""
-    d, scale = expand(fetch(base, BITS, P, B, M), BITS, P, B, M)
-    return scale[:, None, None] * d
 
 
 @triton.jit
