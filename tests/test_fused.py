@@ -186,7 +186,7 @@ def a_rank_is_gone(ctx: RankContext, fmt: str) -> None:
         assert str(raised.value).startswith(f"rank {ctx.rank} of {ctx.world}: waited 2 s")
         assert out.isnan().all()
         assert comm._fused is not None
-        assert set(comm._fused.region.peers.tolist()) == {comm._fused.own}  # it disturbs nobody from now on
+        assert set(comm._fused.region.peers.tolist()) == {comm._fused.local}  # it disturbs nobody from now on
         assert time.monotonic() - begin < 30
         with pytest.raises(CommunicationError, match="Make a new Communicator"):
             comm.all_reduce(x)

@@ -17,7 +17,7 @@ from flashcomm import agreement, tables
 from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.policy import Machine
 from flashcomm.settings import Settings
-from flashcomm.transports import shared, symmetric
+from flashcomm.transports import host, shared, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport
 
 if TYPE_CHECKING:
@@ -35,23 +35,30 @@ def connect(
     asked for and cannot be had. `auto` falls back, and rank 0 says why, once.
     """
     device, asked = transport.device, settings.transport
-    kind = symmetric if device.type == "cuda" else shared
-    if asked not in ("auto", "process_group", kind.NAME):
-        raise SettingsError(f"transport={asked!r} is not for tensors on {device.type}: allowed is {kind.NAME!r}")
+    kinds = {kind.NAME: kind for kind in ((symmetric, host) if device.type == "cuda" else (shared,))}
+    if asked not in ("auto", "process_group", *kinds):
+        raise SettingsError(f"transport={asked!r} is not for tensors on {device.type}: allowed is {_or(kinds)}")
     fused: FusedCollectives | None = None
     rejected: tuple[tuple[str, str], ...] = ()
-    if transport.world > 1 and (asked == kind.NAME or (asked == "auto" and kind is symmetric)):
-        fused, why = _join(group, transport, settings, kind)
-        if why and asked != "auto":
+    wanted = [asked] if asked in kinds else list(kinds) if asked == "auto" and device.type == "cuda" else []
+    name = "process_group"
+    for candidate in wanted if transport.world > 1 else ():
+        fused, why = _join(group, transport, settings, kinds[candidate])
+        if not why:
+            name = candidate
+            break
+        if asked != "auto":
             raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
-        if why:
-            rejected = ((kind.NAME, why),)
-            if transport.rank == 0:
-                log.warning("no kernels over peers' GPU memory (%s): messages go through the process group", why)
-    name = kind.NAME if fused else "process_group"
+        rejected += ((candidate, why),)
+    if rejected and transport.rank == 0:
+        log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
     table = tables.find(machine_name(device), transport.world, name) if transport.rank == 0 else None
     told = agreement.tell(transport, tables.as_dict(table) if table else None, "sharing the table of times")[0]
     return Machine(name, tables.from_dict(told) if told else None, rejected), fused
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 def machine_name(device: torch.device) -> str:

@@ -21,9 +21,15 @@ from itertools import pairwise
 from flashcomm.wire.format import LOSSLESS, Layout, WireFormat, bounds
 
 ALGORITHMS = ("native", "one_shot", "two_shot")
-FUSED = ("symmetric", "shared")  # transports over which one kernel does it all
+FUSED = ("symmetric", "host", "shared")  # transports over which one kernel does it all
 ONE_SHOT_BYTES = 64 << 10  # wire bytes a rank sends below which one hop beats less volume
-MIN_BYTES = {"cpu": 64 << 10, "symmetric": 64 << 10, "shared": 0, "cuda": 1 << 20}  # of a coded message, unmeasured
+MIN_BYTES = {
+    "cpu": 64 << 10,
+    "symmetric": 64 << 10,
+    "host": 8 << 10,
+    "shared": 0,
+    "cuda": 1 << 20,
+}  # of a coded message, unmeasured
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
 DEFAULT_FORMAT = "int6-had/int7-had"  # the fewest bits with at most 1 % loss (docs/accuracy.md)
-TRANSPORTS = ("auto", "process_group", "symmetric", "shared")
+TRANSPORTS = ("auto", "process_group", "symmetric", "host", "shared")
 ALGORITHMS = ("auto", *policy.ALGORITHMS)
 NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),

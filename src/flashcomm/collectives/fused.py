@@ -36,7 +36,9 @@ class Region(Protocol):
     world: int
     n_bytes: int
     device: torch.device
-    peers: Tensor  # int64 (world,) on the device: the address of everybody's region
+    mapped: bool  # what peers write to is host memory
+    peers: Tensor  # int64 (world,) on the device: where this rank writes for each rank, itself included
+    own: int  # the address of what peers write for this rank; for itself it writes to its own entry of `peers`
     status: Tensor  # int32 (5,) in host memory: what `fused_sync.wait` reports
 
     def close(self) -> None: ...
@@ -103,7 +105,7 @@ class FusedCollectives:
     def __init__(self, region: Region, timeout_s: float, delay: int = 0) -> None:
         self.region, self.timeout_s, self.delay = region, timeout_s, delay
         self.half = (region.n_bytes - fused_sync.DATA) // 32 * 16
-        self.own = int(region.peers[region.rank].item())
+        self.local = int(region.peers[region.rank].item())
         self._status = (ctypes.c_int32 * 5).from_address(region.status.data_ptr())
         self._compiled: dict[Any, Any] = {}
 
@@ -177,7 +179,8 @@ class FusedCollectives:
             second = world * n_tiles * bytes1 if kind == TWO_SHOT else 0
             limit = int(self.timeout_s * (POLLS_PER_SECOND if INTERPRETED else 1e9))
             numbers = (
-                self.own,
+                self.region.own,
+                self.local,
                 self.region.rank,
                 part.row,
                 per_row,
@@ -190,6 +193,7 @@ class FusedCollectives:
             )
             tails = part.row % unit != 0 or part.start * itemsize % 16 != 0  # then nothing is loaded 16 bytes at a time
             constants = _constants(kind, world, unit, units, tails, fmt, x.dtype, itemsize, tuning)
+            constants += (("MAPPED", self.region.mapped and not INTERPRETED),)
             yield self._launch(x, part.start * itemsize, (*numbers, limit, tuning.lag), constants, steps * roles)
 
     def _launch(

@@ -129,22 +129,22 @@ def _spread(y, n, tile, slice, offset, peers, rank, n_tiles, out, TO_ALL: tl.con
 
 
 @triton.jit
-def _encode(x, out, block, slice, offset, half, own, peers, rank, row, units_per_row, n_units, slice_units, stride,
+def _encode(x, out, block, slice, offset, half, local, peers, rank, row, units_per_row, n_units, slice_units, stride,
             n_tiles, STAGE: tl.constexpr, TO_ALL: tl.constexpr, WORLD: tl.constexpr,
             RUN: tl.constexpr, TAILS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr,
             SHRUNK: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
-            M: tl.constexpr, BYTES: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+            M: tl.constexpr, BYTES: tl.constexpr, MAPPED: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
     """Role E: code a block of x to where its consumers look for it, and publish it."""
     if RUN == 1:  # of small messages: the values are on their way while the epoch is
         y, n = _load(x, block, slice, row, units_per_row, n_units, slice_units, stride, UNIT, UNITS, GROUP, P, B, M, TAILS)  # noqa: E501  # fmt: skip
-        epoch = arrive(own)
+        epoch = arrive(local)
         offset += (epoch & 1).to(tl.int64) * half
         if TURNED:
             y = hadamard(y, _powers(n, TAILS), P, B, M, TAILS)
         _spread(y, n, block, slice, offset, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16)  # noqa: E501  # fmt: skip
-        publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD)
+        publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD, MAPPED)
     else:
-        epoch = arrive(own)
+        epoch = arrive(local)
         offset += (epoch & 1).to(tl.int64) * half
         last = tl.minimum(block * RUN + RUN, n_tiles) - 1
         after, n_after = _load(x, block * RUN, slice, row, units_per_row, n_units, slice_units, stride, UNIT, UNITS, GROUP, P, B, M, TAILS)  # noqa: E501  # fmt: skip
@@ -157,16 +157,22 @@ def _encode(x, out, block, slice, offset, half, own, peers, rank, row, units_per
                 if TURNED:
                     y = hadamard(y, _powers(n, TAILS), P, B, M, TAILS)
                 _spread(y, n, tile, slice, offset, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16)  # noqa: E501  # fmt: skip
-        publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD)
+        publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD, MAPPED)
 
 
 @triton.jit
-def _fetch_all(x, tile, offset, own, n_tiles, WORLD: tl.constexpr,
+def _home(source, rank, own, local):
+    """Where what comes from a rank arrives."""
+    return tl.where(source == rank, local, own)
+
+
+@triton.jit
+def _fetch_all(x, tile, offset, own, local, rank, n_tiles, WORLD: tl.constexpr,
                BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
     """Everybody's tile, all loads under way before one is used."""
     raws = ()
     for i in tl.static_range(WORLD):
-        at = own + offset + (i * n_tiles + tile).to(tl.int64) * BYTES
+        at = _home(i, rank, own, local) + offset + (i * n_tiles + tile).to(tl.int64) * BYTES
         raws = raws + (_fetch(bytes_at(at), x, BITS, P, B, M),)
     return raws
 
@@ -189,13 +195,13 @@ def _unturned(y, n, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, TAILS: tl
     return hadamard(y, powers, P, B, M, TAILS) * (1.0 / powers.to(tl.float32))[:, None, None]
 
 
-_RUN_TIME = ("rank", "row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "second", "limit", "lag", "own")  # fmt: skip  # noqa: E501
+_RUN_TIME = ("rank", "row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "second", "limit", "lag", "own", "local")  # fmt: skip  # noqa: E501
 
 
 @triton.jit(do_not_specialize=list(_RUN_TIME))
 def fused(
-    x, out, peers, status, own: tl.int64, rank: tl.int32, row: tl.int64, units_per_row: tl.int64, n_units: tl.int64,
-    slice_units: tl.int64, stride: tl.int64, n_tiles: tl.int32, half: tl.int64, second: tl.int64, limit: tl.int64,
+    x, out, peers, status, own: tl.int64, local: tl.int64, rank: tl.int32, row: tl.int64, units_per_row: tl.int64,
+    n_units: tl.int64, slice_units: tl.int64, stride: tl.int64, n_tiles: tl.int32, half: tl.int64, second: tl.int64, limit: tl.int64,
     lag: tl.int32,
     KIND: tl.constexpr, WORLD: tl.constexpr, RUN: tl.constexpr, TAILS: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, ROTATED: tl.constexpr,
@@ -203,9 +209,11 @@ def fused(
     BYTES1: tl.constexpr,
     BITS2: tl.constexpr, SHRUNK2: tl.constexpr, TURNED2: tl.constexpr, GROUP2: tl.constexpr, P2: tl.constexpr,
     BYTES2: tl.constexpr,
-    REAL: tl.constexpr, DELAY: tl.constexpr, BF16: tl.constexpr,
+    REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """x, out: the message of this rank. peers: int64 (WORLD,), addresses of everybody's region; own: that of this rank.
+    """x, out: the message of this rank. peers: int64 (WORLD,), where this rank writes for each rank; own: where others
+    write for this one; local: where it writes for itself, GPU memory, which also holds the epoch. own and local are one
+    but where own is mapped host memory.
 
     status: int32 (5,), host memory. Slices begin stride units apart and have slice_units units (the last ones may have
     fewer, of n_units in all) and n_tiles tiles of UNITS units; half: bytes of an epoch's data; second: bytes into it at
@@ -228,32 +236,32 @@ def fused(
         if step < n_blocks:
             slice = role if SLICED else rank * 0
             if KIND == _ALL_GATHER:
-                _encode(x, out, step, slice, DATA_AT + second, half, own, peers, rank, row, units_per_row, n_units,
+                _encode(x, out, step, slice, DATA_AT + second, half, local, peers, rank, row, units_per_row, n_units,
                         slice_units, stride, n_tiles, 1, True, WORLD, RUN, TAILS, UNIT, UNITS, BITS2, SHRUNK2,
-                        TURNED2, GROUP2, P2, B2, M2, BYTES2, BF16)  # fmt: skip
+                        TURNED2, GROUP2, P2, B2, M2, BYTES2, MAPPED, BF16)  # fmt: skip
             else:
-                _encode(x, out, step, slice, DATA_AT + second * 0, half, own, peers, rank, row, units_per_row, n_units,
-                        slice_units, stride, n_tiles, 0, not SLICED, WORLD, RUN, TAILS, UNIT, UNITS, BITS1,
-                        SHRUNK1, TURNED1, GROUP1, P1, B1, M1, BYTES1, BF16)  # fmt: skip
+                _encode(x, out, step, slice, DATA_AT + second * 0, half, local, peers, rank, row, units_per_row,
+                        n_units, slice_units, stride, n_tiles, 0, not SLICED, WORLD, RUN, TAILS, UNIT, UNITS, BITS1,
+                        SHRUNK1, TURNED1, GROUP1, P1, B1, M1, BYTES1, MAPPED, BF16)  # fmt: skip
         else:
-            arrive(own)
+            arrive(local)
     elif role < N_E + N_S:
-        epoch = arrive(own)
+        epoch = arrive(local)
         data = DATA_AT + (epoch & 1).to(tl.int64) * half
         block = step - lag
         if (block >= 0) & (block < n_blocks):
             slice = rank if SLICED else rank * 0
             ok = rank * 0 + 1
             for i in tl.static_range(WORLD):
-                flag = words(own + FLAGS_AT + 4 * (i * BLOCKS + block))
-                ok &= wait(flag, epoch, 1, i, own, peers, status, limit, WORLD, REAL, DELAY)
+                flag = words(_home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
+                ok &= wait(flag, epoch, 1, i, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
             last = tl.minimum(block * RUN + RUN, n_tiles) - 1
-            after = _fetch_all(x, block * RUN, data, own, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
+            after = _fetch_all(x, block * RUN, data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
             for k in tl.static_range(RUN):
                 tile = block * RUN + k
                 raws = after
                 if k + 1 < RUN:
-                    after = _fetch_all(x, tl.minimum(tile + 1, last), data, own, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
+                    after = _fetch_all(x, tl.minimum(tile + 1, last), data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
                 if tile <= last:
                     total = _sum(raws, ok, WORLD, BITS1, P1, B1, M1)
                     unit, left = _message(tile, slice, n_units, slice_units, stride, UNITS)
@@ -282,18 +290,19 @@ def fused(
                         store(out if TAILS else out + unit * UNIT, at1, keep1, total, BF16)
             if KIND == _TWO_SHOT:
                 if ok != 0:  # without a flag the peers see that something is missing
-                    publish(peers, rank, rank, block, epoch, 1, True, WORLD)
+                    publish(peers, rank, rank, block, epoch, 1, True, WORLD, MAPPED)
     else:
-        epoch2 = arrive(own)
+        epoch2 = arrive(local)
         offset = DATA_AT + (epoch2 & 1).to(tl.int64) * half + second
         block2, owner = step - LAGS * lag, role - (N_E + N_S)
         if (block2 >= 0) & (block2 < n_blocks):
-            flag2 = words(own + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + block2))
-            came = wait(flag2, epoch2, 2, owner, own, peers, status, limit, WORLD, REAL, DELAY)
+            home = _home(owner, rank, own, local)
+            flag2 = words(home + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + block2))
+            came = wait(flag2, epoch2, 2, owner, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
             for k2 in range(RUN):
                 tile2 = block2 * RUN + k2
                 if tile2 < n_tiles:
-                    place = own + offset + (owner * n_tiles + tile2).to(tl.int64) * BYTES2
+                    place = home + offset + (owner * n_tiles + tile2).to(tl.int64) * BYTES2
                     steps, scale = _expand(_fetch(bytes_at(place), x, BITS2, P2, B2, M2), came, BITS2, P2, B2, M2)
                     y = steps * scale[:, None, None]
                     begin, remain = _message(tile2, owner, n_units, slice_units, stride, UNITS)

@@ -35,51 +35,78 @@ def _clock(polls, REAL: tl.constexpr):
 
 
 @triton.jit
-def _late(seen, epoch):
-    """Whether a flag is neither of this call nor of the next one, in which a peer may be already."""
-    return ((seen - epoch) & -2) != 0
+def _late(flag, epoch, MAPPED: tl.constexpr):
+    """1 while a flag is neither of this call nor of the next one, in which a peer may be already; one thread reads it.
+
+    Mapped host memory takes plain loads and stores: a read-modify-write over PCIe may not be atomic. A pause between
+    two of them leaves the link to the data.
+    """
+    if MAPPED:
+        return tl.inline_asm_elementwise("""{
+            .reg .pred p, q; .reg .b32 t;
+            mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.u32 q, t, t;
+            @!p bra known;
+            ld.acquire.sys.global.b32 t, [$1]; sub.s32 t, t, $2; and.b32 t, t, -2; setp.ne.s32 q, t, 0;
+            @q nanosleep.u32 100;
+            known: barrier.sync.aligned 0; barrier.red.or.pred q, 0, q;
+            selp.b32 $0, 1, 0, q; }""", "=r,l,r", [flag.to(tl.int64), epoch], tl.int32, is_pure=False, pack=1)  # noqa: E501  # fmt: skip
+    else:
+        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        return (((seen - epoch) & -2) != 0).to(tl.int32)
 
 
 @triton.jit
-def wait(flag, epoch, phase, source, own, peers, status, limit, WORLD: tl.constexpr, REAL: tl.constexpr,
-          DELAY: tl.constexpr):  # fmt: skip
+def _set(flag, value, MAPPED: tl.constexpr):
+    """Store a flag behind all of this program's stores."""
+    if MAPPED:
+        tl.inline_asm_elementwise("""{
+            .reg .pred p; .reg .b32 t;
+            mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p st.release.sys.global.b32 [$1], $2;
+            mov.b32 $0, 0; }""", "=r,l,r", [flag.to(tl.int64), value], tl.int32, is_pure=False, pack=1)  # fmt: skip
+    else:
+        tl.atomic_xchg(flag, value, sem="release", scope="sys")
+
+
+@triton.jit
+def wait(flag, epoch, phase, source, local, peers, status, limit, WORLD: tl.constexpr, REAL: tl.constexpr,
+         MAPPED: tl.constexpr, DELAY: tl.constexpr):  # fmt: skip
     """Wait until a flag of this rank's memory has reached the epoch; 0 if it did not within limit (ns, or polls).
 
     All threads go by what one of them read. Whoever is the first to give up reports it, and points this rank's stores
     to its own memory from the next launch on: peers must not take what it sends out of step for data of their calls.
     """
-    seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    if _late(seen, epoch):
-        abort = words(own + _ABORT)  # bit 0: a wait is over its time; bit 1: and that was reported
-        polls, state = (seen * 0).to(tl.int64), seen * 0
+    late = _late(flag, epoch, MAPPED)
+    if late != 0:
+        abort = words(local + _ABORT)  # bit 0: a wait is over its time; bit 1: and that was reported
+        polls, state = (late * 0).to(tl.int64), late * 0
         begin = _clock(polls, REAL)
-        while _late(seen, epoch) & (state == 0):
+        while (late != 0) & (state == 0):
             look = polls + 32
-            while _late(seen, epoch) & (polls < look):
-                seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+            while (late != 0) & (polls < look):
+                late = _late(flag, epoch, MAPPED)
                 polls += 1
-            if _late(seen, epoch):
+            if late != 0:
                 over = (_clock(polls, REAL) - begin >= limit).to(tl.int32)
                 state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
-        if _late(seen, epoch):
+        if late != 0:
             if tl.atomic_cas(abort, 1, 3) == 1:
                 tl.store(status + 1, phase)
                 tl.store(status + 2, source)
                 tl.store(status + 3, epoch)
-                tl.store(status + 4, seen)
+                tl.store(status + 4, tl.load(flag, volatile=True))
                 for i in tl.static_range(WORLD):
-                    tl.store(peers + i, own)
-                tl.atomic_xchg(status, 1, sem="release", scope="sys")
+                    tl.store(peers + i, local)
+                _set(status, late, MAPPED)
     for _ in range(DELAY):  # of tests: a slow reader, between the wait and the read
-        tl.atomic_add(flag, 0, sem="acquire", scope="sys")
+        late |= _late(flag, epoch, MAPPED) & late
     tl.debug_barrier()
-    return 1 - _late(seen, epoch).to(tl.int32)
+    return 1 - late
 
 
 @triton.jit
-def arrive(own):
+def arrive(local):
     """Count this program; the epoch of the call, and whether it was the last program to come, which ends the epoch."""
-    word = own.to(tl.pointer_type(tl.int64))
+    word = local.to(tl.pointer_type(tl.int64))
     before = tl.atomic_add(word, 1, sem="relaxed", scope="gpu")
     epoch = (before >> 32) + 1
     if (before & 0xFFFFFFFF) == tl.num_programs(0) - 1:
@@ -88,12 +115,13 @@ def arrive(own):
 
 
 @triton.jit
-def publish(peers, rank, to, block, epoch, STAGE: tl.constexpr, TO_ALL: tl.constexpr, WORLD: tl.constexpr):
+def publish(peers, rank, to, block, epoch, STAGE: tl.constexpr, TO_ALL: tl.constexpr, WORLD: tl.constexpr,
+            MAPPED: tl.constexpr):  # fmt: skip
     """Set the flag of a block, in the memory of all or of rank `to`, once all of the program's stores are done."""
     tl.debug_barrier()
     at = FLAGS_AT + STAGE * STAGE_AT + 4 * (rank * BLOCKS + block)
     if TO_ALL:
         for i in tl.static_range(WORLD):
-            tl.atomic_xchg(words(tl.load(peers + i) + at), epoch, sem="release", scope="sys")
+            _set(words(tl.load(peers + i) + at), epoch, MAPPED)
     else:
-        tl.atomic_xchg(words(tl.load(peers + to) + at), epoch, sem="release", scope="sys")
+        _set(words(tl.load(peers + to) + at), epoch, MAPPED)

@@ -12,6 +12,7 @@ import mmap
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from flashcomm.errors import UnavailableError
 NAME = "shared"
 
 
+def host_name() -> str:
+    """What ranks compare to know that they are on one host: its name and this boot of it."""
+    try:
+        return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """What this rank has to say on whether shared memory can be used; `verdict` judges everybody's."""
     why = ""
@@ -29,7 +38,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         why = "the tensors are not on the CPU"
     elif os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         why = "it is for Triton's interpreter: install triton and set TRITON_INTERPRET=1 before Python starts"
-    return {"host": socket.gethostname(), "why": why}
+    return {"host": host_name(), "why": why}
 
 
 def verdict(everybody: Sequence[dict[str, Any]]) -> str:
@@ -48,6 +57,8 @@ class SharedRegion:
     peers: int64 (world,), the addresses of everybody's region in this process. The memory has no name in the file
     system: nothing is left behind however the processes end. Raises UnavailableError where there is too little.
     """
+
+    mapped = False
 
     def __init__(self, device: torch.device, n_bytes: int) -> None:
         self.device, self.n_bytes = device, -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -70,7 +81,7 @@ class SharedRegion:
         except OSError as why:
             raise UnavailableError(f"the memory of the other ranks cannot be opened: {why.strerror}") from why
         addresses = [ctypes.addressof(ctypes.c_char.from_buffer(part)) for part in self._maps]
-        self.peers = torch.tensor(addresses, dtype=torch.int64)
+        self.peers, self.own = torch.tensor(addresses, dtype=torch.int64), addresses[self.rank]
 
     def close(self) -> None:
         """Let go of the memory; it goes with the last process that maps it."""

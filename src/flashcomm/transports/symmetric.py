@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         why = "TRITON_INTERPRET=1 keeps kernels on the CPU"
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     blind = [i for i in range(count) if i != device.index and not torch.cuda.can_device_access_peer(device.index, i)]
-    return {"host": socket.gethostname(), "device": device.index, "blind": blind, "why": why}
+    return {"host": shared.host_name(), "device": device.index, "blind": blind, "why": why}
 
 
 def verdict(everybody: Sequence[dict[str, Any]]) -> str:
@@ -51,6 +50,8 @@ class SymmetricRegion:
     in which kernels report. Raises UnavailableError where memory is short or torch cannot map that of the peers.
     """
 
+    mapped = False
+
     def __init__(self, device: torch.device, n_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
@@ -67,7 +68,9 @@ class SymmetricRegion:
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before anybody sees it
             self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
-            self.peers = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64).to(self.device)
+            addresses = list(self._handle.buffer_ptrs)
+            self.own = addresses[self.rank]
+            self.peers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
         except RuntimeError as why:
             raise UnavailableError(f"torch symmetric memory: {str(why).splitlines()[0]}") from why
 

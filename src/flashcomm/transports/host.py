@@ -1,0 +1,114 @@
+"""Pinned host memory, shared by the ranks of one host: for GPUs that cannot access each other's memory.
+
+A region per rank, which the others' kernels write and its own read over PCIe; what a rank keeps for itself stays in GPU
+memory. It has no name in the file system, so nothing is left behind however the processes end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flashcomm.errors import UnavailableError
+from flashcomm.transports import shared
+
+NAME = "host"
+_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What this rank has to say on whether host memory can be shared; `verdict` judges everybody's."""
+    why = ""
+    if device.type != "cuda":
+        why = "the tensors are not on GPUs"
+    elif importlib.util.find_spec("triton") is None:
+        why = "triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        why = "TRITON_INTERPRET=1 keeps kernels on the CPU"
+    return {"host": shared.host_name(), "why": why}
+
+
+verdict = shared.verdict
+
+
+class HostRegion(shared.SharedRegion):
+    """`n_bytes` of zeroed host memory that, once all ranks have called `join`, the others' kernels write.
+
+    peers: int64 (world,), on the GPU: where this rank writes for each rank, its own GPU memory for itself. own: where
+    the others write for this one. status: pinned memory in which kernels report. Raises UnavailableError where memory
+    is short or cannot be pinned.
+    """
+
+    mapped = True
+
+    def __init__(self, device: torch.device, n_bytes: int) -> None:
+        with _near(device):
+            super().__init__(device, n_bytes)
+        try:
+            self.status = torch.zeros(5, dtype=torch.int32).pin_memory()
+            self._local = torch.zeros(self.n_bytes, dtype=torch.uint8, device=device)
+        except RuntimeError as why:
+            raise UnavailableError(f"{n_bytes} bytes of GPU memory: {str(why).splitlines()[0]}") from why
+
+    def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
+        """Map and pin everybody's region. They may be used once every rank is known to have returned."""
+        super().join(group, places)
+        self._pinned: list[int] = []
+        addresses = self.peers.tolist()
+        for address in addresses:
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if code := int(runtime.cudaHostRegister(address, self.n_bytes, _MAPPED)):
+                self._unpin()
+                raise UnavailableError(
+                    f"{self.n_bytes} bytes of host memory cannot be pinned (CUDA error {code}): allow more locked "
+                    "memory (`ulimit -l`, in containers --ulimit memlock=-1), or set FLASHCOMM_WORKSPACE_BYTES lower"
+                )
+            self._pinned.append(address)
+        self.own = addresses[self.rank]
+        addresses[self.rank] = self._local.data_ptr()
+        self.peers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
+        torch.cuda.synchronize(self.device)  # what is local is zero
+
+    def close(self) -> None:
+        """Wait for this rank's kernels and let go of the memory; it goes with the last process that maps it."""
+        torch.cuda.synchronize(self.device)
+        self._unpin()
+        super().close()
+
+    def _unpin(self) -> None:
+        for address in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        self._pinned = []
+
+
+@contextmanager
+def _near(device: torch.device) -> Iterator[None]:
+    """Run on the CPUs next to a GPU inside a with block, so that memory taken there lies on their NUMA node."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _cpus_next_to(device) & before or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _cpus_next_to(device: torch.device) -> set[int]:
+    """The CPUs that Linux lists as near to the GPU; none where it does not say."""
+    gpu: Any = torch.cuda.get_device_properties(device)
+    name = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    try:
+        parts = Path(f"/sys/bus/pci/devices/{name}/local_cpulist").read_text().strip().split(",")
+        spans = [part.split("-") for part in parts if part]
+        return {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
+    except (OSError, ValueError):
+        return set()
+
+
+make = HostRegion
