@@ -95,7 +95,7 @@ class Communicator:
             composed.Workspace(self.device),
             self.settings.chunk_bytes,
         )
-        self.machine, self._fused = links.connect(group, self.transport, self.settings)
+        self.machine, self._fused, self._staged = links.connect(group, self.transport, self.settings)
         self._launches: dict[Any, Any] = {}  # of this Communicator's messages so far, by shape, dtype and format
         self._stream: torch.cuda.Stream | None = None
         self._n_calls = 0
@@ -140,11 +140,10 @@ class Communicator:
             result.copy_(x)
             if way == "native":
                 self.transport.all_reduce_native(result, "native all-reduce").wait()
-        elif self._fused is not None:
+        elif route.transport in policy.FUSED:
             self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), format)
         else:
-            run = composed.one_shot if way == "one_shot" else composed.two_shot
-            run(x.contiguous(), result, replace(self._context, fmt=fmt))
+            self._run_composed(way, x, result, WireFormat.parse(route.fmt))
         return result
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
@@ -188,9 +187,11 @@ class Communicator:
 
         A call afterwards raises ClosedError; a graph that holds calls must not be replayed. Closing again is fine.
         """
+        if self._staged is not None and not self._closed:
+            self._staged.close()
         if self._fused is not None and not self._closed:
             self._fused.close()
-        self._closed, self._fused = True, None
+        self._closed, self._fused, self._staged = True, None, None
         self._launches.clear()
         self.transport.close()
         self._context.workspace = composed.Workspace(self.device)
@@ -213,15 +214,14 @@ class Communicator:
             self._count(name, "copy", x)
             return out.copy_(x)
         row = x.shape[-1] if x.dim() > 1 else min(x.numel(), out.numel())
-        if self._fused is not None and self._fused.fits(
-            KINDS.index(name), x.numel(), row, self.format, x.element_size()
-        ):
+        small = self._staged is None or x.nbytes <= policy.MAPPED_BYTES
+        kind, itemsize = KINDS.index(name), x.element_size()
+        if self._fused is not None and small and self._fused.fits(kind, x.numel(), row, self.format, itemsize):
             self._count(name, "fused", x)
             self._run_fused(name, x, out, row, self.format, None)
             return out
         self._count(name, "composed", x)
-        run = composed.reduce_scatter if name == "reduce_scatter" else composed.all_gather
-        run(x.contiguous(), out, self._context)
+        self._run_composed(name, x, out, self.format)
         return out
 
     def _quick(self, x: Any, out: Any, format: Any) -> Tensor | None:
@@ -245,6 +245,17 @@ class Communicator:
         self.calls[key] += 1
         self._n_calls += 1
         return result
+
+    def _run_composed(self, name: str, x: Tensor, out: Tensor, fmt: WireFormat) -> None:
+        """Codec and exchange chunk by chunk, through host memory where it is shared, else over the process group."""
+        context = replace(self._context, fmt=fmt)
+        if self._staged is not None:
+            chunk = min(policy.STAGED_CHUNK_BYTES, max(policy.STAGED_CHUNK_BYTES // 8, x.nbytes // 4))
+            context = replace(context, transport=self._staged, chunk_bytes=chunk)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            if self._fused is not None:
+                self._order()
+            getattr(composed, name)(x.contiguous(), out, context)
 
     def _run_fused(self, name: str, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any) -> None:
         """One launch, or a few for messages larger than the workspace, over copies of what is not aligned."""

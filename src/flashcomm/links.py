@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from flashcomm import agreement, tables
+from flashcomm import agreement, policy, tables
 from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.policy import Machine
 from flashcomm.settings import Settings
@@ -22,14 +22,18 @@ from flashcomm.transports.process_group import ProcessGroupTransport
 
 if TYPE_CHECKING:
     from flashcomm.collectives.fused import FusedCollectives
+    from flashcomm.transports.staging import StagedTransport
+
+MAPPED_WORKSPACE = 32 << 20  # of host memory for kernels: small messages only
 
 log = logging.getLogger("flashcomm")
 
 
 def connect(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
-) -> tuple[Machine, FusedCollectives | None]:
-    """The machine, as the policy sees it, and the collectives over peers' memory, if they can be had.
+) -> tuple[Machine, FusedCollectives | None, StagedTransport | None]:
+    """The machine, as the policy sees it, and if they can be had the collectives over memory that peers write to, and
+    bytes through host memory.
 
     Raises, on every rank, SettingsError for a transport that is not for this device, UnavailableError for one that was
     asked for and cannot be had. `auto` falls back, and rank 0 says why, once.
@@ -38,14 +42,15 @@ def connect(
     kinds = {kind.NAME: kind for kind in ((symmetric, host) if device.type == "cuda" else (shared,))}
     if asked not in ("auto", "process_group", *kinds):
         raise SettingsError(f"transport={asked!r} is not for tensors on {device.type}: allowed is {_or(kinds)}")
-    fused: FusedCollectives | None = None
+    fused, staged = None, None
     rejected: tuple[tuple[str, str], ...] = ()
     wanted = [asked] if asked in kinds else list(kinds) if asked == "auto" and device.type == "cuda" else []
     name = "process_group"
     for candidate in wanted if transport.world > 1 else ():
-        fused, why = _join(group, transport, settings, kinds[candidate])
-        if not why:
+        region, why = _join(group, transport, settings, kinds[candidate])
+        if region is not None:
             name = candidate
+            fused, staged = _over(region, settings, staged=candidate == host.NAME)
             break
         if asked != "auto":
             raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
@@ -54,7 +59,7 @@ def connect(
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
     table = tables.find(machine_name(device), transport.world, name) if transport.rank == 0 else None
     told = agreement.tell(transport, tables.as_dict(table) if table else None, "sharing the table of times")[0]
-    return Machine(name, tables.from_dict(told) if told else None, rejected), fused
+    return Machine(name, tables.from_dict(told) if told else None, rejected), fused, staged
 
 
 def _or(names: Iterable[str]) -> str:
@@ -66,10 +71,38 @@ def machine_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+def _over(region: Any, settings: Settings, staged: bool) -> tuple[FusedCollectives, StagedTransport | None]:
+    """What runs over a region that all ranks have joined."""
+    from flashcomm.collectives.fused import FusedCollectives
+
+    fused = FusedCollectives(region, settings.timeout_s)
+    if not staged:
+        return fused, None
+    from flashcomm.transports.staging import StagedTransport
+
+    return fused, StagedTransport(region, region.n_bytes, _slot_bytes(settings), settings.timeout_s)
+
+
+def _slot_bytes(settings: Settings) -> int:
+    """What one chunk takes on its way through host memory, with something over for scales and padding."""
+    return min(settings.workspace_bytes // 8, policy.STAGED_CHUNK_BYTES * 9 // 8) // 64 * 64
+
+
+def _sizes(settings: Settings, kind: ModuleType) -> tuple[int, ...]:
+    """Bytes of a region, and of what staging takes besides."""
+    from flashcomm.collectives.fused import region_bytes
+
+    if kind is not host:
+        return (region_bytes(settings.workspace_bytes),)
+    from flashcomm.transports.staging import staging_bytes
+
+    return region_bytes(min(settings.workspace_bytes, MAPPED_WORKSPACE)), staging_bytes(_slot_bytes(settings))
+
+
 def _join(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType
-) -> tuple[FusedCollectives | None, str]:
-    """The collectives over a region of this kind, or why not."""
+) -> tuple[Any, str]:
+    """A region of this kind that all ranks have joined, or why not."""
     facts = kind.facts(transport.device)
     if kind is symmetric and group not in dist.distributed_c10d._world.pg_names:
         facts["why"] = facts["why"] or "the group has no name in this process, being the inner one of a c10d backend"
@@ -78,12 +111,11 @@ def _join(
         return None, why
     made, mine, place = None, "", ""
     try:
-        from flashcomm.collectives import fused
         from flashcomm.collectives.fused_sync import MAX_RANKS
 
         if transport.world > MAX_RANKS:
             raise UnavailableError(f"{transport.world} ranks; {MAX_RANKS} are supported")
-        made = kind.make(transport.device, fused.region_bytes(settings.workspace_bytes))
+        made = kind.make(transport.device, *_sizes(settings, kind))
         place = made.place
     except (UnavailableError, ImportError) as error:  # of this rank alone, perhaps: the others hear of it
         mine = str(error)
@@ -97,7 +129,7 @@ def _join(
         mine = str(error)
     if why := _first(agreement.tell(transport, mine, "mapping peers' memory")):
         return None, why
-    return fused.FusedCollectives(made, settings.timeout_s), ""
+    return made, ""
 
 
 def _first(errors: Iterable[str]) -> str:

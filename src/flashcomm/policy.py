@@ -21,7 +21,9 @@ from itertools import pairwise
 from flashcomm.wire.format import LOSSLESS, Layout, WireFormat, bounds
 
 ALGORITHMS = ("native", "one_shot", "two_shot")
-FUSED = ("symmetric", "host", "shared")  # transports over which one kernel does it all
+FUSED = ("symmetric", "mapped", "shared")  # transports over which one kernel does it all
+MAPPED_BYTES = 256 << 10  # wire bytes a rank sends up to which `host` means kernels on mapped memory, not copies
+STAGED_CHUNK_BYTES = 8 << 20  # of a message, at most, that goes through host memory at a time
 ONE_SHOT_BYTES = 64 << 10  # wire bytes a rank sends below which one hop beats less volume
 MIN_BYTES = {
     "cpu": 64 << 10,
@@ -178,10 +180,12 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, m
     if machine.table is not None:
         return _measured(call, fmt, machine, machine.table, uncoded, min_bytes is not None)
     if not uncoded and min_bytes is None:
-        least = MIN_BYTES[machine.transport if machine.transport in FUSED else call.device_type]
+        least = MIN_BYTES.get(machine.transport, MIN_BYTES.get(call.device_type, 0))
         uncoded = admit(call, fmt, least)
+    lossless, because = WireFormat.parse(LOSSLESS), ""
+    if uncoded and machine.transport == "host":
+        fmt, because, uncoded = lossless, f"{uncoded}; ", ""
     if uncoded and machine.transport in FUSED:
-        lossless = WireFormat.parse(LOSSLESS)
         why = f"{uncoded}; one kernel over peers' memory, not compressed"
         if call.n_bytes <= 256 << 10:
             return _choice(
@@ -192,11 +196,11 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, m
     one, two, native = (wire_bytes(name, call, fmt) for name in ("one_shot", "two_shot", "native"))
     saved = {"native": f"would send {native} bytes a rank"}
     if one <= two or one <= ONE_SHOT_BYTES:
-        why = "one hop and one rounding, " + ("no more bytes than two-shot" if one <= two else "few bytes")
+        why = because + "one hop and one rounding, " + ("no more bytes than two-shot" if one <= two else "few bytes")
         others = saved | {"two_shot": f"would send {two} bytes a rank in two hops"}
         return _choice(call, fmt, machine, "one_shot", why, others)
     return _choice(
-        call, fmt, machine, "two_shot", "fewest bytes", saved | {"one_shot": f"would send {one} bytes a rank"}
+        call, fmt, machine, "two_shot", f"{because}fewest bytes", saved | {"one_shot": f"would send {one} bytes a rank"}
     )
 
 
@@ -230,6 +234,8 @@ def _choice(
     n_bytes = 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt)
     coded = algorithm in ("one_shot", "two_shot")
     transport, name = (machine.transport, str(fmt)) if coded else ("process_group", LOSSLESS)
+    if transport == "host" and n_bytes <= MAPPED_BYTES:
+        transport = "mapped"
     rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]
     rejected += [Rejected(name, why) for name, why in machine.rejected]
     return Choice(Route(algorithm, n_bytes, reason, transport, name), tuple(rejected))

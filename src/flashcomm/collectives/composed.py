@@ -8,9 +8,11 @@ c+1 is quantised and chunk c-1 reduced. Every function returns when all is done 
     two_shot      encode, all-to-all ~    decode_sum, encode own shard, all-gather ~  decode all shards
     ~ in flight until the next stage of that chunk
 
-    buffer      written by     read by             free when
-    send[c%3]   encode         the exchange of c   that exchange was waited for, one stage later
-    recv[c%3]   the exchange   decode_sum of c     that decode returned (on GPUs: is enqueued on the same stream)
+    buffer      written by             read by             free when
+    send[c%3]   encode                 the exchange of c   that exchange was waited for, one stage later
+    recv[c%3]   encode (the own row,   decode_sum of c     that decode returned (on GPUs: is enqueued on the same
+                of a gather), the                          stream)
+                exchange of c
     so three slots are enough: stage s of chunk c and stage s' of chunk c' run at the same time only if |c - c'| <= 2.
 """
 
@@ -20,11 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flashcomm.transports.process_group import Pending, ProcessGroupTransport
 from flashcomm.wire.format import Layout, StepFormat, WireFormat, bounds
 
 SLOTS = 3
@@ -47,13 +49,28 @@ class Workspace:
         return kept[:n_bytes]
 
 
+class Pending(Protocol):
+    def wait(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Two verbs over rows of bytes, see `transports.process_group` and `transports.staging`."""
+
+    rank: int
+    world: int
+
+    def all_to_all(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending: ...
+
+    def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending: ...
+
+
 @dataclass
 class Context:
     """What every composed collective needs: how to code, how to send, where to put bytes, how large a chunk is."""
 
     fmt: WireFormat
     codec: ModuleType
-    transport: ProcessGroupTransport
+    transport: Transport
     workspace: Workspace
     chunk_bytes: int
 
@@ -81,9 +98,9 @@ def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
     def send(c: int) -> None:
         start, stop = chunks[c]
         size = layout.nbytes(start, stop)
-        wire = ctx.workspace.take("send", c, size)
-        ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         wires = ctx.workspace.take("recv", c, world * size).view(world, size)
+        wire = wires[ctx.transport.rank]
+        ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         what = f"one-shot all-gather, chunk {c + 1}/{len(chunks)}"
         received[c] = ctx.transport.all_gather(wires, wire, what, overlap=len(chunks) > 1), wires
 
@@ -121,11 +138,11 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
         pending.wait()
         total = ctx.workspace.take("sum", 0, (stop - start) * sum_dtype.itemsize).view(sum_dtype)
         size = max(gather_layout.nbytes(a, b) for a, b in pairwise(shards[c]))
-        wire = ctx.workspace.take("gather-send", c, size)
+        everybodys = ctx.workspace.take("gather-recv", c, world * size).view(world, size)
+        wire = everybodys[rank]
         if stop > start:
             ctx.codec.decode_sum(wires, sum_layout, start, stop, total, x.dtype)
             ctx.codec.encode(total, resend_layout, start, stop, wire)
-        everybodys = ctx.workspace.take("gather-recv", c, world * size).view(world, size)
         what = f"two-shot gather, chunk {c + 1}/{len(chunks)}"
         gathered[c] = ctx.transport.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys
 
@@ -170,9 +187,9 @@ def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
     def send(c: int) -> None:
         start, stop = chunks[c]
         size = layout.nbytes(start, stop)
-        wire = ctx.workspace.take("send", c, size)
-        ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         wires = ctx.workspace.take("recv", c, world * size).view(world, size)
+        wire = wires[ctx.transport.rank]
+        ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         what = f"all-gather, chunk {c + 1}/{len(chunks)}"
         received[c] = ctx.transport.all_gather(wires, wire, what, overlap=len(chunks) > 1), wires
 

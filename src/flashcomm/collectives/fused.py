@@ -25,7 +25,7 @@ from flashcomm.wire.triton_codec import INTERPRETED
 from flashcomm.wire.triton_tile import pieces, tile_bytes, warps
 
 POLLS_PER_SECOND = 2000  # of a waiting program in the interpreter, roughly
-PHASES = ("", "the quantised message", "the quantised sum")
+PHASES = ("", "the quantised message", "the quantised sum", "the staged bytes", "the fetching of earlier bytes")
 Launch = Callable[[int, int], None]  # from the address of a message to that of its result
 
 

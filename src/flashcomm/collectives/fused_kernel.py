@@ -201,8 +201,8 @@ _RUN_TIME = ("rank", "row", "units_per_row", "n_units", "slice_units", "stride",
 @triton.jit(do_not_specialize=list(_RUN_TIME))
 def fused(
     x, out, peers, status, own: tl.int64, local: tl.int64, rank: tl.int32, row: tl.int64, units_per_row: tl.int64,
-    n_units: tl.int64, slice_units: tl.int64, stride: tl.int64, n_tiles: tl.int32, half: tl.int64, second: tl.int64, limit: tl.int64,
-    lag: tl.int32,
+    n_units: tl.int64, slice_units: tl.int64, stride: tl.int64, n_tiles: tl.int32, half: tl.int64, second: tl.int64,
+    limit: tl.int64, lag: tl.int32,
     KIND: tl.constexpr, WORLD: tl.constexpr, RUN: tl.constexpr, TAILS: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, ROTATED: tl.constexpr,
     BITS1: tl.constexpr, SHRUNK1: tl.constexpr, TURNED1: tl.constexpr, GROUP1: tl.constexpr, P1: tl.constexpr,

@@ -39,7 +39,8 @@ verdict = shared.verdict
 
 
 class HostRegion(shared.SharedRegion):
-    """`n_bytes` of zeroed host memory that, once all ranks have called `join`, the others' kernels write.
+    """`n_bytes` of zeroed host memory that, once all ranks have called `join`, the others' kernels write; and `extra`
+    for `staging`.
 
     peers: int64 (world,), on the GPU: where this rank writes for each rank, its own GPU memory for itself. own: where
     the others write for this one. status: pinned memory in which kernels report. Raises UnavailableError where memory
@@ -48,9 +49,9 @@ class HostRegion(shared.SharedRegion):
 
     mapped = True
 
-    def __init__(self, device: torch.device, n_bytes: int) -> None:
+    def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         with _near(device):
-            super().__init__(device, n_bytes)
+            super().__init__(device, n_bytes, extra)
         try:
             self.status = torch.zeros(5, dtype=torch.int32).pin_memory()
             self._local = torch.zeros(self.n_bytes, dtype=torch.uint8, device=device)
@@ -61,17 +62,15 @@ class HostRegion(shared.SharedRegion):
         """Map and pin everybody's region. They may be used once every rank is known to have returned."""
         super().join(group, places)
         self._pinned: list[int] = []
-        addresses = self.peers.tolist()
-        for address in addresses:
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if code := int(runtime.cudaHostRegister(address, self.n_bytes, _MAPPED)):
+        for address in self.mappings:
+            if code := self._pin(address):
                 self._unpin()
                 raise UnavailableError(
-                    f"{self.n_bytes} bytes of host memory cannot be pinned (CUDA error {code}): allow more locked "
+                    f"{self.size} bytes of host memory cannot be pinned (CUDA error {code}): allow more locked "
                     "memory (`ulimit -l`, in containers --ulimit memlock=-1), or set FLASHCOMM_WORKSPACE_BYTES lower"
                 )
             self._pinned.append(address)
-        self.own = addresses[self.rank]
+        addresses = [*self.mappings]
         addresses[self.rank] = self._local.data_ptr()
         self.peers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
         torch.cuda.synchronize(self.device)  # what is local is zero
@@ -81,6 +80,10 @@ class HostRegion(shared.SharedRegion):
         torch.cuda.synchronize(self.device)
         self._unpin()
         super().close()
+
+    def _pin(self, address: int) -> int:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        return int(runtime.cudaHostRegister(address, self.size, _MAPPED))
 
     def _unpin(self) -> None:
         for address in self._pinned:

@@ -73,7 +73,8 @@ class ProcessGroupTransport:
         return self._pending(self.group.alltoall_base(out.view(-1), inp.view(-1), [], [], AllToAllOptions()), what)
 
     def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
-        """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. overlap: see above."""
+        """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. inp may be row `rank`
+        of out. overlap: see above."""
         self.n_bytes_sent += inp.numel() * (self.world - 1)
         if self._lane:
             return self._on_cpu(lambda: self._steps(out, lambda rank: inp), what, overlap)
@@ -103,7 +104,8 @@ class ProcessGroupTransport:
     def _steps(self, out: Tensor, piece_for: Callable[[int], Tensor]) -> None:
         """The exchange as W-1 matched steps. Raises RuntimeError, from the backend."""
         limit = timedelta(seconds=self.timeout_s)
-        out[self.rank].copy_(piece_for(self.rank))
+        if out[self.rank].data_ptr() != piece_for(self.rank).data_ptr():
+            out[self.rank].copy_(piece_for(self.rank))
         for k in range(1, self.world):
             source, target = (self.rank - k) % self.world, (self.rank + k) % self.world
             received = self.group.recv([out[source]], source, _TAG)

@@ -52,22 +52,27 @@ def verdict(everybody: Sequence[dict[str, Any]]) -> str:
 
 
 class SharedRegion:
-    """`n_bytes` of zeroed memory that, once all ranks have called `join`, every rank reads and writes.
+    """`n_bytes` of zeroed memory, and `extra`, that, once all ranks have called `join`, every rank reads and writes.
 
-    peers: int64 (world,), the addresses of everybody's region in this process. The memory has no name in the file
-    system: nothing is left behind however the processes end. Raises UnavailableError where there is too little.
+    peers: int64 (world,), the addresses of everybody's region in this process; mappings: the same as numbers. The
+    memory has no name in the file system: nothing is left behind however the processes end. Raises UnavailableError
+    where there is too little.
     """
 
     mapped = False
 
-    def __init__(self, device: torch.device, n_bytes: int) -> None:
+    def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         self.device, self.n_bytes = device, -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.size = self.n_bytes + -(-extra // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
             self._file = os.memfd_create("flashcomm")
-            os.posix_fallocate(self._file, 0, self.n_bytes)
+            os.posix_fallocate(self._file, 0, self.size)
             self.place = f"/proc/{os.getpid()}/fd/{self._file}"
         except OSError as why:
-            raise UnavailableError(f"{n_bytes} bytes of shared memory: {why.strerror}") from why
+            raise UnavailableError(
+                f"{self.size} bytes of shared memory: {why.strerror}. Allow this process more memory, or set "
+                "FLASHCOMM_WORKSPACE_BYTES lower"
+            ) from why
         self.status = torch.zeros(5, dtype=torch.int32)
 
     def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
@@ -75,13 +80,13 @@ class SharedRegion:
         self.rank, self.world = group.rank(), group.size()
         try:
             files = [os.open(place, os.O_RDWR) for place in places]
-            self._maps = [mmap.mmap(file, self.n_bytes) for file in files]
+            self._maps = [mmap.mmap(file, self.size) for file in files]
             for file in files:
                 os.close(file)
         except OSError as why:
             raise UnavailableError(f"the memory of the other ranks cannot be opened: {why.strerror}") from why
-        addresses = [ctypes.addressof(ctypes.c_char.from_buffer(part)) for part in self._maps]
-        self.peers, self.own = torch.tensor(addresses, dtype=torch.int64), addresses[self.rank]
+        self.mappings = [ctypes.addressof(ctypes.c_char.from_buffer(part)) for part in self._maps]
+        self.peers, self.own = torch.tensor(self.mappings, dtype=torch.int64), self.mappings[self.rank]
 
     def close(self) -> None:
         """Let go of the memory; it goes with the last process that maps it."""

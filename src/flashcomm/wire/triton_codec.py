@@ -8,6 +8,7 @@ Lengths are run-time values: a new one compiles nothing. TRITON_INTERPRET=1 runs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -197,13 +198,14 @@ def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> Non
         return
     _hold(x, stop - start, "values")
     _hold(out, layout.nbytes(start, stop), "wire bytes")
-    for a, b in layout.gaps(start, stop):
+    gaps, launches = _planned(layout, start, stop)
+    for a, b in gaps:
         out[a:b].zero_()
-    for n, grid, where, constants in _launches(layout, start, stop):
+    for n, grid, where, constants in launches:
         turned = step.transforms(n)
-        _encode[grid](
-            x, out, *where, n, BITS=step.bits, SHRUNK=step.shrunk(n) or 0.0, HADAMARD=turned and not step.rotated,
-            TURNED=turned, **constants, enable_fp_fusion=False,
+        _start(
+            _encode, grid, (x, out), (*where, n), BITS=step.bits, SHRUNK=step.shrunk(n) or 0.0,
+            HADAMARD=turned and not step.rotated, TURNED=turned, **constants,
         )  # fmt: skip
 
 
@@ -217,12 +219,37 @@ def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor
     for wire in (wires[0], wires[-1]):
         _hold(wire, layout.nbytes(start, stop), "wire bytes")
     by_hand = INTERPRETED and out.dtype == torch.bfloat16
-    for n, grid, where, constants in _launches(layout, start, stop):
-        _decode_sum[grid](
-            wires, out.view(torch.int16) if by_hand else out, wires.stride(0), *where, n, RANKS=wires.shape[0],
-            BITS=step.bits, HADAMARD=step.transforms(n) and not step.rotated, BF16=by_hand, **constants,
-            enable_fp_fusion=False,
+    for n, grid, where, constants in _planned(layout, start, stop)[1]:
+        _start(
+            _decode_sum, grid, (wires, out.view(torch.int16) if by_hand else out), (wires.stride(0), *where, n),
+            RANKS=wires.shape[0], BITS=step.bits, HADAMARD=step.transforms(n) and not step.rotated, BF16=by_hand,
+            **constants,
         )  # fmt: skip
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def _start(kernel: Any, grid: tuple[int], tensors: Sequence[Tensor], numbers: Sequence[int], **constants: Any) -> None:
+    """Launch a kernel, if it can be by a compiled one that is kept: Triton's own way there takes the host longer."""
+    options = {**constants, "enable_fp_fusion": False}
+    addresses = [t.data_ptr() for t in tensors]
+    if INTERPRETED or any(address & 15 for address in addresses) or max(numbers) >= 1 << 31:
+        kernel[grid](*tensors, *numbers, **options)
+        return
+    device = tensors[0].get_device()
+    key = (kernel, device, *(t.dtype for t in tensors), *constants.values())
+    if key not in _compiled:
+        _compiled[key] = kernel.warmup(*tensors, *numbers, **options, grid=grid)
+    start, stream = _compiled[key][(*grid, 1, 1)], torch._C._cuda_getCurrentRawStream(device)
+    values = (value for name, value in constants.items() if name != "num_warps")
+    start(*addresses, *numbers, *values, stream=stream)
+
+
+@lru_cache(maxsize=4096)
+def _planned(layout: Layout, start: int, stop: int) -> tuple[list[tuple[int, int]], list[Any]]:
+    """The gaps of a message's wire buffer, and its launches."""
+    return layout.gaps(start, stop), _launches(layout, start, stop)
 
 
 def _hold(x: Tensor, count: int, what: str) -> None:
