@@ -5,6 +5,8 @@ One body serves both. What the interpreter cannot show (graphs, streams, thousan
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,9 +18,10 @@ import torch.distributed.tensor
 from conftest import N_GPUS, raise_first, run_ranks, same_bits, tough
 
 from flashcomm import Communicator, WireFormat, policy, reference
+from flashcomm.cli import processes
 from flashcomm.cli.launch import RankContext, run
 from flashcomm.collectives import fused, fused_kernel
-from flashcomm.errors import CommunicationError, InputError, SettingsError, UnavailableError
+from flashcomm.errors import CommunicationError, FlashcommError, InputError, SettingsError, UnavailableError
 from flashcomm.transports import shared, symmetric
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -195,6 +198,37 @@ def a_rank_is_gone(ctx: RankContext, fmt: str) -> None:
 @pytest.mark.parametrize("fmt", ["int4", "bf16"])
 def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str) -> None:
     on_ranks(a_rank_is_gone, 2, fmt)
+
+
+def killed(ctx: RankContext) -> None:
+    """The last rank is killed between two calls; the others hear of it, and go on in a group of their own."""
+    with make("int4", "one_shot", check=False, timeout_s=2) as comm:
+        x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
+        comm.all_reduce(x)
+        comm.synchronize()
+        if ctx.rank == ctx.world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = torch.zeros_like(x)
+        with pytest.raises(CommunicationError, match=rf"rank {ctx.world - 1}: expected call 2, saw 1"):
+            _calls(comm, x, out)
+        assert out.isnan().all()
+    if not ON_GPUS:
+        survivors = dist.new_group(list(range(ctx.world - 1)), use_local_synchronization=True)
+        with Communicator(survivors, "int4", algorithm="one_shot", device=DEVICE, transport=TRANSPORT) as fresh:
+            everybody = [tough((4, 512), BF16, rank) for rank in range(ctx.world - 1)]
+            same_as_reference(fresh, everybody, "one_shot", ctx.device)
+    ctx.emit(("fine", ctx.rank))
+
+
+def test_a_killed_peer_and_a_fresh_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs, where NCCL's groups do not survive a rank, the fresh one is in fresh processes."""
+    monkeypatch.setattr(processes, "GRACE_S", 60.0)  # for what the others do afterwards
+    world, events = 2 if ON_GPUS else 3, []
+    with pytest.raises(FlashcommError, match=f"rank {world - 1} was killed by SIGKILL"):
+        run(killed, world, device=DEVICE, timeout_s=120, on_event=events.append)
+    assert sorted(events) == [("fine", rank) for rank in range(world - 1)]
+    if ON_GPUS:
+        on_ranks(all_reduces, 2, [("int4", BF16)], [(5, 600)])
 
 
 def only_aligned(plan: Callable[..., fused.Launch]) -> Callable[..., fused.Launch]:

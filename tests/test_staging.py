@@ -48,9 +48,9 @@ def staged(ctx: RankContext, slot_bytes: int, timeout_s: float = 60) -> tuple[co
 def collectives(ctx: RankContext, chunk_bytes: int, slot_bytes: int) -> None:
     context, status = staged(ctx, slot_bytes)
     context.chunk_bytes = chunk_bytes
-    for fmt, dtype in (("int4", BF16), ("int6-had/int7-had", FP32), ("bf16", FP16)):
+    for fmt, dtype in (("int4", BF16), ("int6-had/bf16", FP32)):
         context.fmt = WireFormat.parse(fmt)
-        for seed, shape in enumerate([(9, 600), (1, 7), (2, 3, 640)]):
+        for seed, shape in enumerate([(5, 600), (1, 7)]):
             everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
             for name in ("one_shot", "two_shot"):
                 out = torch.empty(shape, dtype=dtype)

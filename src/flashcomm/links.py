@@ -39,22 +39,18 @@ def connect(
     asked for and cannot be had. `auto` falls back, and rank 0 says why, once.
     """
     device, asked = transport.device, settings.transport
-    kinds = {kind.NAME: kind for kind in ((symmetric, host) if device.type == "cuda" else (shared,))}
-    if asked not in ("auto", "process_group", *kinds):
-        raise SettingsError(f"transport={asked!r} is not for tensors on {device.type}: allowed is {_or(kinds)}")
     fused, staged = None, None
     rejected: tuple[tuple[str, str], ...] = ()
-    wanted = [asked] if asked in kinds else list(kinds) if asked == "auto" and device.type == "cuda" else []
     name = "process_group"
-    for candidate in wanted if transport.world > 1 else ():
-        region, why = _join(group, transport, settings, kinds[candidate])
+    for kind in candidates(device.type, asked) if transport.world > 1 else ():
+        region, why = _join(group, transport, settings, kind)
         if region is not None:
-            name = candidate
-            fused, staged = _over(region, settings, staged=candidate == host.NAME)
+            name = kind.NAME
+            fused, staged = _over(region, settings, staged=kind is host)
             break
         if asked != "auto":
             raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
-        rejected += ((candidate, why),)
+        rejected += ((kind.NAME, why),)
     if rejected and transport.rank == 0:
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
     table = tables.find(machine_name(device), transport.world, name) if transport.rank == 0 else None
@@ -62,8 +58,16 @@ def connect(
     return Machine(name, tables.from_dict(told) if told else None, rejected), fused, staged
 
 
-def _or(names: Iterable[str]) -> str:
-    return " or ".join(map(repr, names))
+def candidates(device_type: str, asked: str) -> list[ModuleType]:
+    """The transports to be tried, best first, for the setting `transport`. Raises SettingsError for one of another
+    kind of device."""
+    kinds = {kind.NAME: kind for kind in ((symmetric, host) if device_type == "cuda" else (shared,))}
+    if asked in kinds:
+        return [kinds[asked]]
+    if asked not in ("auto", "process_group"):
+        names = " or ".join(map(repr, kinds))
+        raise SettingsError(f"transport={asked!r} is not for tensors on {device_type}: allowed is {names}")
+    return list(kinds.values()) if asked == "auto" and device_type == "cuda" else []
 
 
 def machine_name(device: torch.device) -> str:

@@ -3,9 +3,11 @@
     FLASHCOMM_FORMAT       wire format                                          int6-had/int7-had
     FLASHCOMM_ALGORITHM    auto, native, one_shot or two_shot                   auto
     FLASHCOMM_MIN_BYTES    `auto` codes no smaller messages, and all larger     what was measured, or `policy.MIN_BYTES`
-    FLASHCOMM_TRANSPORT    auto, process_group, symmetric (peers' GPU memory)   auto: symmetric where it can be had
-                           or shared (CPUs, in Triton's interpreter)
+    FLASHCOMM_TRANSPORT    auto, process_group, symmetric (peers' GPU memory),  auto: symmetric where it can be had,
+                           host (pinned host memory, GPUs of one host),         then host; on CPUs process_group
+                           shared (CPUs, in Triton's interpreter)
     FLASHCOMM_WORKSPACE_BYTES  peers' memory a rank gives; larger messages go in parts   256M
+                           (host: at most 68M of it)
     FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time (process_group)  4M on CPUs, 32M on GPUs
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs

@@ -15,7 +15,6 @@ from flashcomm import links, policy, tables
 from flashcomm.cli import link
 from flashcomm.cli.report import cpu_name
 from flashcomm.settings import Settings
-from flashcomm.transports import symmetric
 
 SIZES = tuple(1 << k for k in range(12, 28, 3))
 PACKAGES = ("torch", "numpy", "llvmlite", "transformers", "triton", "pyroute2", "vllm", "sglang")
@@ -35,16 +34,20 @@ def examine(world: int, row: int, itemsize: int, settings: Settings, device: str
 
 def _found(device: str, world: int, settings: Settings) -> policy.Machine:
     """What ranks 0 to world-1, one for each GPU, would find; see `links.connect`."""
-    name, rejected = "process_group", ""
-    if device == "cuda" and settings.transport != "process_group":
-        facts = [symmetric.facts(torch.device("cuda", rank)) for rank in range(min(world, torch.cuda.device_count()))]
-        missing = f"{world} ranks and {len(facts)} GPUs here" if len(facts) < world else ""
-        rejected = missing or symmetric.verdict(facts)
-        name = name if rejected else symmetric.NAME
+    name, rejected = "process_group", []
+    for kind in links.candidates(device, settings.transport):
+        here = min(world, torch.cuda.device_count()) if device == "cuda" else world
+        facts = [kind.facts(torch.device(device, rank)) for rank in range(here)]
+        missing = f"{world} ranks and {here} GPUs here" if here < world else ""
+        if why := missing or kind.verdict(facts):
+            rejected.append((kind.NAME, why))
+        else:
+            name = kind.NAME
+            break
     table = tables.find(
         links.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world, name
     )
-    return policy.Machine(name, table, ((symmetric.NAME, rejected),) if rejected else ())
+    return policy.Machine(name, table, tuple(rejected))
 
 
 def _machine() -> dict[str, Any]:
