@@ -323,7 +323,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> dict[s
 
     figures: list[Any] = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    plot(source, target)
+    plot([source], target)
     lines = figures[0].axes[0].get_lines()
     return {line.get_label(): (line.get_linestyle(), list(line.get_ydata())) for line in lines}
 

@@ -284,6 +284,46 @@ class TestModel:
         refused(flashcomm("generate", "--model", broken, "--world", 3, *say), "no readable model config")
 
 
+class TestTtftOfAShape:
+    """Random weights in a well-known shape: every column, overlap, compiled, and what is refused."""
+
+    TINY = ("ttft", "--model", "tiny", "--formats", "bf16,int4", "--repeats", 1, "--min-bytes", 0)
+
+    def test_sweep_with_overlap(self, tmp_path: Path) -> None:
+        sizes = ("--batch", "2,3", "--tokens", "16,32", "--layers", 2)
+        got = as_json(flashcomm(*self.TINY, *sizes, "--overlap", "--csv", tmp_path / "t.csv", "--json"))
+        ways = [("bf16", "native", False), ("int4", "auto", False), ("bf16", "native", True), ("int4", "auto", True)]
+        want = [(b, n, *way) for n in (16, 32) for b in (2, 3) for way in ways]
+        rows = got["rows"]
+        assert [(r["batch"], r["tokens"], r["format"], r["path"], r["overlap"]) for r in rows] == want
+        for row in rows:
+            n_values = row["batch"] * row["tokens"] * 128
+            assert (row["layers"], row["all_layers"], row["compiled"], row["link"]) == (2, 3, False, "none")
+            assert row["wire_bytes"] == 2 * 2 * (n_values * 2 if row["format"] == "bf16" else n_values * 17 // 32)
+            assert row["same_bits"] is (True if row["overlap"] else None)
+            assert row["share"] == pytest.approx(1 - 1 / row["limit"], abs=2e-3)
+            base = next(r for r in rows if (r["batch"], r["tokens"]) == (row["batch"], row["tokens"]))
+            assert row["speedup"] == pytest.approx(base["ttft_s"] / row["ttft_s"], rel=0.02)
+            assert row["limit"] == pytest.approx(base["ttft_s"] / base["compute_s"], rel=0.02)
+        as_json(flashcomm("plot", tmp_path / "t.csv", tmp_path / "t.csv", "-o", tmp_path / "t.svg", "--json"))
+        assert (tmp_path / "t.svg").read_text().count("<!-- tiny, 2 of 3 layers, ") == 4
+        refused(flashcomm("plot", tmp_path / "t.csv", Path(__file__), "-o", tmp_path / "t.svg"), "several make one")
+
+    def test_compiled(self) -> None:
+        done = flashcomm(*self.TINY, "--batch", 2, "--tokens", 16, "--compile")
+        assert done.returncode == 0, done.stderr
+        assert "tiny, 2 x 16 tokens, 2 ranks on cpu, compiled" in done.stdout
+        assert "compiled: the stack, embeddings to last norm" in done.stdout
+
+    def test_refusals(self) -> None:
+        refused(flashcomm("ttft", "--model", "llama-9b"), "--model llama-9b: no such directory, and no such shape")
+        refused(flashcomm(*self.TINY, "--layers", 4), "--layers 4: tiny has 3; give 1 to that many")
+        refused(flashcomm(*self.TINY, "--world", 4), "4 ranks cannot share tiny", "--world 1, 2")
+        refused(flashcomm(*self.TINY, "--batch", "1,x"), "--batch 1,x: give positive numbers")
+        refused(flashcomm(*self.TINY, "--overlap"), "give batches of 2 and more")
+        refused(flashcomm(*self.TINY, "--batch", 2, "--overlap", "--compile"), "no place to hand over")
+
+
 @pytest.fixture(scope="class")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 900 tokens of English."""

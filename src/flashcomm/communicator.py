@@ -113,15 +113,24 @@ class Communicator:
     def world(self) -> int:
         return self.transport.world
 
-    def all_reduce(self, x: Tensor, out: Tensor | None = None, *, format: str | WireFormat | None = None) -> Tensor:
+    def all_reduce(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        *,
+        format: str | WireFormat | None = None,
+        whole: int | None = None,
+    ) -> Tensor:
         """The sum of x over all ranks, x's shape and dtype, the same bits on every rank.
 
         x: bf16, fp16 or fp32, any shape and strides, not modified; the last dimension is the row that quantisation
         groups do not cross. out: where to put the result (contiguous, x's shape and dtype; may be x); None makes one.
         format: another wire format for this call, equal on all ranks; plans (`flashcomm.plan`) use it layer by layer.
+        whole: of how many values the message is that x is some rows of, equal on all ranks: the way is chosen for that
+        message, so that rows come out as they would with the others beside them.
         Cost: see `explain`. Raises InputError, ClosedError or CommunicationError.
         """
-        quick = self._quick(x, out, format)
+        quick = self._quick(x, out, format, whole)
         if quick is not None:
             return quick
         fmt, unknown = self.format, None
@@ -129,11 +138,12 @@ class Communicator:
             fmt = self.format if format is None else WireFormat.parse(format)
         except FormatError as why:
             unknown = why  # raised below, once every rank knows of it
-        call = self._enter("all_reduce", x, out, fmt, unknown)
+        call = self._enter("all_reduce", x, out, fmt, unknown, whole)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
-        route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
+        like = call if whole is None else replace(call, numel=whole)
+        route = policy.choose(like, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
         way = route.algorithm
         self._count("all_reduce", way, x)
         if way in ("copy", "native"):
@@ -141,7 +151,7 @@ class Communicator:
             if way == "native":
                 self.transport.all_reduce_native(result, "native all-reduce").wait()
         elif route.transport in policy.FUSED:
-            self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), format)
+            self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), format, whole)
         else:
             self._run_composed(way, x, result, WireFormat.parse(route.fmt))
         return result
@@ -224,13 +234,13 @@ class Communicator:
         self._run_composed(name, x, out, self.format)
         return out
 
-    def _quick(self, x: Any, out: Any, format: Any) -> Tensor | None:
+    def _quick(self, x: Any, out: Any, format: Any, whole: int | None) -> Tensor | None:
         """The result of a message like an earlier one, with as little as possible done on the host; None: not so."""
         if out is not None or not self._launches or type(x) not in agreement.PLAIN:
             return None
         if format is not None and not isinstance(format, (str, WireFormat)):
             return None
-        kept, device = self._launches.get((x.shape, x.dtype, format)), self.device.index
+        kept, device = self._launches.get((x.shape, x.dtype, format, whole)), self.device.index
         if kept is None or self._closed or x.get_device() != device or not x.is_contiguous() or x.is_neg():
             return None
         source = x.data_ptr()
@@ -257,7 +267,9 @@ class Communicator:
                 self._order()
             getattr(composed, name)(x.contiguous(), out, context)
 
-    def _run_fused(self, name: str, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any) -> None:
+    def _run_fused(
+        self, name: str, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any, whole: int | None = None
+    ) -> None:
         """One launch, or a few for messages larger than the workspace, over copies of what is not aligned."""
         assert self._fused is not None
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
@@ -272,7 +284,7 @@ class Communicator:
         if name in policy.ALGORITHMS and self.device.type == "cuda":
             if len(self._launches) >= MAX_KEPT:
                 self._launches.clear()
-            self._launches[given.shape, given.dtype, format] = (launch, f"all_reduce/{name}")
+            self._launches[given.shape, given.dtype, format, whole] = (launch, f"all_reduce/{name}")
 
     def _order(self) -> None:
         """Raise what kernels reported; put this call behind the last one if that was on another stream."""
@@ -293,6 +305,7 @@ class Communicator:
         out: Tensor | None = None,
         fmt: WireFormat | None = None,
         unknown: FormatError | None = None,
+        whole: int | None = None,
     ) -> policy.Call:
         """Check this rank's input and, where settings say so, that all ranks make the same call."""
         if self._closed:
@@ -301,7 +314,7 @@ class Communicator:
         if unknown and not problem:
             problem = agreement.Problem.FORMAT
         if self.settings.check and self.world > 1:
-            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt))
+            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt, whole))
         elif problem == agreement.Problem.FORMAT and unknown:
             raise unknown
         elif problem:

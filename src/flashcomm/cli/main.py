@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashcomm.cli import accuracy
+from flashcomm.cli import accuracy, ttft_command
 from flashcomm.cli.options import (
     Algorithm,
     Csv,
@@ -27,6 +27,7 @@ from flashcomm.cli.options import (
     device_for,
     dtype_for,
     formats_of,
+    prepare,
     progress_bar,
 )
 from flashcomm.errors import FlashcommError, SettingsError
@@ -43,6 +44,7 @@ bench_app = typer.Typer(help="Measure collectives, each verified before it is ti
 app.add_typer(bench_app, name="bench")
 for _name, _command in (("eval", accuracy.evaluate), ("tune", accuracy.tune), ("probe", accuracy.probe)):
     app.command(_name)(_command)
+app.command("ttft")(ttft_command.ttft)
 
 
 @app.command()
@@ -99,7 +101,7 @@ def generate(
     from flashcomm.cli import report
     from flashcomm.cli.models import check_model
 
-    where, settings = _prepare(format, device, world, min_bytes, algorithm)
+    where, settings = prepare(format, device, world, min_bytes, algorithm)
     check_model(model, world)
     streamed = [] if json else [""]
 
@@ -121,60 +123,6 @@ def generate(
             f"{len(result['tokens'])} tokens in {result['seconds']} s, {world} ranks, {format}; each rank sent {sent}"
         )
         report.err_console.print(f"\n[dim]{told}[/dim]")
-
-
-@app.command()
-def ttft(
-    model: Model,
-    world: World = 2,
-    formats: Annotated[
-        str, typer.Option(help="Wire formats, separated by commas.")
-    ] = f"bf16,int8,{DEFAULT_FORMAT},int4-had",
-    tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 3,
-    min_bytes: MinBytes = None,
-    algorithm: Algorithm = None,
-    device: Device = "auto",
-    dtype: Dtype = "bf16",
-    link: Link = None,
-    timeout: Timeout = 600,
-    csv: Csv = None,
-    json: Json = False,
-) -> None:
-    """Time to first token by wire format, bytes on the wire, and speed-up over bf16."""
-    from flashcomm.cli import report
-    from flashcomm.cli import ttft as command
-    from flashcomm.cli.link import parse_rate
-    from flashcomm.cli.models import check_model
-
-    names = formats_of(formats, plans=True)
-    where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
-    rate = parse_rate(link) if link else None
-    check_model(model, world)
-    args = (model, names, tokens, repeats, dtype_for(dtype), rate, settings)
-    with progress_bar(json) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def on_event(event: Any) -> None:
-            done, total = event["turn"], event["turns"]
-            bar.update(task, description=f"{event['format']:9}", completed=done, total=total)
-
-        rows: Any = _run(command.ttft, world, args, device=where, link=link, timeout=timeout, on_event=on_event)
-    if rows is None:
-        return
-    if csv:
-        report.write_csv(csv, [{"model": model.name, "link": link or "none"} | r for r in rows])
-    if json:
-        report.print_json({"model": model.name, "link": link, "rows": rows, **report.environment()})
-        return
-    columns = {"format": "format", "ttft_s": "TTFT s", "compute_s": "compute s", "wire_bytes": "wire bytes/rank"}
-    columns |= {"predicted_s": "predicted s"} if link else {}
-    over = f" over {link}" if link else ""
-    report.print_table(f"{model.name}, {tokens} tokens, {world} ranks{over}", columns | {"speedup": "x bf16"}, rows)
-    if link:
-        report.console.print(
-            "[dim]predicted = compute + wire bytes at the rate; compute = one element in each all-reduce[/dim]"
-        )
 
 
 @app.command()
@@ -204,7 +152,7 @@ def calibrate(
     if world < 2:
         raise SettingsError("calibrating a collective needs --world 2 or more")
     names = formats_of(formats) if formats else list(command.FORMATS)
-    where, _ = _prepare(names[0], device, world, None, None)
+    where, _ = prepare(names[0], device, world, None, None)
     sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
@@ -262,7 +210,7 @@ def bench_all_reduce(
     if world < 2:
         raise SettingsError("a bench of a collective needs --world 2 or more")
     names = formats_of(formats)
-    where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
+    where, settings = prepare(names[0], device, world, min_bytes, algorithm)
     settings |= {"chunk_bytes": chunk_bytes} if chunk_bytes else {}
     sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
@@ -357,7 +305,7 @@ def bench_codec(
 
 @app.command()
 def plot(
-    source: Annotated[Path, typer.Argument(help="A CSV written by bench, ttft or eval.")],
+    sources: Annotated[list[Path], typer.Argument(help="A CSV written by bench, ttft or eval; of ttft also several.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to put the picture: .svg or .png.")],
     json: Json = False,
 ) -> None:
@@ -365,7 +313,7 @@ def plot(
     from flashcomm.cli import report
     from flashcomm.cli.plot import plot as draw
 
-    draw(source, output)
+    draw(sources, output)
     if json:
         report.print_json({"picture": str(output)})
 
@@ -375,19 +323,6 @@ def _run(target: Callable[..., object], world: int, args: tuple[Any, ...], **opt
 
     options["timeout_s"] = options.pop("timeout")
     return launch.run(target, world, args, **options)
-
-
-def _prepare(
-    fmt: str, device: str, world: int, min_bytes: str | None, algorithm: str | None
-) -> tuple[str, dict[str, Any]]:
-    """(device, settings), wrong ones refused before any rank starts."""
-    from flashcomm.plan import Plan
-    from flashcomm.settings import Settings
-
-    where = device_for(device, world)
-    settings: dict[str, Any] = {k: v for k, v in (("min_bytes", min_bytes), ("algorithm", algorithm)) if v is not None}
-    Settings.resolve(where, format=Plan.of(fmt).format, **settings)
-    return where, settings
 
 
 def main() -> None:

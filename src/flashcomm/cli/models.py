@@ -26,28 +26,52 @@ def check_model(path: Path, world: int) -> Any:
         raise InputError(f"{path} has no readable model config: {_first_line(why)}") from why
     for file in sorted(path.glob("*.safetensors")):
         _check_safetensors(file)
+    check_divisible(config, world, path.name)
+    return config
+
+
+def check_divisible(config: Any, world: int, name: str) -> None:
+    """Raise InputError unless `world` ranks can share a model of this config."""
     indivisible = [
-        f"{name}={size}"
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        if (size := getattr(config, name, None)) and size % world
+        f"{part}={size}"
+        for part in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        if (size := getattr(config, part, None)) and size % world
     ]
     if indivisible:
         heads = [getattr(config, n) for n in ("num_attention_heads", "num_key_value_heads") if getattr(config, n, None)]
         possible = [w for w in range(1, min(heads, default=1) + 1) if all(h % w == 0 for h in heads)]
         raise InputError(
-            f"{world} ranks cannot share {path.name}: {', '.join(indivisible)} is not a multiple of {world}; "
+            f"{world} ranks cannot share {name}: {', '.join(indivisible)} is not a multiple of {world}; "
             f"its heads allow --world {', '.join(map(str, possible))}"
         )
-    return config
 
 
-def load_model(path: Path, world: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) of this rank, in evaluation mode; with world > 1 under transformers' tensor parallelism."""
+def cut(config: Any, layers: int, name: str) -> None:
+    """Leave the config's first layers. Raises InputError where it has fewer."""
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise InputError(f"--layers {layers}: {name} has {config.num_hidden_layers}; give 1 to that many")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def load_model(
+    path: Path, world: int, device: torch.device, dtype: torch.dtype, layers: int | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of this rank, in evaluation mode; with world > 1 under transformers' tensor parallelism.
+
+    layers: leave only so many, the first ones.
+    """
     transformers = import_transformers()
     from transformers.distributed import DistributedConfig
 
     transformers.utils.logging.disable_progress_bar()
-    plan = {"distributed_config": DistributedConfig(tp_size=world, tp_plan="auto")} if world > 1 else {}
+    plan: dict[str, Any] = {}
+    if world > 1:
+        plan["distributed_config"] = DistributedConfig(tp_size=world, tp_plan="auto")
+    if layers is not None:
+        plan["config"] = transformers.AutoConfig.from_pretrained(path, **_source(path))
+        cut(plan["config"], layers, path.name)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **plan, **_source(path))
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **_source(path))

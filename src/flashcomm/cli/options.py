@@ -65,3 +65,24 @@ def formats_of(text: str, *, plans: bool = False) -> list[str]:
         else:
             names.append(str(WireFormat.parse(part)))
     return names
+
+
+def prepare(
+    fmt: str, device: str, world: int, min_bytes: str | None, algorithm: str | None
+) -> tuple[str, dict[str, Any]]:
+    """(device, settings), wrong ones refused before any rank starts."""
+    from flashcomm.plan import Plan
+    from flashcomm.settings import Settings
+
+    where = device_for(device, world)
+    settings: dict[str, Any] = {k: v for k, v in (("min_bytes", min_bytes), ("algorithm", algorithm)) if v is not None}
+    Settings.resolve(where, format=Plan.of(fmt).format, **settings)
+    return where, settings
+
+
+def numbers_of(option: str, text: str) -> list[int]:
+    """The positive numbers in a list, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise SettingsError(f"{option} {text}: give positive numbers, separated by commas, such as 1,8")
+    return list(dict.fromkeys(map(int, parts)))

@@ -13,11 +13,12 @@ from flashcomm.errors import InputError, UnavailableError
 Rows = Sequence[Mapping[str, str]]
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draw source (a CSV) into target (.svg or .png), whatever it holds: time and speed-up by size; time to first token
-    by format; loss against bits on the wire; cost by layer.
+def plot(sources: Sequence[Path], target: Path) -> None:
+    """Draw sources (CSVs) into target (.svg or .png), whatever they hold: time and speed-up by size; time to first
+    token by format, a panel for each model, link and batch; loss against bits on the wire; cost by layer.
 
-    Raises InputError for a file that is none of these; UnavailableError without matplotlib.
+    Raises InputError for files that are none of these, and for several that are not of ttft; UnavailableError without
+    matplotlib.
     """
     try:
         import matplotlib
@@ -27,19 +28,27 @@ def plot(source: Path, target: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "flashcomm"  # the same rows give the same file
     from matplotlib import pyplot
 
-    try:
-        with source.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as why:
-        raise InputError(f"{source} cannot be read: {why.strerror}") from why
+    rows = [row for source in sources for row in _read(source)]
     if target.suffix not in (".svg", ".png"):
         raise InputError(f"{target}: give a name that ends in .svg or .png")
+    if len(sources) > 1 and not all("ttft_s" in row for row in rows):
+        raise InputError(f"{len(sources)} files: several make one picture only if all are of `flashcomm ttft`")
     if rows and "time_us" in rows[0]:
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
         _bench(rows, *axes)
     elif rows and "ttft_s" in rows[0]:
-        figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        _ttft(rows, axis)
+        cases: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+        for row in rows:
+            cases.setdefault(tuple(row.get(key, "") for key in _PANEL), []).append(row)
+        columns = min(3, len(cases))
+        lines = -(-len(cases) // columns)
+        most = max(len(mine) for mine in cases.values())
+        size = (7.0 if columns == 1 else 5.0 * columns, lines * max(2.5, 0.33 * most + 1.2))
+        figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+        for spare in axes.flat[len(cases) :]:
+            spare.set_axis_off()
+        for mine, axis in zip(cases.values(), axes.flat, strict=False):
+            _ttft(mine, axis)
     elif rows and "rise_pct" in rows[0]:
         worlds = list(dict.fromkeys(row["world"] for row in rows))
         size = (4.5 * len(worlds) + 0.5, 4.5)
@@ -50,7 +59,9 @@ def plot(source: Path, target: Path) -> None:
         figure, axis = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
         _layers(rows, axis)
     else:
-        raise InputError(f"{source} holds no rows of `flashcomm bench`, `ttft` or `eval`: write one with --csv")
+        raise InputError(
+            f"{', '.join(map(str, sources))} holds no rows of `flashcomm bench`, `ttft` or `eval`: write one with --csv"
+        )
     where = rows[0]
     figure.text(0.005, 0.005, f"{where['machine']}, torch {where['torch']}, {where['date']}", fontsize=6, color="0.5")
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None, dpi=150)
@@ -108,21 +119,43 @@ def _line_of(row: Mapping[str, str]) -> str:
     return f"bf16 {row['path']}" if row["path"] in ("one_shot", "two_shot") else row["path"]
 
 
+_PANEL = ("model", "layers", "link", "batch", "tokens", "compiled")
+
+
 def _ttft(rows: Rows, axis: Any) -> None:
-    names = [row["format"] for row in rows]
+    """A bar for each way: what computing takes, and what is left of the all-reduces."""
+    names = [_way_of(row) for row in rows]
     compute = [float(row["compute_s"]) for row in rows]
     total = [float(row["ttft_s"]) for row in rows]
-    rest = [t - c for t, c in zip(total, compute, strict=True)]
-    axis.barh(names, compute, color="0.7", label="compute")
-    axis.barh(names, rest, left=compute, label="all-reduces")
+    rest = [max(0.0, t - c) for t, c in zip(total, compute, strict=True)]
+    places = range(len(rows))
+    colors = ["0.4" if "not ours" in name else "C0" for name in names]
+    axis.barh(places, [t - r for t, r in zip(total, rest, strict=True)], color="0.75", label="compute")
+    axis.barh(places, rest, left=compute, color=colors, label="all-reduces")
+    axis.set_yticks(places, names)
     for y, row in enumerate(rows):
-        text = f" {total[y]:.2f} s, {float(row['speedup']):.2f}x, {human(float(row['wire_bytes']))} a rank"
-        axis.text(total[y], y, text, va="center", fontsize=8)
-    axis.set(xlabel="time to first token, s", xlim=(0, max(total) * 1.5))
+        time = f"{1e3 * total[y]:.1f} ms" if max(total) < 1 else f"{total[y]:.2f} s"
+        text = f" {time}, {float(row['speedup']):.2f}x, {human(float(row['wire_bytes']))}"
+        axis.text(total[y], y, text, va="center", fontsize=8 if len(rows) < 8 else 7)
+    axis.set(xlabel="time to first token, s; speed-up; bytes a rank sends", xlim=(0, max(total) * 1.75))
     axis.invert_yaxis()
-    link = "" if rows[0]["link"] == "none" else f" over {rows[0]['link']}"
-    axis.set_title(f"{rows[0]['model']}, {rows[0]['tokens']} tokens, {rows[0]['world']} ranks{link}", loc="left")
-    axis.legend(loc="lower right")
+    first = rows[0]
+    link = "" if first["link"] == "none" else f" over {first['link']}"
+    cut = (
+        "" if first.get("layers") == first.get("all_layers") else f", {first['layers']} of {first['all_layers']} layers"
+    )
+    batch = f"{first['batch']} x " if first.get("batch", "1") != "1" else ""
+    compiled = ", compiled" if first.get("compiled") == "True" else ""
+    title = f"{first['model']}{cut}, {batch}{first['tokens']} tokens, {first['world']} ranks{link}{compiled}"
+    axis.set_title(title, loc="left", fontsize=10 if len(title) < 60 else 8)
+    if axis.get_subplotspec().num1 == 0:
+        axis.legend(loc="lower right", fontsize=8)
+
+
+def _way_of(row: Mapping[str, str]) -> str:
+    """What a bar is called: the format, unless the all-reduce is not ours."""
+    name = row["format"] if row.get("path", "auto") == "auto" else f"{row['format']}, not ours"
+    return f"{name}, overlap" if row.get("overlap") == "True" else name
 
 
 def _pareto(rows: Rows, axis: Any) -> None:
@@ -171,3 +204,11 @@ def _layers(rows: Rows, axis: Any) -> None:
     axis.set_title(f"{rows[0]['model']}, {rows[0]['world']} ranks", loc="left")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, ncols=2)
+
+
+def _read(source: Path) -> list[dict[str, str]]:
+    try:
+        with source.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as why:
+        raise InputError(f"{source} cannot be read: {why.strerror}") from why

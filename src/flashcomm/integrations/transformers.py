@@ -14,17 +14,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from flashcomm import policy
 from flashcomm.communicator import Communicator
 from flashcomm.errors import UnavailableError
+from flashcomm.integrations.halves import current as running
+from flashcomm.integrations.transformers_overlap import overlap as overlap  # a part of this seam
 from flashcomm.plan import Plan
 from flashcomm.settings import Settings
-from flashcomm.wire.format import WireFormat
+from flashcomm.wire.format import LOSSLESS, WireFormat
 
 try:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
@@ -37,32 +42,97 @@ except ImportError as why:
 STYLES = ("rowwise", "rowwise_rep", "rowwise_split_input")
 
 
+@dataclass(frozen=True)
+class Message:
+    """What a row-parallel layer gave to be summed; whole: the values of the message that it is some rows of."""
+
+    layer: str
+    shape: torch.Size
+    dtype: torch.dtype
+    group: Any
+    whole: int
+
+
 class Reducer:
-    """The all-reduce of all styles in force: settings, and a Communicator per group and settings, made at first use."""
+    """The all-reduce of all styles in force: settings, and a Communicator per group and settings, made at first use.
+
+    mode: "coded"; "native": transformers' own all-reduce; "none": partial sums are left as they are; "one": so, too,
+    but ranks keep step by summing one value.
+    """
 
     def __init__(self) -> None:
-        self.settings: dict[str, Any] = {}
+        self.mode = "coded"
         self.plan: Plan | None = None
-        self.skip = False
+        self.by_layer = False  # whether the plan has layers of its own
         self.communicators: dict[tuple[Any, str], Communicator] = {}
+        self.seen: list[Message] | None = None  # where somebody wants to know
+        self.use({"format": None}, None)
+
+    def use(self, settings: dict[str, Any], plan: Plan | None) -> None:
+        self.settings, self.plan = settings, plan
+        self.by_layer = plan is not None and bool(plan.layers or plan.decode)
+        self._in_force: dict[Any, Communicator] = {}
 
     def __call__(self, partial: Tensor, mesh: Any, layer: str) -> Tensor:
         """Sum the partial results of the layer of that name over the mesh's tensor-parallel group."""
-        group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-        if self.skip:
-            dist.all_reduce(partial.new_zeros(1), group=group)
+        group = _group(mesh)
+        if torch.compiler.is_compiling():
+            if self.mode != "coded":
+                return partial
+            named = layer if self.by_layer else ""  # a name would make every layer a graph of its own
+            return torch.ops.flashcomm.rowwise_sum(partial, group.group_name, named)  # type: ignore[no-any-return]
+        halves = running()
+        if halves is None:
+            return self.sum(partial, group, layer)
+        if self.mode == "none":
             return partial
-        key = (group, repr(sorted(self.settings.items())))
-        if key not in self.communicators:
-            self.communicators[key] = Communicator(group, **self.settings)
-        comm = self.communicators[key]
-        if self.plan is None:
-            return comm.all_reduce(partial)
+        whole = halves.whole(partial.numel())
+        return halves.sum(lambda: self.sum(partial, group, layer, whole))
+
+    def sum(self, partial: Tensor, group: Any, layer: str, whole: int | None = None) -> Tensor:
+        """Sum over a group's ranks; whole: see `Communicator.all_reduce`."""
+        if self.mode != "coded":
+            if self.mode != "none":
+                dist.all_reduce(partial.new_zeros(1) if self.mode == "one" else partial, group=group)
+            return partial
+        comm = self.communicator(group)
+        if self.plan is None or not self.by_layer:
+            return comm.all_reduce(partial, whole=whole)
         fmt = self.plan.format_of(layer, partial)
-        if not comm.explain(partial.shape, partial.dtype, fmt).route.coded:
-            return comm.all_reduce(partial, format=fmt)
-        total = comm.all_reduce(self.plan.send(layer, partial, comm.world), format=fmt)
+        shape = partial.shape if whole is None else (whole // partial.shape[-1], partial.shape[-1])
+        if not comm.explain(shape, partial.dtype, fmt).route.coded:
+            return comm.all_reduce(partial, format=fmt, whole=whole)
+        total = comm.all_reduce(self.plan.send(layer, partial, comm.world), format=fmt, whole=whole)
         return self.plan.receive(layer, total, comm.world, partial.dtype)
+
+    def note(self, partial: Tensor, mesh: Any, layer: str) -> None:
+        """Remember a message, if somebody wants to know."""
+        if self.seen is not None:
+            halves = running()
+            whole = halves.whole(partial.numel()) if halves else partial.numel()
+            self.seen.append(Message(layer, partial.shape, partial.dtype, _group(mesh), whole))
+
+    def wire_bytes(self, message: Message) -> int:
+        """Payload bytes that a rank sends for a message under the settings in force."""
+        group, shape = message.group, message.shape
+        like = torch.empty(shape, dtype=message.dtype, device="meta")
+        call = policy.Call(like.numel(), shape[-1], like.element_size(), group.size(), "cpu")
+        if self.mode == "native":
+            return policy.wire_bytes("native", call, WireFormat.parse(LOSSLESS))
+        comm = self.communicator(group)
+        fmt = self.plan.format_of(message.layer, like) if self.plan else comm.format
+        route = comm.explain((message.whole // shape[-1], shape[-1]), message.dtype, fmt).route
+        copied = route.algorithm == "copy"
+        return 0 if copied else policy.wire_bytes(route.algorithm, call, WireFormat.parse(route.fmt))
+
+    def communicator(self, group: Any) -> Communicator:
+        """The group's Communicator of the settings in force; making one is collective."""
+        if group not in self._in_force:
+            key = (group, repr(sorted(self.settings.items())))
+            if key not in self.communicators:
+                self.communicators[key] = Communicator(group, **self.settings)
+            self._in_force[group] = self.communicators[key]
+        return self._in_force[group]
 
 
 class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships no types
@@ -82,7 +152,10 @@ class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships
     def transform_output_post_forward(self, module: Any, output: Any, mesh: Any) -> Any:
         """Called by transformers with the partial sums of this rank."""
         inference = isinstance(module, torch.nn.Linear) and type(output) is Tensor and not output.requires_grad
-        if not inference or not self.output_layouts.is_replicate():
+        if inference and not torch.compiler.is_compiling():
+            self.reducer.note(output, mesh, getattr(module, "_flashcomm_layer", ""))
+        own = self.reducer.mode == "native" and (torch.compiler.is_compiling() or running() is None)
+        if own or not inference or not self.output_layouts.is_replicate():
             return super().transform_output_post_forward(module, output, mesh)
         summed = self.reducer(output, mesh, getattr(module, "_flashcomm_layer", ""))
         bias = module._parameters.get("bias")
@@ -101,9 +174,8 @@ def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> No
     text = format if plan is None else str(plan.format)
     Settings.resolve("cpu", format=text, **settings)
     reducer = _reducer() or Reducer()
-    reducer.plan, reducer.settings = plan, {"format": text, **settings}
-    if plan is not None and (plan.layers or plan.decode):
-        reducer.settings["plan"] = plan.digest
+    named = {"plan": plan.digest} if plan is not None and (plan.layers or plan.decode) else {}
+    reducer.use({"format": text, **settings, **named}, plan)
     for name in STYLES:
         if not isinstance(ALL_PARALLEL_STYLES[name], FlashRowwise):
             ALL_PARALLEL_STYLES[name] = FlashRowwise(ALL_PARALLEL_STYLES[name], reducer)
@@ -117,19 +189,52 @@ def disable() -> None:
 
 
 @contextmanager
-def without_all_reduce(active: bool = True) -> Iterator[None]:
-    """Sum one element in place of each all-reduce inside a with block: wrong results, but the time of all else.
+def without_all_reduce(active: bool = True, *, in_step: bool = True) -> Iterator[None]:
+    """No all-reduces inside a with block: wrong results, but the time of all else.
 
-    The ranks stay in step, as they are with the real sums.
+    in_step: ranks sum one element in place of each, and so stay in step as they do with the real sums.
     """
+    with _mode(("one" if in_step else "none") if active else "coded"):
+        yield
+
+
+@contextmanager
+def native_all_reduce(active: bool = True) -> Iterator[None]:
+    """Inside a with block what is had without flashcomm: transformers' own all-reduce."""
+    with _mode("native" if active else "coded"):
+        yield
+
+
+@contextmanager
+def _mode(mode: str) -> Iterator[None]:
     reducer = _reducer()
     if reducer is None:
-        raise UnavailableError("without_all_reduce: call enable() first")
-    reducer.skip = active
+        raise UnavailableError("call flashcomm.integrations.transformers.enable() first")
+    before, reducer.mode = reducer.mode, mode
     try:
         yield
     finally:
-        reducer.skip = False
+        reducer.mode = before
+
+
+@contextmanager
+def messages() -> Iterator[list[Message]]:
+    """A list that fills with the messages of the forward passes inside a with block; `wire_bytes` prices them."""
+    reducer = _reducer()
+    if reducer is None:
+        raise UnavailableError("call flashcomm.integrations.transformers.enable() first")
+    reducer.seen = []
+    try:
+        yield reducer.seen
+    finally:
+        reducer.seen = None
+
+
+def wire_bytes(message: Message) -> int:
+    """Payload bytes that this rank sends for the message with the settings in force."""
+    reducer = _reducer()
+    assert reducer is not None
+    return reducer.wire_bytes(message)
 
 
 def communicators() -> list[Communicator]:
@@ -147,6 +252,32 @@ def check_plan(model: Any) -> None:
             reducer.plan.check(names, model.config)
 
 
+def _group(mesh: Any) -> Any:
+    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+
+
 def _reducer() -> Reducer | None:
     style = ALL_PARALLEL_STYLES[STYLES[0]]
     return style.reducer if isinstance(style, FlashRowwise) else None
+
+
+_library = torch.library.Library("flashcomm", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("rowwise_sum(Tensor partial, str group, str layer) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def _rowwise_sum(partial: Tensor, group: str, layer: str) -> Tensor:
+    """What compiled models call: one graph serves all formats, because what is in force is looked up as it runs."""
+    reducer = _reducer()
+    if reducer is None:
+        raise UnavailableError(
+            "a model compiled under flashcomm runs after disable(): call enable(), or compile it anew"
+        )
+    return reducer.sum(partial, _resolve_process_group(group), layer)  # type: ignore[arg-type]
+
+
+_library.impl("rowwise_sum", _rowwise_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("flashcomm::rowwise_sum", lib=_library)  # type: ignore[untyped-decorator]
+def _fake(partial: Tensor, group: str, layer: str) -> Tensor:
+    return torch.empty_like(partial, memory_format=torch.contiguous_format)
