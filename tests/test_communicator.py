@@ -47,7 +47,7 @@ class TestSettings:
             ({"FLASHCOMM_CHUNK_BYTES": "0"}, "chunk_bytes='0': give a number of bytes of at least 1"),
             (
                 {"FLASHCOMM_TRANSPORT": "pigeon"},
-                "transport='pigeon': allowed are auto, process_group, symmetric, shared",
+                "transport='pigeon': allowed are auto, process_group, symmetric, host, shared",
             ),
             ({"FLASHCOMM_WORKSPACE_BYTES": "1M"}, "workspace_bytes='1M': give a number of bytes of at least 4194304"),
             ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a positive number"),
