@@ -68,6 +68,8 @@ class SymmetricRegion:
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before anybody sees it
             self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
+            if getattr(self._handle, "offset", 0):
+                raise RuntimeError("torch gave memory inside a larger block, whose addresses ranks may not share")
             addresses = list(self._handle.buffer_ptrs)
             self.own = addresses[self.rank]
             self.peers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
