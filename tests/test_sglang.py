@@ -284,6 +284,8 @@ class TestVersions:
     def test_the_check_people_run(self, site: Path) -> None:
         code = "import runpy; runpy.run_module('flashcomm.integrations.sglang', run_name='__main__')"
         assert python(code, FLASHCOMM_FORMAT="int8") == ("sglang 0.5.23: the hooks fit\nformat int8\n", 0)
+        page = (HERE.parent / "docs" / "sglang.md").read_text()
+        assert "```text\nsglang 0.5.23: the hooks fit\nformat int8\n```" in page
         told, status = python(code)
         assert (told, status) == (
             "sglang 0.5.23: the hooks fit\nFLASHCOMM_FORMAT is not set: the plugin does nothing\n", 0
