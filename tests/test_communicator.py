@@ -292,6 +292,32 @@ class TestLife:
             assert calls == {"all_reduce/one_shot": 3, "all_reduce/native": 1}
             assert sent == 3 * planned == 3 * 2 * (8 * 576 + 8 * 18 * 2)
 
+    def test_bytes_by_way(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What `sent` says is what went over the transport, for each collective."""
+
+        def body(group: dist.ProcessGroup, rank: int) -> dict[str, int]:
+            comm = Communicator(group, "int4/int8", algorithm="two_shot", debug="info")
+            x, before = torch.ones(9, 576, dtype=torch.bfloat16), 0
+            for call in (comm.all_reduce, comm.reduce_scatter, comm.all_gather):
+                for _ in range(10):
+                    call(x)
+                sent = comm.transport.n_bytes_sent - before
+                assert sent == sum(comm.sent[key] for key in comm.sent if key.startswith(call.__name__)) > 0
+                before += sent
+            comm.all_reduce(torch.empty(0))
+            return dict(comm.sent)
+
+        for sent in raise_first(run_ranks(3, body)):
+            assert set(sent) == {"all_reduce/two_shot", "reduce_scatter/composed", "all_gather/composed"}
+        told = [record.getMessage() for record in caplog.records]
+        of_rank_0 = [text for text in told if text.startswith("Communicator(rank 0 of 3, int4/int8, cpu): ")]
+        assert len(of_rank_0) == 6
+        n_bytes = sent["all_reduce/two_shot"] // 10
+        assert of_rank_0[0].endswith(
+            f"first all_reduce goes two_shot, shape (9, 576) torch.bfloat16, {n_bytes} bytes sent"
+        )
+        assert of_rank_0[1].endswith(f"10 calls of all_reduce/two_shot, {10 * n_bytes} bytes sent")
+
     def test_all_errors_have_one_base(self) -> None:
         for kind in (SettingsError, FormatError, InputError, CommunicationError, ClosedError):
             assert issubclass(kind, FlashcommError)

@@ -89,7 +89,8 @@ def test_import_is_inert() -> None:
 
 
 def test_public_names() -> None:
-    assert flashcomm.__all__ == ["Communicator", "FlashcommError", "WireFormat", "__version__", "all_reduce"]
+    classes = ["Communicator", "FlashcommError", "WireFormat", "__version__"]
+    assert flashcomm.__all__ == [*classes, "all_gather", "all_reduce", "reduce_scatter"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))

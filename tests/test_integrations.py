@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flashcomm import WireFormat, reference
 from flashcomm.cli.launch import RankContext, run
-from flashcomm.errors import FormatError, PlanError, SettingsError
+from flashcomm.errors import FormatError, PlanError, SettingsError, UnavailableError
 
 FMT = WireFormat.parse("int4")
 
@@ -362,6 +362,21 @@ class TestTransformers:
     def test_lossless_is_transformers_own_and_formats_switch(self, tmp_path: Path) -> None:
         tiny_llama(tmp_path)
         run(seam_lossless_equals_transformers, 2, (str(tmp_path),))
+
+    @pytest.mark.parametrize("gone", ["transform_output_post_forward", "style 'rowwise_rep'"])
+    def test_a_transformers_that_does_not_fit(self, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        from transformers.distributed.tensor_parallel import RowwiseParallel
+
+        from flashcomm.integrations import transformers as seam
+
+        if gone.startswith("style"):
+            styles = {name: RowwiseParallel for name in seam.STYLES if repr(name) not in gone}
+            monkeypatch.setattr(seam, "ALL_PARALLEL_STYLES", styles)
+        else:
+            monkeypatch.setattr(seam, "RowwiseParallel", type("Other", (), {"validate_param": None}))
+        with pytest.raises(UnavailableError, match=rf"transformers \S+ has no {gone} in its tensor parallelism"):
+            seam.enable("int8")
+        assert seam.communicators() == []
 
     def test_wrong_settings_are_refused_at_once(self) -> None:
         from flashcomm.integrations import transformers as seam

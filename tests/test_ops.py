@@ -1,4 +1,4 @@
-"""flashcomm.all_reduce and torch.ops.flashcomm.all_reduce, in real processes over a registered group."""
+"""flashcomm.all_reduce and its halves, and torch.ops.flashcomm.*, in real processes over a registered group."""
 
 from __future__ import annotations
 
@@ -39,6 +39,57 @@ def functional(ctx: RankContext) -> None:
     assert torch.equal(flashcomm.all_reduce(x, "int4", group), want)
     with pytest.raises(SettingsError, match="no process group named 'nobody'"):
         torch.ops.flashcomm.all_reduce(x, "nobody")
+
+
+def halves(ctx: RankContext) -> None:
+    fmt = WireFormat.parse("int4/int8")
+    per_rank = inputs(6, ctx.world)
+    x, kept = per_rank[ctx.rank], per_rank[ctx.rank].clone()
+    name, world = ops.op_name("int4/int8"), ctx.world
+    part, whole = reference.reduce_scatter(per_rank, fmt)[ctx.rank], reference.all_gather(per_rank, fmt)
+    assert not torch.equal(whole, torch.cat(per_rank))
+    assert torch.equal(flashcomm.reduce_scatter(x, "int4/int8"), part)
+    assert torch.equal(flashcomm.all_gather(x, fmt), whole)
+    assert torch.equal(torch.ops.flashcomm.reduce_scatter(x, name, world), part)
+    assert torch.equal(torch.ops.flashcomm.all_gather(x, name, world), whole)
+    assert torch.equal(x, kept)
+    (comm,) = ops.communicators()
+    assert dict(comm.calls) == {"reduce_scatter/composed": 2, "all_gather/composed": 2}
+
+    pair, lonely = dist.new_group([0, 1]), dist.new_group([2])
+    part, whole = reference.reduce_scatter(per_rank[:2], fmt), reference.all_gather(per_rank[:2], fmt)
+    group = pair if ctx.rank < 2 else lonely
+    assert torch.equal(flashcomm.reduce_scatter(x, fmt, group), part[ctx.rank] if ctx.rank < 2 else x)
+    assert torch.equal(flashcomm.all_gather(x, fmt, group), whole if ctx.rank < 2 else x)
+    with pytest.raises(SettingsError, match=r"world=2 was given for group .*, which has 3 ranks: give that"):
+        torch.ops.flashcomm.all_gather(x, name, 2)
+
+
+def opcheck_halves(ctx: RankContext) -> None:
+    name = ops.op_name("int4")
+    for x in (inputs(64, ctx.world)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8), torch.randn(4, 3, 64)):
+        torch.library.opcheck(torch.ops.flashcomm.reduce_scatter.default, (x, name, ctx.world))
+        torch.library.opcheck(torch.ops.flashcomm.all_gather.default, (x, name, ctx.world))
+
+
+def compiled_halves(ctx: RankContext) -> int:
+    fmt = WireFormat.parse("int4/int8")
+    graphs = 0
+
+    def backend(module: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return flashcomm.all_gather(flashcomm.reduce_scatter(x * 2, "int4/int8") + 1, "int4/int8")
+
+    for seed, rows in enumerate((64, 66, 100, 332)):
+        per_rank = inputs(rows, ctx.world, seed)
+        parts = [part + 1 for part in reference.reduce_scatter([t * 2 for t in per_rank], fmt)]
+        assert torch.equal(block(per_rank[ctx.rank]), reference.all_gather(parts, fmt))
+    return graphs
 
 
 def opcheck(ctx: RankContext) -> None:
@@ -93,6 +144,18 @@ def test_functional() -> None:
 
 def test_opcheck() -> None:
     run(opcheck, 2)
+
+
+def test_reduce_scatter_and_all_gather() -> None:
+    run(halves, 3)
+
+
+def test_opcheck_of_the_halves() -> None:
+    run(opcheck_halves, 2)
+
+
+def test_the_halves_compile_without_breaks_or_recompiles() -> None:
+    assert run(compiled_halves, 2) == 1, "one graph for all lengths"
 
 
 def test_compile_without_breaks_or_recompiles() -> None:

@@ -28,7 +28,7 @@ from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputErro
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import codec_for
-from flashcomm.wire.format import WireFormat
+from flashcomm.wire.format import Layout, WireFormat
 
 KINDS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collectives.fused_kernel` numbers them
 MAX_KEPT = 4096  # shapes whose launches a Communicator remembers
@@ -87,7 +87,8 @@ class Communicator:
         self.transport = ProcessGroupTransport(group, self.device, probe_timeout)
         self.settings = agreement.agree_on_settings(self.transport, mine)
         self.format = self.settings.format
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()  # by way ("all_reduce/two_shot"); graph replays are not seen
+        self.sent: Counter[str] = Counter()  # payload bytes to other ranks, by way
         self._context = composed.Context(
             self.format,
             codec_for(self.device.type),
@@ -145,13 +146,14 @@ class Communicator:
         like = call if whole is None else replace(call, numel=whole)
         route = policy.choose(like, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
         way = route.algorithm
-        self._count("all_reduce", way, x)
+        sent = route.wire_bytes * call.numel // like.numel
+        self._count(f"all_reduce/{way}", x, sent)
         if way in ("copy", "native"):
             result.copy_(x)
             if way == "native":
                 self.transport.all_reduce_native(result, "native all-reduce").wait()
         elif route.transport in policy.FUSED:
-            self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), format, whole)
+            self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), ((format, whole), sent))
         else:
             self._run_composed(way, x, result, WireFormat.parse(route.fmt))
         return result
@@ -221,16 +223,18 @@ class Communicator:
         if x.numel() == 0:
             return out
         if self.world == 1:
-            self._count(name, "copy", x)
+            self._count(f"{name}/copy", x, 0)
             return out.copy_(x)
         row = x.shape[-1] if x.dim() > 1 else min(x.numel(), out.numel())
+        step = self.format.reduce if name == "reduce_scatter" else self.format.gather
+        sent = (self.world - 1) * Layout(step, row, x.element_size()).nbytes(0, min(x.numel(), out.numel()))
         small = self._staged is None or x.nbytes <= policy.MAPPED_BYTES
         kind, itemsize = KINDS.index(name), x.element_size()
         if self._fused is not None and small and self._fused.fits(kind, x.numel(), row, self.format, itemsize):
-            self._count(name, "fused", x)
+            self._count(f"{name}/fused", x, sent)
             self._run_fused(name, x, out, row, self.format, None)
             return out
-        self._count(name, "composed", x)
+        self._count(f"{name}/composed", x, sent)
         self._run_composed(name, x, out, self.format)
         return out
 
@@ -248,11 +252,12 @@ class Communicator:
             return None
         if torch._C._cuda_getDevice() != device:  # kernels go to the current device
             return None
-        launch, key = kept
+        launch, key, n_bytes = kept
         result = torch.empty_like(x)
         self._order()
         launch(source, result.data_ptr())
         self.calls[key] += 1
+        self.sent[key] += n_bytes
         self._n_calls += 1
         return result
 
@@ -268,9 +273,18 @@ class Communicator:
             getattr(composed, name)(x.contiguous(), out, context)
 
     def _run_fused(
-        self, name: str, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any, whole: int | None = None
+        self,
+        name: str,
+        x: Tensor,
+        out: Tensor,
+        row: int,
+        fmt: WireFormat,
+        keep: tuple[tuple[Any, int | None], int] | None,
     ) -> None:
-        """One launch, or a few for messages larger than the workspace, over copies of what is not aligned."""
+        """One launch, or a few for messages larger than the workspace, over copies of what is not aligned.
+
+        keep: of an all-reduce, what was given besides the tensor and the bytes sent, for `_quick`.
+        """
         assert self._fused is not None
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             self._order()
@@ -281,10 +295,11 @@ class Communicator:
             launch(x.data_ptr(), target.data_ptr())
             if target is not out:
                 out.copy_(target)
-        if name in policy.ALGORITHMS and self.device.type == "cuda":
+        if keep is not None and self.device.type == "cuda" and self.settings.debug == "off":
             if len(self._launches) >= MAX_KEPT:
                 self._launches.clear()
-            self._launches[given.shape, given.dtype, format, whole] = (launch, f"all_reduce/{name}")
+            (format, whole), n_bytes = keep
+            self._launches[given.shape, given.dtype, format, whole] = (launch, f"all_reduce/{name}", n_bytes)
 
     def _order(self) -> None:
         """Raise what kernels reported; put this call behind the last one if that was on another stream."""
@@ -326,8 +341,15 @@ class Communicator:
         row = shape[-1] if shape else 1
         return policy.Call(math.prod(shape), row, dtype.itemsize, self.world, self.device.type)
 
-    def _count(self, name: str, way: str, x: Tensor) -> None:
-        key = f"{name}/{way}"
-        if self.settings.debug == "info" and not self.calls[key]:
-            log.warning("%r: first %s goes %s, shape %s %s", self, name, way, tuple(x.shape), x.dtype)
-        self.calls[key] += 1
+    def _count(self, way: str, x: Tensor, n_bytes: int) -> None:
+        """Count a call; with debug="info" tell of the first, and of the 10th, 100th, ... the sums so far."""
+        self.calls[way] += 1
+        self.sent[way] += n_bytes
+        n = self.calls[way]
+        if self.settings.debug == "info" and n == 1:
+            name, _, path = way.partition("/")
+            log.warning(
+                "%r: first %s goes %s, shape %s %s, %d bytes sent", self, name, path, tuple(x.shape), x.dtype, n_bytes
+            )
+        elif self.settings.debug == "info" and str(n).strip("0") == "1":
+            log.warning("%r: %d calls of %s, %d bytes sent", self, n, way, self.sent[way])

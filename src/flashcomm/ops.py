@@ -1,8 +1,15 @@
-"""`flashcomm.all_reduce` for people, `torch.ops.flashcomm.all_reduce` for compiled graphs and engines.
+"""`flashcomm.all_reduce` and its two halves for people, `torch.ops.flashcomm.*` for compiled graphs and engines.
 
-Both run a Communicator out of a table, made at the first call with its group and format (that call is collective and
-compares settings). The op names it by one string, "group" or "format@group": the c10d name of a registered process
+All run a Communicator out of a table, made at the first call with its group and format (that call is collective and
+compares settings). The ops name it by one string, "group" or "format@group": the c10d name of a registered process
 group and the wire format, without which FLASHCOMM_FORMAT or the default decides.
+
+    torch.ops.flashcomm.all_reduce(Tensor x, str group) -> Tensor                  x's shape
+    torch.ops.flashcomm.reduce_scatter(Tensor x, str group, int world) -> Tensor   (world * n, ...) to (n, ...)
+    torch.ops.flashcomm.all_gather(Tensor x, str group, int world) -> Tensor       (n, ...) to (world * n, ...)
+
+All are functional: a new contiguous tensor, x untouched. `world` is the size of the group, from which the shape of the
+result follows while a graph is traced, without a group at hand.
 """
 
 from __future__ import annotations
@@ -25,13 +32,47 @@ def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.Pr
     format: a wire format such as "int4"; None leaves it to FLASHCOMM_FORMAT or the default. Works under
     `torch.compile(fullgraph=True, dynamic=True)`. Raises as `Communicator` and `Communicator.all_reduce` do.
     """
+    return call("all_reduce", x, op_name(format, group), 0)
+
+
+def reduce_scatter(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """This rank's slice, along dimension 0, of the sum of x (world * n, ...); see `Communicator.reduce_scatter`.
+
+    Coded whatever its size, as the format's first step. Compiles and raises as `all_reduce` does.
+    """
+    return call("reduce_scatter", x, op_name(format, group), _size(group))
+
+
+def all_gather(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Every rank's x (n, ...), one after the other along dimension 0; see `Communicator.all_gather`.
+
+    Coded whatever its size, as the format's second step. Compiles and raises as `all_reduce` does.
+    """
+    return call("all_gather", x, op_name(format, group), _size(group))
+
+
+def call(kind: str, x: Tensor, name: str, world: int) -> Tensor:
+    """The collective `kind` of x in the Communicator of that `op_name`: plainly, or as an op where x is being traced.
+
+    For seams, which make the name once. world: of the group; not used by "all_reduce".
+    """
     if torch.compiler.is_compiling():
-        return torch.ops.flashcomm.all_reduce(x, op_name(format, group))  # type: ignore[no-any-return]
-    return _kept(op_name(format, group), x).all_reduce(x)
+        op = getattr(torch.ops.flashcomm, kind)
+        return op(x, name) if kind == "all_reduce" else op(x, name, world)  # type: ignore[no-any-return]
+    return getattr(_kept(name, x), kind)(x)  # type: ignore[no-any-return]
+
+
+def communicators() -> list[Communicator]:
+    """The open Communicators of this module's table: `calls` and `sent` say what they did."""
+    return [kept for kept in _table.values() if not kept.closed]
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size() if group is None else group.size()
 
 
 def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> str:
-    """The second argument of `torch.ops.flashcomm.all_reduce` for this format and group."""
+    """The second argument of the ops for this format and group."""
     if group is None:
         if not dist.is_initialized():
             raise SettingsError("no process group: call torch.distributed.init_process_group first, or pass group=")
@@ -72,15 +113,46 @@ def _forget_destroyed_groups() -> None:
 
 _library = torch.library.Library("flashcomm", "DEF")  # type: ignore[no-untyped-call]
 _library.define("all_reduce(Tensor x, str group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("reduce_scatter(Tensor x, str group, int world) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("all_gather(Tensor x, str group, int world) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-def _run(x: Tensor, group: str) -> Tensor:
+def _run_all_reduce(x: Tensor, group: str) -> Tensor:
     return _kept(group, x).all_reduce(x)
 
 
-_library.impl("all_reduce", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+def _run_reduce_scatter(x: Tensor, group: str, world: int) -> Tensor:
+    return _of_size(_kept(group, x), group, world).reduce_scatter(x)
+
+
+def _run_all_gather(x: Tensor, group: str, world: int) -> Tensor:
+    return _of_size(_kept(group, x), group, world).all_gather(x)
+
+
+def _of_size(comm: Communicator, group: str, world: int) -> Communicator:
+    if comm.world != world:  # the result would not have the shape that the graph was traced with
+        raise SettingsError(f"world={world} was given for group {group!r}, which has {comm.world} ranks: give that")
+    return comm
+
+
+for _kind, _run in (
+    ("all_reduce", _run_all_reduce),
+    ("reduce_scatter", _run_reduce_scatter),
+    ("all_gather", _run_all_gather),
+):
+    _library.impl(_kind, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("flashcomm::all_reduce", lib=_library)  # type: ignore[untyped-decorator]
-def _fake(x: Tensor, group: str) -> Tensor:
+def _fake_all_reduce(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("flashcomm::reduce_scatter", lib=_library)  # type: ignore[untyped-decorator]
+def _fake_reduce_scatter(x: Tensor, group: str, world: int) -> Tensor:
+    return x.new_empty((x.shape[0] // world, *x.shape[1:]))
+
+
+@torch.library.register_fake("flashcomm::all_gather", lib=_library)  # type: ignore[untyped-decorator]
+def _fake_all_gather(x: Tensor, group: str, world: int) -> Tensor:
+    return x.new_empty((x.shape[0] * world, *x.shape[1:]))

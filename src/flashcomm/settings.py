@@ -11,7 +11,8 @@
     FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time (process_group)  4M on CPUs, 32M on GPUs
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs
-    FLASHCOMM_DEBUG        off, or info: print the first use of every path      off
+    FLASHCOMM_DEBUG        off, or info: print the first use of every path,     off
+                           and calls and bytes at its 10th, 100th, ...
 
 All of them must be equal on all ranks of a group.
 """

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ except ImportError as why:
     ) from why
 
 STYLES = ("rowwise", "rowwise_rep", "rowwise_split_input")
+SEAM = ("transform_output_post_forward", "validate_param")  # methods of RowwiseParallel that FlashRowwise overrides
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,20 @@ def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> No
 
     format may be a plan, or the `.json` file of one; so may FLASHCOMM_FORMAT. Call it on every rank, with the same
     arguments, before `from_pretrained`. Called again it changes the settings, also of the models loaded since the first
-    call. Raises FormatError, PlanError and SettingsError at once.
+    call. Raises FormatError, PlanError and SettingsError at once, UnavailableError where transformers does not fit.
     """
     given = os.environ.get("FLASHCOMM_FORMAT") if format is None else format
     plan = Plan.of(given) if given is not None and not isinstance(given, WireFormat) else None
     text = format if plan is None else str(plan.format)
     Settings.resolve("cpu", format=text, **settings)
+    gone = [name for name in SEAM if not hasattr(RowwiseParallel, name)]
+    gone += [f"style {name!r}" for name in STYLES if name not in ALL_PARALLEL_STYLES]
+    if gone:
+        raise UnavailableError(
+            f"transformers {version('transformers')} has no {', '.join(gone)} in its tensor parallelism, where "
+            "flashcomm hooks in: use another version (5.17 on), or backend='flashcomm' "
+            "(flashcomm.integrations.process_group)"
+        )
     reducer = _reducer() or Reducer()
     named = {"plan": plan.digest} if plan is not None and (plan.layers or plan.decode) else {}
     reducer.use({"format": text, **settings, **named}, plan)
