@@ -107,7 +107,8 @@ def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> No
     if gone:
         raise UnavailableError(
             f"transformers {version('transformers')} has no {', '.join(gone)} in its tensor parallelism, where "
-            "flashcomm hooks in: use another version (5.17 on), or backend='flashcomm' (flashcomm.integrations.process_group)"
+            "flashcomm hooks in: use another version (5.17 on), or backend='flashcomm' "
+            "(flashcomm.integrations.process_group)"
         )
     reducer = _reducer() or Reducer()
     reducer.plan, reducer.settings = plan, {"format": text, **settings}
