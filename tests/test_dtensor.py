@@ -128,6 +128,38 @@ def sequence_parallel(ctx: RankContext, compile: bool) -> int:
     return graphs
 
 
+class Layer(nn.Module):
+    """A block whose MLP is a module of its own, as models have it."""
+
+    def __init__(self, parts: Block) -> None:
+        super().__init__()
+        self.norm = parts.norm
+        self.mlp = nn.Sequential(parts.up, nn.ReLU(), parts.down)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.mlp(self.norm(x))
+
+
+def the_how_tos_block(ctx: RankContext) -> None:
+    """The sequence-parallel plan of docs/dtensor.md, eager and compiled: one gather, one scatter, the residual kept."""
+    mesh, world, model = init_device_mesh("cpu", (ctx.world,)), ctx.world, block()
+    gather = FlashPrepareModuleInput(format=FMT, input_layouts=Shard(1), desired_input_layouts=Replicate())
+    scatter = FlashRowwiseParallel(format=FMT, output_layouts=Shard(1), use_local_output=False)
+    plan: dict[str, Any] = {"norm": SequenceParallel(), "mlp": gather, "mlp.0": ColwiseParallel(), "mlp.2": scatter}
+    sharded: Any = parallelize_module(Layer(copy.deepcopy(model)), mesh, plan)
+    for run_it in (sharded, torch.compile(sharded, fullgraph=True, dynamic=True, backend="aot_eager")):
+        for n in (60, 66):
+            with torch.no_grad():
+                parts = list(tokens(n, n).chunk(world, 1))
+                entering = joined([model.norm(p) for p in parts], 1)
+                summed = halves(partials(model, entering, world), 1)
+                x = DTensor.from_local(parts[ctx.rank].contiguous(), mesh, (Shard(1),), run_check=False)
+                got = run_it(x).to_local()
+            assert torch.equal(got, parts[ctx.rank] + (summed[ctx.rank] + model.down.bias))
+    (comm,) = ops.communicators()
+    assert dict(comm.calls) == {"all_gather/composed": 4, "reduce_scatter/composed": 4}
+
+
 def uneven(ctx: RankContext) -> None:
     """Lengths that do not divide, also shorter than the world: the parts of torch.chunk, as DTensor has them."""
     mesh, world, model = init_device_mesh("cpu", (ctx.world,)), ctx.world, block()
@@ -232,6 +264,10 @@ def test_sequence_parallel_layouts() -> None:
 
 def test_sequence_parallel_compiled_once() -> None:
     assert run(sequence_parallel, 2, (True,)) == 1
+
+
+def test_the_block_of_the_how_to() -> None:
+    run(the_how_tos_block, 2)
 
 
 def test_lengths_that_do_not_divide() -> None:
