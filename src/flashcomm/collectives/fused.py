@@ -24,7 +24,7 @@ from flashcomm.wire.format import StepFormat, WireFormat
 from flashcomm.wire.triton_codec import INTERPRETED
 from flashcomm.wire.triton_tile import pieces, tile_bytes, warps
 
-POLLS_PER_SECOND = 2000  # of a waiting program in the interpreter, roughly
+POLLS_PER_SECOND = (2000, 400)  # of a waiting program in the interpreter, roughly: of a flag, of a tile of `fused_ll`
 PHASES = ("", "the quantised message", "the quantised sum")
 Launch = Callable[[int, int], None]  # from the address of a message to that of its result
 
@@ -199,7 +199,8 @@ class FusedCollectives:
             roles = {ONE_SHOT: 2, TWO_SHOT: 2 * world + 1}.get(kind, world + 1)
             steps = -(-n_tiles // tuning.run) + (2 if kind == TWO_SHOT else 1) * tuning.lag
             second = world * n_tiles * bytes1 if kind == TWO_SHOT else 0
-            limit = int(self.timeout_s * (POLLS_PER_SECOND if INTERPRETED else 1e9))
+            limit = int(self.timeout_s * (POLLS_PER_SECOND[tuning.ll] if INTERPRETED else 1e9))
+            half = self.ll_half if tuning.ll else self.half
             numbers = (
                 self.region.own,
                 self.local,
@@ -210,8 +211,8 @@ class FusedCollectives:
                 slice_units,
                 stride,
                 n_tiles,
-                fused_sync.DATA if tuning.ll else fused_sync.DATA + 2 * self.ll_half,
-                self.ll_half if tuning.ll else self.half,
+                fused_sync.DATA + (0 if tuning.ll else 2 * self.ll_half),
+                half,
                 second,
             )
             tails = part.row % unit != 0 or part.start * itemsize % 16 != 0  # then nothing is loaded 16 bytes at a time
@@ -301,5 +302,9 @@ def _constants(kind: int, world: int, unit: int, units: int, tails: bool, fmt: W
         values |= {"P": p, "BYTES": n_bytes}
         out |= {f"{name}{i + 1}": value for name, value in values.items()}
     out |= {"REAL": not INTERPRETED, "DELAY": 0, "LL": tuning.ll, "BF16": INTERPRETED and dtype == torch.bfloat16}
-    out["num_warps"] = warps(units * unit // step.group, step.group // out["P1"])
+    sizes = [units * unit // p for p in _both_pieces(fmt)]
+    out["num_warps"] = warps(sizes[0] // 16, 16)
+    if tuning.ll:  # see fused_ll.fetch
+        assert min(sizes) >= 256, f"tiles of {tuning.tile} values are too small for {fmt} with epochs inside"
+        out["num_warps"] = min(warps(size // 16, 16) for size in sizes)
     return tuple(out.items())

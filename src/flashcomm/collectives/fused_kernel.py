@@ -224,7 +224,7 @@ def _sum_ll(x, tile, offset, epoch, half, own, local, rank, n_tiles, peers, stat
                 total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], (B, P, M)), total)
         if k < WORLD:
             at = _home(k, rank, own, local) + offset + (k * n_tiles + tile).to(tl.int64) * BYTES
-            raws = raws + (fused_ll.fetch(long_words(at), x, BITS, P, B, M),)
+            raws = raws + (fused_ll.fetch(long_words(at), epoch, x, BITS, P, B, M),)
     return total, ok
 
 
@@ -234,7 +234,7 @@ def _unturned(y, n, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, TAILS: tl
     return hadamard(y, powers, P, B, M, TAILS) * (1.0 / powers.to(tl.float32))[:, None, None]
 
 
-_RUN_TIME = ("rank", "row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "area", "half", "second", "limit", "lag", "own", "local")  # fmt: skip  # noqa: E501
+_RUN_TIME = ("rank", "row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "second", "limit", "lag", "own", "local", "area")  # fmt: skip  # noqa: E501
 
 
 @triton.jit(do_not_specialize=list(_RUN_TIME))
@@ -352,7 +352,7 @@ def fused(
                     place = home + offset + (owner * n_tiles + tile2).to(tl.int64) * BYTES2
                     if LL:
                         at2 = long_words(place)
-                        raw2 = fused_ll.fetch(at2, x, BITS2, P2, B2, M2)
+                        raw2 = fused_ll.fetch(at2, epoch2, x, BITS2, P2, B2, M2)
                         raw2, came2 = fused_ll.arrived(at2, raw2, epoch2, half, 2, owner, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS2, P2, B2, M2)  # noqa: E501  # fmt: skip
                         steps, scale = fused_ll.values(raw2, came2, x, BITS2, P2, B2, M2)
                     else:

@@ -46,11 +46,11 @@ def put(base, y, n, epoch, out, BITS: tl.constexpr, SHRUNK: tl.constexpr, HADAMA
     if BITS == 16:
         part = narrow(y, out.dtype.element_ty, BF16)
         if part.dtype.primitive_bitwidth == 32:
-            tl.store(base + _in_order(P, B, M), _stamped(part.to(tl.int32, bitcast=True), epoch))
+            tl.store(base + _in_order(P, B, M), _stamped(part.to(tl.int32, bitcast=True), epoch), cache_modifier=".wt")
         else:
             pairs = tl.reshape(part.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF, (B, P, M // 2, 2))
             pairs = tl.sum(pairs << (tl.arange(0, 2) * 16)[None, None, None, :], 3)
-            tl.store(base + _in_order(P, B, M // 2), _stamped(pairs, epoch))
+            tl.store(base + _in_order(P, B, M // 2), _stamped(pairs, epoch), cache_modifier=".wt")
     else:
         U: tl.constexpr = 4 if M % 4 == 0 else 1
         b = tl.arange(0, B)
@@ -61,14 +61,16 @@ def put(base, y, n, epoch, out, BITS: tl.constexpr, SHRUNK: tl.constexpr, HADAMA
             if BITS & (8 >> i):
                 plane = base + B * P * M * (BITS & (15 ^ ((16 >> i) - 1))) // 8 // U
                 part = pack_plane(codes, BITS, 8 >> i, P, B, M, U)
-                tl.store(plane + plane_units(b * M, B * M, 8 >> i, P, M, U), _stamped(part, epoch))
+                tl.store(
+                    plane + plane_units(b * M, B * M, 8 >> i, P, M, U), _stamped(part, epoch), cache_modifier=".wt"
+                )
         if BITS > 5:
             word = (word & 0xFFFF) | (zero << 16)
-        put_words(base + B * P * M * BITS // 8 // U, b, b >= 0, _stamped(word, epoch), B, M)
+        put_words(base + B * P * M * BITS // 8 // U, b, b >= 0, _stamped(word, epoch), B, M, True)
 
 
 @triton.jit
-def fetch(base, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
+def fetch(base, epoch, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
     """All words of a tile as they are now, past the L1 cache."""
     if BITS == 16:
         W: tl.constexpr = M * x.dtype.element_ty.primitive_bitwidth // 32
@@ -81,16 +83,30 @@ def fetch(base, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.c
             if BITS & (8 >> i):
                 plane = base + B * P * M * (BITS & (15 ^ ((16 >> i) - 1))) // 8 // U
                 raw = raw + (tl.load(plane + plane_units(b * M, B * M, 8 >> i, P, M, U), volatile=True),)
-        return raw + (tl.load(base + B * P * M * BITS // 8 // U + b, volatile=True),)
+        # One of the threads of a group loads its word, as in `put_words`. That makes as many pointers as threads: of
+        # fewer ones Triton repeats even a volatile load where a second layout is wanted, and what it then finds in the
+        # lower half is not what it found in the upper one.
+        T: tl.constexpr = M // 8 if M % 8 == 0 else 1
+        thread = tl.arange(0, T)[None, :]
+        at = base + B * P * M * BITS // 8 // U + (b[:, None] + thread)
+        at, here = tl.max_contiguous(at, [1, min(T, 2)]), (b[:, None] >= 0) & (thread == 0)
+        return raw + (tl.load(at, mask=here, other=_stamped(epoch * 0, epoch), volatile=True),)
+
+
+@triton.jit
+def _late(raw, epoch):
+    return (epoch - (raw >> 32).to(tl.int32)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _behind(raw, epoch):
     """How many calls the oldest word of a tile is behind the epoch: the same for all threads."""
-    most = epoch.to(tl.uint32, bitcast=True) * 0
-    for i in tl.static_range(len(raw)):
-        most = tl.maximum(most, tl.max((epoch - (raw[i] >> 32).to(tl.int32)).to(tl.uint32, bitcast=True)))
-    return most.to(tl.int32, bitcast=True)
+    most = _late(raw[len(raw) - 1], epoch)
+    for i in tl.static_range(len(raw) - 1):  # planes, of which a thread has all along the middle axis
+        late = tl.max(_late(raw[i], epoch), 1)
+        late = tl.reshape(late, (late.shape[0], most.shape[1], late.shape[1] // most.shape[1]))
+        most = tl.maximum(most, tl.max(late, 2))
+    return tl.max(most).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -108,7 +124,7 @@ def arrived(base, raw, epoch, half, phase, source, local, peers, status, limit, 
     if late != 0:
         begin = clock(polls, REAL)
     while (late != 0) & (state == 0):
-        raw = fetch(base, x, BITS, P, B, M)
+        raw = fetch(base, epoch, x, BITS, P, B, M)
         late = _behind(raw, epoch)
         polls += 1
         if (late != 0) & (polls % 32 == 0):
@@ -118,8 +134,8 @@ def arrived(base, raw, epoch, half, phase, source, local, peers, status, limit, 
         other = tl.load(base + (1 - 2 * (epoch & 1)) * (half // 8), volatile=True)
         seen = tl.maximum(epoch - late, (other >> 32).to(tl.int32))
         give_up(phase, source, epoch, seen, local, peers, status, WORLD, MAPPED)
-    for _ in range(DELAY):  # of tests: a slow reader
-        raw = fetch(base, x, BITS, P, B, M)
+    for _ in range(DELAY // 16):  # of tests: a slow reader
+        raw = fetch(base, epoch, x, BITS, P, B, M)
     return raw, (late == 0).to(tl.int32)
 
 
@@ -140,7 +156,8 @@ def values(raw, ok, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: 
         return y, tl.where((tl.arange(0, B) >= 0) & (ok != 0), 1.0, float("nan"))
     else:
         low = ()
-        for i in tl.static_range(len(raw)):
+        for i in tl.static_range(len(raw) - 1):
             low = low + (raw[i].to(tl.int32),)
+        low = low + (tl.sum(raw[len(raw) - 1].to(tl.int32), 1),)  # of one word and zeros
         steps, scale = expand(low, BITS, P, B, M)
         return steps, tl.where(ok != 0, scale, float("nan"))

@@ -54,7 +54,7 @@ def _late(flag, epoch, MAPPED: tl.constexpr):
             ld.acquire.sys.global.b32 t, [$1]; sub.s32 t, t, $2; and.b32 t, t, -2; setp.ne.s32 q, t, 0;
             @q nanosleep.u32 100;
             known: barrier.sync.aligned 0; barrier.red.or.pred q, 0, q;
-            selp.b32 $0, 1, 0, q; }""", "=r,l,r", [flag.to(tl.int64), epoch], tl.int32, is_pure=False, pack=1)  # fmt: skip
+            selp.b32 $0, 1, 0, q; }""", "=r,l,r", [flag.to(tl.int64), epoch], tl.int32, False, 1)  # fmt: skip
     else:
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         return (((seen - epoch) & -2) != 0).to(tl.int32)

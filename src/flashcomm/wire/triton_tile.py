@@ -247,8 +247,8 @@ def put(base, codes, word, zero, BITS: tl.constexpr, P: tl.constexpr, B: tl.cons
 
 
 @triton.jit
-def put_words(out, at, keep, word, B: tl.constexpr, M: tl.constexpr):
-    """word (B, 1, 1) to out + at (B,). One of the threads that know a word writes it: none goes through shared memory.
+def put_words(out, at, keep, word, B: tl.constexpr, M: tl.constexpr, THROUGH: tl.constexpr = False):
+    """word (B, 1, 1) to out + at (B,), THROUGH the caches or not. One of the threads that know a word writes it: none goes through shared memory.
 
     That takes the layout of a plane's pointers.
     """
@@ -257,9 +257,11 @@ def put_words(out, at, keep, word, B: tl.constexpr, M: tl.constexpr):
         thread = tl.arange(0, M // 8)[None, None, :]
         to = tl.max_contiguous(out + (at + thread), [1, 1, min(M // 8, 2)])
         word = tl.broadcast_to(word, (B, 1, M // 8)).to(out.dtype.element_ty)
-        tl.store(to, word, mask=keep[:, None, None] & (thread == 0))
+        tl.store(to, word, mask=keep[:, None, None] & (thread == 0), cache_modifier=".wt" if THROUGH else "")
     else:
-        tl.store(out + at, word.to(out.dtype.element_ty), mask=keep[:, None, None])
+        tl.store(
+            out + at, word.to(out.dtype.element_ty), mask=keep[:, None, None], cache_modifier=".wt" if THROUGH else ""
+        )
 
 
 @triton.jit
