@@ -5,11 +5,13 @@ One body serves both. What the interpreter cannot show (graphs, streams, thousan
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +44,12 @@ def make(fmt: str, algorithm: str = "auto", **more: object) -> Communicator:
     return Communicator(None, fmt, device=DEVICE, algorithm=algorithm, **settings)  # type: ignore[arg-type]
 
 
+def epochs_inside(comm: Communicator, ll: bool) -> None:
+    """Cut messages up for words that carry the epoch from now on, or for flags."""
+    assert comm._fused is not None
+    comm._fused.tuning = lambda *_: fused.LL if ll else fused.SMALL  # type: ignore[method-assign]
+
+
 def same_as_reference(comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device) -> None:
     got = comm.all_reduce(everybody[comm.rank].to(device)).cpu()
     want = getattr(reference, algorithm)(everybody, comm.format)
@@ -53,6 +61,7 @@ def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes
         for algorithm in ("one_shot", "two_shot"):
             with make(fmt, algorithm) as comm:
                 for seed, shape in enumerate(shapes):
+                    epochs_inside(comm, (seed % 2 == 0) == (algorithm == "one_shot"))
                     everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
                     if seed % 2 and everybody[1].numel():
                         everybody[1].view(-1)[-1] = float("inf")
@@ -76,7 +85,8 @@ def test_all_reduce_equals_the_reference(world: int) -> None:
 def slices(ctx: RankContext) -> None:
     for fmt in ("int4/int8", "int3-g32-had/int6-had", "bf16"):
         with make(fmt) as comm:
-            for shape in ((2, 576), (1, 7), (3,), (2, 0)):
+            for i, shape in enumerate(((2, 576), (1, 7), (3,), (2, 0), (1, 640))):
+                epochs_inside(comm, i % 2 == 0)
                 whole = [tough((shape[0] * ctx.world, *shape[1:]), BF16, r) for r in range(ctx.world)]
                 parts = [tough(shape, BF16, 99 + r) for r in range(ctx.world)]
                 got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
@@ -91,14 +101,18 @@ def test_reduce_scatter_and_all_gather_equal_the_reference(world: int) -> None:
     on_ranks(slices, world)
 
 
-def cut_up(ctx: RankContext, tunings: list[fused.Tuning]) -> None:
-    """However a message is cut into tiles, blocks, launches: the same bits. A workspace of a few tiles only."""
-    region = (symmetric if ON_GPUS else shared).make(ctx.device, fused.region_bytes(40_000))
+def make_kernels(ctx: RankContext, workspace: int) -> fused.FusedCollectives:
+    region = (symmetric if ON_GPUS else shared).make(ctx.device, fused.region_bytes(workspace))
     places: list[str] = [""] * ctx.world
     dist.all_gather_object(places, region.place)
     region.join(dist.group.WORLD, places)
     dist.barrier()
-    kernels = fused.FusedCollectives(region, 60)
+    return fused.FusedCollectives(region, 60)
+
+
+def cut_up(ctx: RankContext, tunings: list[fused.Tuning], workspace: int) -> None:
+    """However a message is cut into tiles, blocks, launches: the same bits. A workspace of a few tiles only."""
+    kernels = make_kernels(ctx, workspace)
     kinds = {fused_kernel.ONE_SHOT: reference.one_shot, fused_kernel.TWO_SHOT: reference.two_shot}
     for fmt in (WireFormat.parse("int4"), WireFormat.parse("int6-had/int7-had")):
         for how in tunings:
@@ -111,12 +125,39 @@ def cut_up(ctx: RankContext, tunings: list[fused.Tuning]) -> None:
                         kernels.plan(kind, x, shape[-1], fmt, how)(source.data_ptr(), target.data_ptr())
                         assert same_bits(target.cpu(), define(everybody, fmt)), (str(fmt), how, shape, kind)
     kernels.check()
-    region.close()
+    kernels.close()
 
 
-def test_how_a_message_is_cut_changes_no_bit() -> None:
-    tunings = [fused.Tuning(1024, 1, 0), fused.Tuning(512, 3, 2), fused.Tuning(1024, 2, 0)]
-    on_ranks(cut_up, 2, tunings)
+@pytest.mark.parametrize("ll", [False, True])
+def test_how_a_message_is_cut_changes_no_bit(ll: bool) -> None:
+    flags = [fused.Tuning(1024, 1, 0), fused.Tuning(512, 3, 2), fused.Tuning(1024, 2, 0)]
+    inside = [fused.Tuning(2048, 1, 0, True), fused.Tuning(2048, 2, 1, True), fused.Tuning(4096, 1, 0, True)]
+    on_ranks(cut_up, 2, *((inside, 250_000) if ll else (flags, 40_000)))
+
+
+def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
+    """Kinds, sizes, dtypes and both protocols follow each other in one region, every second rank being slow."""
+    kernels, fmts = make_kernels(ctx, 1 << 20), [WireFormat.parse(f) for f in ("int4", "bf16", "int8-g128/int5-g16")]
+    kernels.delay = delay if ctx.rank % 2 else 0
+    define = (reference.one_shot, reference.two_shot, reference.reduce_scatter, reference.all_gather)
+    for call in range(calls):
+        kind, fmt, dtype = call * 7 // 2 % 4, fmts[call // 2 % 3], (BF16, FP32, FP16)[call % 3]
+        shape = ((2, 256), (6, 512), (4, 130))[call * 5 // 3 % 3]
+        if kind == fused_kernel.REDUCE_SCATTER:
+            shape = (shape[0] * ctx.world, shape[1])
+        everybody = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world)]
+        x, want = everybody[ctx.rank].to(ctx.device), define[kind](everybody, fmt)
+        want = want[ctx.rank] if kind == fused_kernel.REDUCE_SCATTER else want
+        out = torch.empty(want.shape, dtype=dtype, device=ctx.device)
+        how = fused.LL if call * 3 // 2 % 2 else fused.SMALL
+        kernels.plan(kind, x, shape[-1], fmt, how)(x.data_ptr(), out.data_ptr())
+        assert same_bits(out.cpu(), want), (call, kind, str(fmt), dtype, shape, how)
+    kernels.check()
+    kernels.close()
+
+
+def test_calls_of_all_kinds_with_and_without_flags_take_turns() -> None:
+    on_ranks(turn_by_turn, 2, 300 if ON_GPUS else 48, 5000 if ON_GPUS else 100)
 
 
 def in_turn(ctx: RankContext, calls: int) -> None:
@@ -143,7 +184,7 @@ def test_calls_of_alternating_shapes() -> None:
     on_ranks(in_turn, 2, 50_000 if ON_GPUS else 40)
 
 
-def slow_reader(ctx: RankContext, delay: int) -> None:
+def slow_reader(ctx: RankContext, delay: int, how: fused.Tuning) -> None:
     """Rank 0 is slow between its wait and its read; nobody may overwrite what it is going to read."""
     with make("int8") as comm:
         assert comm._fused is not None
@@ -151,22 +192,23 @@ def slow_reader(ctx: RankContext, delay: int) -> None:
         for call in range(12):
             everybody = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world)]
             algorithm = ("one_shot", "two_shot")[call % 2]
-            same_as_reference_by(comm, everybody, algorithm, ctx.device)
+            same_as_reference_by(comm, everybody, algorithm, ctx.device, how)
 
 
 def same_as_reference_by(
-    comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device
+    comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device, how: fused.Tuning
 ) -> None:
     x = everybody[comm.rank].to(device)
     out = torch.empty_like(x)
     assert comm._fused is not None
     kind = fused_kernel.ONE_SHOT if algorithm == "one_shot" else fused_kernel.TWO_SHOT
-    comm._fused.plan(kind, x, x.shape[-1], comm.format)(x.data_ptr(), out.data_ptr())
+    comm._fused.plan(kind, x, x.shape[-1], comm.format, how)(x.data_ptr(), out.data_ptr())
     assert same_bits(out.cpu(), getattr(reference, algorithm)(everybody, comm.format)), algorithm
 
 
-def test_a_slow_reader_reads_what_was_meant_for_it() -> None:
-    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 1500)
+@pytest.mark.parametrize("how", [fused.SMALL, fused.LL], ids=["flags", "ll"])
+def test_a_slow_reader_reads_what_was_meant_for_it(how: fused.Tuning) -> None:
+    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 1500, how)
 
 
 def _calls(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -175,8 +217,9 @@ def _calls(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
         comm.synchronize()
 
 
-def a_rank_is_gone(ctx: RankContext, fmt: str) -> None:
+def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
     with make(fmt, "one_shot", check=False, timeout_s=2) as comm:
+        epochs_inside(comm, ll)
         x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
         if ctx.rank == ctx.world - 1:
@@ -195,9 +238,25 @@ def a_rank_is_gone(ctx: RankContext, fmt: str) -> None:
             comm.all_reduce(x)
 
 
-@pytest.mark.parametrize("fmt", ["int4", "bf16"])
-def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str) -> None:
-    on_ranks(a_rank_is_gone, 2, fmt)
+@pytest.mark.parametrize(("fmt", "ll"), [("int4", False), ("int4", True), ("bf16", True)])
+def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str, ll: bool) -> None:
+    on_ranks(a_rank_is_gone, 2, fmt, ll)
+
+
+def test_small_messages_carry_their_epochs_and_fit() -> None:
+    for world in (2, 16):
+        region = SimpleNamespace(rank=0, world=world, n_bytes=fused.region_bytes(256 << 20), mapped=False)
+        region.peers, region.status = torch.zeros(world, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+        kernels = fused.FusedCollectives(region, 1)
+        for name, kind in itertools.product(("int4", "bf16", "int8-g16/int5-g16"), range(4)):
+            fmt = WireFormat.parse(name)
+            chosen = [kernels.tuning(kind, 1 << n, 1 << min(n, 12), fmt, 2) for n in range(24)]
+            assert chosen[0] == fused.LL
+            assert chosen[23].lag
+            first = [how.ll for how in chosen].index(False)
+            assert not any(how.ll for how in chosen[first:])
+            units = (1 << (first - 1)) // fmt.unit // (world if kind == fused_kernel.REDUCE_SCATTER else 1)
+            assert units <= kernels.capacity(kind, fmt.unit, fmt, 2, fused.LL)
 
 
 def killed(ctx: RankContext) -> None:

@@ -199,7 +199,7 @@ MUTATIONS = {
         "test_fused.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "data of even and odd calls lie in one place": (
-        "collectives/fused.py", "                self.half,\n                second,", "                0,\n                second,",
+        "collectives/fused.py", "                half,\n                second,", "                0,\n                second,",
         "test_fused.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "the kernel takes values behind the end of a row": (

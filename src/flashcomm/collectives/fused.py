@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from flashcomm.collectives import fused_kernel as kernel
-from flashcomm.collectives import fused_sync
-from flashcomm.collectives.fused_kernel import ONE_SHOT, REDUCE_SCATTER, TWO_SHOT
+from flashcomm.collectives import fused_ll, fused_sync
+from flashcomm.collectives.fused_kernel import ALL_GATHER, ONE_SHOT, REDUCE_SCATTER, TWO_SHOT
 from flashcomm.errors import CommunicationError, InputError
 from flashcomm.wire.format import StepFormat, WireFormat
 from flashcomm.wire.triton_codec import INTERPRETED
 from flashcomm.wire.triton_tile import pieces, tile_bytes, warps
 
-POLLS_PER_SECOND = 2000  # of a waiting program in the interpreter, roughly
+POLLS_PER_SECOND = (2000, 400)  # of a waiting program in the interpreter, roughly: of a flag, of a tile of `fused_ll`
 PHASES = ("", "the quantised message", "the quantised sum", "the staged bytes", "the fetching of earlier bytes")
 Launch = Callable[[int, int], None]  # from the address of a message to that of its result
 
@@ -45,7 +45,10 @@ class Region(Protocol):
 
 
 def region_bytes(workspace: int) -> int:
-    """Size of a region that holds `workspace` bytes of messages, half of them for every other call."""
+    """Size of a region that holds `workspace` bytes of messages, half of them for every other call.
+
+    The first part, of `LL_HALF` or less for either, is for what carries its epoch (`fused_ll`), and for nothing else.
+    """
     return fused_sync.DATA + workspace
 
 
@@ -56,22 +59,24 @@ class Tuning:
     tile: int = 4096
     run: int = 1
     lag: int = 0
+    ll: bool = False  # words that carry the epoch, see `fused_ll`; else a flag per block
 
 
+LL = Tuning(2048, ll=True)
+LL_SENT = 5 << 18  # bytes of such words which a rank sends at most in a launch that is cut up so by itself
+LL_HALF = 8 << 20  # bytes of them, of an epoch, that there is room for; less, an eighth, in small workspaces
 SMALL, LARGE, LARGE_IN_8 = Tuning(4096), Tuning(4096, 2, 1056), Tuning(8192, 2, 528)
 LARGE_NUMEL = 3 << 20  # values from which messages are cut up for bandwidth rather than latency
 
 
-def tunings(fmt: WireFormat, tails: bool) -> tuple[Tuning, Tuning]:
-    """For small messages and for large ones: the fastest found on two H200 (LOG.md). tails: rows end in short units."""
+def tunings(fmt: WireFormat, tails: bool) -> tuple[Tuning, Tuning, Tuning]:
+    """For the smallest messages, for small and for large ones: the fastest found on two H200 (LOG.md).
+
+    tails: rows end in short units.
+    """
     if tails:
-        return SMALL, SMALL
-    return SMALL, LARGE_IN_8 if _pieces(fmt.reduce) == 8 else LARGE
-
-
-def tuning(numel: int, row: int, fmt: WireFormat) -> Tuning:
-    """How a message of `numel` values in rows of `row` is cut up."""
-    return tunings(fmt, row % fmt.unit != 0)[numel >= LARGE_NUMEL]
+        return LL, SMALL, SMALL
+    return LL, SMALL, LARGE_IN_8 if _pieces(fmt.reduce) == 8 else LARGE
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,32 @@ class FusedCollectives:
 
     def __init__(self, region: Region, timeout_s: float, delay: int = 0) -> None:
         self.region, self.timeout_s, self.delay = region, timeout_s, delay
-        self.half = (region.n_bytes - fused_sync.DATA) // 32 * 16
+        data = region.n_bytes - fused_sync.DATA
+        self.ll_half = min(LL_HALF, data // 8) // 16 * 16
+        self.half = (data // 2 - self.ll_half) // 16 * 16
         self.local = int(region.peers[region.rank].item())
         self._status = (ctypes.c_int32 * 5).from_address(region.status.data_ptr())
         self._compiled: dict[Any, Any] = {}
 
     def fits(self, kind: int, numel: int, row: int, fmt: WireFormat, itemsize: int) -> bool:
         """Whether the message can be cut to the workspace: all but slices with very long rows of odd length can."""
-        unit, how = fmt.unit, tuning(numel, row, fmt)
+        unit, how = fmt.unit, self.tuning(kind, numel, row, fmt, itemsize)
         capacity = self.capacity(kind, unit, fmt, itemsize, how)
         return capacity > 0 and (kind in (ONE_SHOT, TWO_SHOT) or row % unit == 0 or capacity >= -(-row // unit))
+
+    def tuning(self, kind: int, numel: int, row: int, fmt: WireFormat, itemsize: int) -> Tuning:
+        """How a message of `numel` values in rows of `row` is cut up."""
+        world, unit = self.region.world, fmt.unit
+        least, small, large = tunings(fmt, row % unit != 0)
+        n_units = numel // row * -(-row // unit)
+        if kind == REDUCE_SCATTER:
+            n_units = -(-n_units // world)
+        units, bytes1, bytes2 = _tile(unit, fmt, itemsize, least)
+        n_tiles = -(-n_units // (units * world if kind == TWO_SHOT else units))
+        sent = {ONE_SHOT: bytes1, TWO_SHOT: max(bytes1, bytes2), REDUCE_SCATTER: bytes1, ALL_GATHER: bytes2}[kind]
+        if n_tiles * sent * (world - 1) <= LL_SENT and n_units <= self.capacity(kind, unit, fmt, itemsize, least):
+            return least
+        return large if numel >= LARGE_NUMEL else small
 
     def plan(self, kind: int, x: Tensor, row: int, fmt: WireFormat, how: Tuning | None = None) -> Launch:
         """What to call with the addresses of tensors like x: of the message and of the result, which may be the same
@@ -122,10 +143,11 @@ class FusedCollectives:
         row: values of a row. Raises InputError while a graph is captured, if there is something to compile.
         """
         if how is None:
-            how = tuning(x.numel(), row, fmt)
+            how = self.tuning(kind, x.numel(), row, fmt, x.element_size())
             if not INTERPRETED:  # so that later no length compiles anything
                 for other in tunings(fmt, row % fmt.unit != 0):
-                    next(self._launches(kind, x, row, fmt, other))
+                    if self.capacity(kind, fmt.unit, fmt, x.element_size(), other):
+                        next(self._launches(kind, x, row, fmt, other))
         launches = list(self._launches(kind, x, row, fmt, how))
         if len(launches) == 1:
             return launches[0]
@@ -155,7 +177,7 @@ class FusedCollectives:
             need = world * (bytes1 + bytes2)
         else:
             need = world * (bytes1 if kind == REDUCE_SCATTER else bytes2)
-        tiles = min(self.half // need, tuning.run * fused_sync.MAX_BLOCKS)
+        tiles = min((self.ll_half if tuning.ll else self.half) // need, tuning.run * fused_sync.MAX_BLOCKS)
         return tiles * units * (world if kind == TWO_SHOT else 1)
 
     def _launches(self, kind: int, x: Tensor, row: int, fmt: WireFormat, tuning: Tuning) -> Iterator[Launch]:
@@ -177,7 +199,8 @@ class FusedCollectives:
             roles = {ONE_SHOT: 2, TWO_SHOT: 2 * world + 1}.get(kind, world + 1)
             steps = -(-n_tiles // tuning.run) + (2 if kind == TWO_SHOT else 1) * tuning.lag
             second = world * n_tiles * bytes1 if kind == TWO_SHOT else 0
-            limit = int(self.timeout_s * (POLLS_PER_SECOND if INTERPRETED else 1e9))
+            limit = int(self.timeout_s * (POLLS_PER_SECOND[tuning.ll] if INTERPRETED else 1e9))
+            half = self.ll_half if tuning.ll else self.half
             numbers = (
                 self.region.own,
                 self.local,
@@ -188,7 +211,8 @@ class FusedCollectives:
                 slice_units,
                 stride,
                 n_tiles,
-                self.half,
+                fused_sync.DATA + (0 if tuning.ll else 2 * self.ll_half),
+                half,
                 second,
             )
             tails = part.row % unit != 0 or part.start * itemsize % 16 != 0  # then nothing is loaded 16 bytes at a time
@@ -251,10 +275,18 @@ def _pieces(step: StepFormat) -> int:
     return max(pieces(step), 8 if step.hadamard and step.bits >= 6 else 4)
 
 
+def _both_pieces(fmt: WireFormat) -> tuple[int, int]:
+    """P of the steps: one where they have one group, so that both have one layout."""
+    a, b = _pieces(fmt.reduce), _pieces(fmt.gather)
+    return (max(a, b), max(a, b)) if fmt.reduce.group == fmt.gather.group else (a, b)
+
+
 def _tile(unit: int, fmt: WireFormat, itemsize: int, tuning: Tuning) -> tuple[int, int, int]:
     """Units of a tile, and its bytes as the reduce and as the gather step code it."""
-    units = max(1, tuning.tile // unit)
-    n = [tile_bytes(step, units * unit // step.group, itemsize) for step in (fmt.reduce, fmt.gather)]
+    units, n = max(1, tuning.tile // unit), []
+    for step, p in zip((fmt.reduce, fmt.gather), _both_pieces(fmt), strict=True):
+        n_groups = units * unit // step.group
+        n += [fused_ll.tile_bytes(step, n_groups, itemsize, p) if tuning.ll else tile_bytes(step, n_groups, itemsize)]
     return units, -(-n[0] // 16) * 16, -(-n[1] // 16) * 16
 
 
@@ -263,16 +295,16 @@ def _constants(kind: int, world: int, unit: int, units: int, tails: bool, fmt: W
             itemsize: int, tuning: Tuning) -> tuple[tuple[str, Any], ...]:  # fmt: skip
     out: dict[str, Any] = {"KIND": kind, "WORLD": world, "RUN": tuning.run, "TAILS": tails}
     out |= {"UNIT": unit, "UNITS": units, "ROTATED": kind == TWO_SHOT and fmt.middle[0].rotated}
-    most = [_pieces(step) for step in (fmt.reduce, fmt.gather)]
-    if fmt.reduce.group == fmt.gather.group:  # then both have one layout
-        most = [max(most)] * 2
-    for i, (step, n_bytes) in enumerate(
-        zip((fmt.reduce, fmt.gather), _tile(unit, fmt, itemsize, tuning)[1:], strict=True)
-    ):
+    both = zip((fmt.reduce, fmt.gather), _both_pieces(fmt), _tile(unit, fmt, itemsize, tuning)[1:], strict=True)
+    for i, (step, p, n_bytes) in enumerate(both):
         shrunk = step.shrunk(step.group) or 0.0
         values = {"BITS": step.bits, "SHRUNK": shrunk, "TURNED": step.hadamard, "GROUP": step.group}
-        values |= {"P": most[i], "BYTES": n_bytes}
+        values |= {"P": p, "BYTES": n_bytes}
         out |= {f"{name}{i + 1}": value for name, value in values.items()}
-    out |= {"REAL": not INTERPRETED, "DELAY": 0, "BF16": INTERPRETED and dtype == torch.bfloat16}
-    out["num_warps"] = warps(units * unit // step.group, step.group // out["P1"])
+    out |= {"REAL": not INTERPRETED, "DELAY": 0, "LL": tuning.ll, "BF16": INTERPRETED and dtype == torch.bfloat16}
+    sizes = [units * unit // p for p in _both_pieces(fmt)]
+    out["num_warps"] = warps(sizes[0] // 16, 16)
+    if tuning.ll:  # see fused_ll.fetch
+        assert min(sizes) >= 256, f"tiles of {tuning.tile} values are too small for {fmt} with epochs inside"
+        out["num_warps"] = min(warps(size // 16, 16) for size in sizes)
     return tuple(out.items())

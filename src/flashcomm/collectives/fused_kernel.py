@@ -27,7 +27,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashcomm.collectives.fused_sync import BLOCKS, DATA_AT, FLAGS_AT, STAGE_AT, arrive, bytes_at, publish, wait, words
+from flashcomm.collectives import fused_ll
+from flashcomm.collectives.fused_sync import (
+    BLOCKS,
+    FLAGS_AT,
+    STAGE_AT,
+    arrive,
+    bytes_at,
+    long_words,
+    publish,
+    wait,
+    words,
+)
 from flashcomm.wire.triton_tile import expand, fetch, hadamard, put, quantise, store, widen
 
 ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER = range(4)
@@ -119,13 +130,16 @@ def _load(x, tile, slice, row, units_per_row, n_units, slice_units, stride, UNIT
 
 
 @triton.jit
-def _spread(y, n, tile, slice, offset, peers, rank, n_tiles, out, TO_ALL: tl.constexpr, WORLD: tl.constexpr,
+def _spread(y, n, tile, slice, offset, epoch, peers, rank, n_tiles, out, TO_ALL: tl.constexpr, WORLD: tl.constexpr,
             BITS: tl.constexpr, SHRUNK: tl.constexpr, TURNED: tl.constexpr, P: tl.constexpr,
-            B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+            B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr, BF16: tl.constexpr, LL: tl.constexpr):  # fmt: skip
     """Code a tile to where its consumers, all or rank `slice`, look for it."""
     for i in tl.static_range(WORLD if TO_ALL else 1):
         base = tl.load(peers + (i if TO_ALL else slice)) + offset + (rank * n_tiles + tile).to(tl.int64) * BYTES
-        _put(bytes_at(base), y, n, out, BITS, SHRUNK, TURNED, P, B, M, BF16)
+        if LL:
+            fused_ll.put(long_words(base), y, n, epoch, out, BITS, SHRUNK, TURNED, P, B, M, BF16)
+        else:
+            _put(bytes_at(base), y, n, out, BITS, SHRUNK, TURNED, P, B, M, BF16)
 
 
 @triton.jit
@@ -133,7 +147,8 @@ def _encode(x, out, block, slice, offset, half, local, peers, rank, row, units_p
             n_tiles, STAGE: tl.constexpr, TO_ALL: tl.constexpr, WORLD: tl.constexpr,
             RUN: tl.constexpr, TAILS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, BITS: tl.constexpr,
             SHRUNK: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
-            M: tl.constexpr, BYTES: tl.constexpr, MAPPED: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+            M: tl.constexpr, BYTES: tl.constexpr, MAPPED: tl.constexpr, BF16: tl.constexpr,
+            LL: tl.constexpr):  # fmt: skip
     """Role E: code a block of x to where its consumers look for it, and publish it."""
     if RUN == 1:  # of small messages: the values are on their way while the epoch is
         y, n = _load(x, block, slice, row, units_per_row, n_units, slice_units, stride, UNIT, UNITS, GROUP, P, B, M, TAILS)  # noqa: E501  # fmt: skip
@@ -141,8 +156,7 @@ def _encode(x, out, block, slice, offset, half, local, peers, rank, row, units_p
         offset += (epoch & 1).to(tl.int64) * half
         if TURNED:
             y = hadamard(y, _powers(n, TAILS), P, B, M, TAILS)
-        _spread(y, n, block, slice, offset, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16)  # noqa: E501  # fmt: skip
-        publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD, MAPPED)
+        _spread(y, n, block, slice, offset, epoch, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16, LL)  # noqa: E501  # fmt: skip
     else:
         epoch = arrive(local)
         offset += (epoch & 1).to(tl.int64) * half
@@ -156,7 +170,8 @@ def _encode(x, out, block, slice, offset, half, local, peers, rank, row, units_p
             if tile <= last:
                 if TURNED:
                     y = hadamard(y, _powers(n, TAILS), P, B, M, TAILS)
-                _spread(y, n, tile, slice, offset, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16)  # noqa: E501  # fmt: skip
+                _spread(y, n, tile, slice, offset, epoch, peers, rank, n_tiles, out, TO_ALL, WORLD, BITS, SHRUNK, TURNED, P, B, M, BYTES, BF16, LL)  # noqa: E501  # fmt: skip
+    if not LL:
         publish(peers, rank, slice, block, epoch, STAGE, TO_ALL, WORLD, MAPPED)
 
 
@@ -190,35 +205,59 @@ def _sum(raws, ok, WORLD: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, B: 
 
 
 @triton.jit
+def _sum_ll(x, tile, offset, epoch, half, own, local, rank, n_tiles, peers, status, limit, WORLD: tl.constexpr,
+            REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
+            B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+    """The sum as of `_sum`, each tile taken when it has come, and whether all have."""
+    AHEAD: tl.constexpr = min(WORLD, 2 if BITS == 16 else 4)  # loads under way, as registers allow
+    raws, total, ok = (), tl.zeros((B, P, M), tl.float32), rank * 0 + 1
+    for k in tl.static_range(WORLD + AHEAD):
+        if k >= AHEAD:
+            source = k - AHEAD
+            base = long_words(_home(source, rank, own, local) + offset + (source * n_tiles + tile).to(tl.int64) * BYTES)
+            raw, came = fused_ll.arrived(base, raws[k - AHEAD], epoch, half, 1, source, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS, P, B, M)  # noqa: E501  # fmt: skip
+            ok &= came
+            steps, scale = fused_ll.values(raw, came, x, BITS, P, B, M)
+            if k == AHEAD:
+                total = steps * scale[:, None, None]
+            else:
+                total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], (B, P, M)), total)
+        if k < WORLD:
+            at = _home(k, rank, own, local) + offset + (k * n_tiles + tile).to(tl.int64) * BYTES
+            raws = raws + (fused_ll.fetch(long_words(at), epoch, x, BITS, P, B, M),)
+    return total, ok
+
+
+@triton.jit
 def _unturned(y, n, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, TAILS: tl.constexpr):
     powers = _powers(n, TAILS)
     return hadamard(y, powers, P, B, M, TAILS) * (1.0 / powers.to(tl.float32))[:, None, None]
 
 
-_RUN_TIME = ("rank", "row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "second", "limit", "lag", "own", "local")  # fmt: skip  # noqa: E501
+_RUN_TIME = ("rank", "row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "second", "limit", "lag", "own", "local", "area")  # fmt: skip  # noqa: E501
 
 
 @triton.jit(do_not_specialize=list(_RUN_TIME))
 def fused(
     x, out, peers, status, own: tl.int64, local: tl.int64, rank: tl.int32, row: tl.int64, units_per_row: tl.int64,
-    n_units: tl.int64, slice_units: tl.int64, stride: tl.int64, n_tiles: tl.int32, half: tl.int64, second: tl.int64,
-    limit: tl.int64, lag: tl.int32,
+    n_units: tl.int64, slice_units: tl.int64, stride: tl.int64, n_tiles: tl.int32, area: tl.int64, half: tl.int64,
+    second: tl.int64, limit: tl.int64, lag: tl.int32,
     KIND: tl.constexpr, WORLD: tl.constexpr, RUN: tl.constexpr, TAILS: tl.constexpr,
     UNIT: tl.constexpr, UNITS: tl.constexpr, ROTATED: tl.constexpr,
     BITS1: tl.constexpr, SHRUNK1: tl.constexpr, TURNED1: tl.constexpr, GROUP1: tl.constexpr, P1: tl.constexpr,
     BYTES1: tl.constexpr,
     BITS2: tl.constexpr, SHRUNK2: tl.constexpr, TURNED2: tl.constexpr, GROUP2: tl.constexpr, P2: tl.constexpr,
     BYTES2: tl.constexpr,
-    REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BF16: tl.constexpr,
+    REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BF16: tl.constexpr, LL: tl.constexpr,
 ):  # fmt: skip
     """x, out: the message of this rank. peers: int64 (WORLD,), where this rank writes for each rank; own: where others
     write for this one; local: where it writes for itself, GPU memory, which also holds the epoch. own and local are one
     but where own is mapped host memory.
 
     status: int32 (5,), host memory. Slices begin stride units apart and have slice_units units (the last ones may have
-    fewer, of n_units in all) and n_tiles tiles of UNITS units; half: bytes of an epoch's data; second: bytes into it at
-    which stage 2 lies. *1 is the reduce step (E to S), *2 the gather step (S or E to G). limit: of a wait, in ns (REAL)
-    or polls.
+    fewer, of n_units in all) and n_tiles tiles of UNITS units; area: where in a region data begins; half: bytes of an
+    epoch's data; second: bytes into it at which stage 2 lies. *1 is the reduce step (E to S), *2 the gather step (S or
+    E to G). limit: of a wait, in ns (REAL) or polls. LL: no flags, data carries the epoch (`fused_ll`).
     """
     B1: tl.constexpr = UNITS * UNIT // GROUP1
     M1: tl.constexpr = GROUP1 // P1
@@ -236,34 +275,40 @@ def fused(
         if step < n_blocks:
             slice = role if SLICED else rank * 0
             if KIND == _ALL_GATHER:
-                _encode(x, out, step, slice, DATA_AT + second, half, local, peers, rank, row, units_per_row, n_units,
+                _encode(x, out, step, slice, area + second, half, local, peers, rank, row, units_per_row, n_units,
                         slice_units, stride, n_tiles, 1, True, WORLD, RUN, TAILS, UNIT, UNITS, BITS2, SHRUNK2,
-                        TURNED2, GROUP2, P2, B2, M2, BYTES2, MAPPED, BF16)  # fmt: skip
+                        TURNED2, GROUP2, P2, B2, M2, BYTES2, MAPPED, BF16, LL)  # fmt: skip
             else:
-                _encode(x, out, step, slice, DATA_AT + second * 0, half, local, peers, rank, row, units_per_row,
+                _encode(x, out, step, slice, area + second * 0, half, local, peers, rank, row, units_per_row,
                         n_units, slice_units, stride, n_tiles, 0, not SLICED, WORLD, RUN, TAILS, UNIT, UNITS, BITS1,
-                        SHRUNK1, TURNED1, GROUP1, P1, B1, M1, BYTES1, MAPPED, BF16)  # fmt: skip
+                        SHRUNK1, TURNED1, GROUP1, P1, B1, M1, BYTES1, MAPPED, BF16, LL)  # fmt: skip
         else:
             arrive(local)
     elif role < N_E + N_S:
         epoch = arrive(local)
-        data = DATA_AT + (epoch & 1).to(tl.int64) * half
+        data = area + (epoch & 1).to(tl.int64) * half
         block = step - lag
         if (block >= 0) & (block < n_blocks):
             slice = rank if SLICED else rank * 0
             ok = rank * 0 + 1
-            for i in tl.static_range(WORLD):
-                flag = words(_home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
-                ok &= wait(flag, epoch, 1, i, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
             last = tl.minimum(block * RUN + RUN, n_tiles) - 1
-            after = _fetch_all(x, block * RUN, data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
+            if not LL:
+                for i in tl.static_range(WORLD):
+                    flag = words(_home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
+                    ok &= wait(flag, epoch, 1, i, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
+                after = _fetch_all(x, block * RUN, data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
             for k in tl.static_range(RUN):
                 tile = block * RUN + k
-                raws = after
-                if k + 1 < RUN:
-                    after = _fetch_all(x, tl.minimum(tile + 1, last), data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
+                if not LL:
+                    raws = after
+                    if k + 1 < RUN:
+                        after = _fetch_all(x, tl.minimum(tile + 1, last), data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
                 if tile <= last:
-                    total = _sum(raws, ok, WORLD, BITS1, P1, B1, M1)
+                    if LL:
+                        total, came = _sum_ll(x, tile, data, epoch, half, own, local, rank, n_tiles, peers, status, limit, WORLD, REAL, MAPPED, DELAY, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
+                        ok &= came
+                    else:
+                        total = _sum(raws, ok, WORLD, BITS1, P1, B1, M1)
                     unit, left = _message(tile, slice, n_units, slice_units, stride, UNITS)
                     at1, keep1, n1 = _places(unit, left, row, units_per_row, UNIT, GROUP1, P1, B1, M1, TAILS)
                     # loads nothing; gives the tile the layout of x, which packs best
@@ -281,29 +326,37 @@ def fused(
                             again = tl.reshape(total, (B2, P2, M2))
                         if TURNED2 and not ROTATED:
                             again = hadamard(again, _powers(n2, TAILS), P2, B2, M2, TAILS)
-                        _spread(again, n2, tile, rank * 0, data + second, peers, rank, n_tiles, out, True, WORLD,
-                                BITS2, SHRUNK2, TURNED2, P2, B2, M2, BYTES2, BF16)  # fmt: skip
+                        if ok != 0:  # else the peers see that something is missing
+                            _spread(again, n2, tile, rank * 0, data + second, epoch, peers, rank, n_tiles, out, True,
+                                    WORLD, BITS2, SHRUNK2, TURNED2, P2, B2, M2, BYTES2, BF16, LL)  # fmt: skip
                     else:
                         if KIND == _REDUCE_SCATTER:  # out is the slice alone
                             unit -= slice.to(tl.int64) * stride
                             at1, keep1, n1 = _places(unit, left, row, units_per_row, UNIT, GROUP1, P1, B1, M1, TAILS)
                         store(out if TAILS else out + unit * UNIT, at1, keep1, total, BF16)
-            if KIND == _TWO_SHOT:
-                if ok != 0:  # without a flag the peers see that something is missing
+            if KIND == _TWO_SHOT and not LL:
+                if ok != 0:
                     publish(peers, rank, rank, block, epoch, 1, True, WORLD, MAPPED)
     else:
         epoch2 = arrive(local)
-        offset = DATA_AT + (epoch2 & 1).to(tl.int64) * half + second
+        offset = area + (epoch2 & 1).to(tl.int64) * half + second
         block2, owner = step - LAGS * lag, role - (N_E + N_S)
         if (block2 >= 0) & (block2 < n_blocks):
             home = _home(owner, rank, own, local)
-            flag2 = words(home + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + block2))
-            came = wait(flag2, epoch2, 2, owner, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
+            if not LL:
+                flag2 = words(home + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + block2))
+                came2 = wait(flag2, epoch2, 2, owner, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
             for k2 in range(RUN):
                 tile2 = block2 * RUN + k2
                 if tile2 < n_tiles:
                     place = home + offset + (owner * n_tiles + tile2).to(tl.int64) * BYTES2
-                    steps, scale = _expand(_fetch(bytes_at(place), x, BITS2, P2, B2, M2), came, BITS2, P2, B2, M2)
+                    if LL:
+                        at2 = long_words(place)
+                        raw2 = fused_ll.fetch(at2, epoch2, x, BITS2, P2, B2, M2)
+                        raw2, came2 = fused_ll.arrived(at2, raw2, epoch2, half, 2, owner, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS2, P2, B2, M2)  # noqa: E501  # fmt: skip
+                        steps, scale = fused_ll.values(raw2, came2, x, BITS2, P2, B2, M2)
+                    else:
+                        steps, scale = _expand(_fetch(bytes_at(place), x, BITS2, P2, B2, M2), came2, BITS2, P2, B2, M2)
                     y = steps * scale[:, None, None]
                     begin, remain = _message(tile2, owner, n_units, slice_units, stride, UNITS)
                     at3, keep3, n3 = _places(begin, remain, row, units_per_row, UNIT, GROUP2, P2, B2, M2, TAILS)

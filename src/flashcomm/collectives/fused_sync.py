@@ -13,7 +13,7 @@ _STAGE_BYTES = 4 * MAX_BLOCKS * MAX_RANKS
 DATA = FLAGS + 2 * _STAGE_BYTES
 
 BLOCKS, STAGE_AT = tl.constexpr(MAX_BLOCKS), tl.constexpr(_STAGE_BYTES)
-FLAGS_AT, _ABORT, DATA_AT = (tl.constexpr(at) for at in (FLAGS, ABORT, DATA))
+FLAGS_AT, ABORT_AT, DATA_AT = (tl.constexpr(at) for at in (FLAGS, ABORT, DATA))
 
 
 @triton.jit
@@ -27,7 +27,12 @@ def words(address):
 
 
 @triton.jit
-def _clock(polls, REAL: tl.constexpr):
+def long_words(address):
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16)
+
+
+@triton.jit
+def clock(polls, REAL: tl.constexpr):
     if REAL:
         return tl.extra.cuda.globaltimer()
     else:
@@ -49,8 +54,7 @@ def _late(flag, epoch, MAPPED: tl.constexpr):
             ld.acquire.sys.global.b32 t, [$1]; sub.s32 t, t, $2; and.b32 t, t, -2; setp.ne.s32 q, t, 0;
             @q nanosleep.u32 100;
             known: barrier.sync.aligned 0; barrier.red.or.pred q, 0, q;
-            selp.b32 $0, 1, 0, q; }""", "=r,l,r", [flag.to(tl.int64), epoch], tl.int32, is_pure=False,
-            pack=1)  # fmt: skip
+            selp.b32 $0, 1, 0, q; }""", "=r,l,r", [flag.to(tl.int64), epoch], tl.int32, False, 1)  # fmt: skip
     else:
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
         return (((seen - epoch) & -2) != 0).to(tl.int32)
@@ -69,35 +73,42 @@ def _set(flag, value, MAPPED: tl.constexpr):
 
 
 @triton.jit
+def give_up(phase, source, epoch, seen, local, peers, status, WORLD: tl.constexpr, MAPPED: tl.constexpr):
+    """Of a wait that is over its time. Whoever is the first reports it, and points this rank's stores to its own memory
+    from the next launch on: peers must not take what it sends out of step for data of their calls.
+    """
+    if tl.atomic_cas(words(local + ABORT_AT), 1, 3) == 1:
+        tl.store(status + 1, phase)
+        tl.store(status + 2, source)
+        tl.store(status + 3, epoch)
+        tl.store(status + 4, seen)
+        for i in tl.static_range(WORLD):
+            tl.store(peers + i, local)
+        _set(status, epoch * 0 + 1, MAPPED)
+
+
+@triton.jit
 def wait(flag, epoch, phase, source, local, peers, status, limit, WORLD: tl.constexpr, REAL: tl.constexpr,
          MAPPED: tl.constexpr, DELAY: tl.constexpr):  # fmt: skip
     """Wait until a flag of this rank's memory has reached the epoch; 0 if it did not within limit (ns, or polls).
 
-    All threads go by what one of them read. Whoever is the first to give up reports it, and points this rank's stores
-    to its own memory from the next launch on: peers must not take what it sends out of step for data of their calls.
+    All threads go by what one of them read.
     """
     late = _late(flag, epoch, MAPPED)
     if late != 0:
-        abort = words(local + _ABORT)  # bit 0: a wait is over its time; bit 1: and that was reported
+        abort = words(local + ABORT_AT)  # bit 0: a wait is over its time; bit 1: and that was reported
         polls, state = (late * 0).to(tl.int64), late * 0
-        begin = _clock(polls, REAL)
+        begin = clock(polls, REAL)
         while (late != 0) & (state == 0):
             look = polls + 32
             while (late != 0) & (polls < look):
                 late = _late(flag, epoch, MAPPED)
                 polls += 1
             if late != 0:
-                over = (_clock(polls, REAL) - begin >= limit).to(tl.int32)
+                over = (clock(polls, REAL) - begin >= limit).to(tl.int32)
                 state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
         if late != 0:
-            if tl.atomic_cas(abort, 1, 3) == 1:
-                tl.store(status + 1, phase)
-                tl.store(status + 2, source)
-                tl.store(status + 3, epoch)
-                tl.store(status + 4, tl.load(flag, volatile=True))
-                for i in tl.static_range(WORLD):
-                    tl.store(peers + i, local)
-                _set(status, late, MAPPED)
+            give_up(phase, source, epoch, tl.load(flag, volatile=True), local, peers, status, WORLD, MAPPED)
     for _ in range(DELAY):  # of tests: a slow reader, between the wait and the read
         late |= _late(flag, epoch, MAPPED) & late
     tl.debug_barrier()

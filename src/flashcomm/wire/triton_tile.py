@@ -156,27 +156,29 @@ def quads(codes, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def plane_at(plane, begin, RUN: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, M: tl.constexpr, U: tl.constexpr):
-    """Pointers (B, WIDTH * P / 8, M / U) to the plane's units, of U bytes, of groups that begin at bytes begin (B,).
-
-    The hint gives a thread the units of 8 values, or of all M: what it has of 16 bytes of bfloat16.
-    """
+def plane_units(begin, RUN: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, M: tl.constexpr, U: tl.constexpr):
+    """Places (B, WIDTH * P / 8, M / U) of the plane's units, of U bytes, of groups that begin at bytes begin (B,)."""
     SUB: tl.constexpr = WIDTH * P // 8
-    Q: tl.constexpr = M // U
-    at = (begin // U)[:, None, None] + (tl.arange(0, SUB) * (RUN // U))[None, :, None] + tl.arange(0, Q)[None, None, :]
+    sub = (tl.arange(0, SUB) * (RUN // U))[None, :, None]
+    return (begin // U)[:, None, None] + sub + tl.arange(0, M // U)[None, None, :]
+
+
+@triton.jit
+def plane_at(plane, begin, RUN: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, M: tl.constexpr, U: tl.constexpr):
+    """Pointers to `plane_units`. The hint gives a thread the units of 8 values, or of all M: what it has of 16 bytes of
+    bfloat16.
+    """
+    at = plane_units(begin, RUN, WIDTH, P, M, U)
     if U == 4:
-        return tl.max_contiguous(plane.to(tl.pointer_type(tl.int32)) + at, [1, 1, 2 if Q > 1 else 1])
+        return tl.max_contiguous(plane.to(tl.pointer_type(tl.int32)) + at, [1, 1, 2 if M > U else 1])
     else:
         return plane + at
 
 
 @triton.jit
-def put_plane(plane, begin, keep, codes, RUN: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
-              M: tl.constexpr, U: tl.constexpr):  # fmt: skip
-    """The plane of WIDTH bits to the bytes from plane + begin (B,) on, of the groups in keep (B,).
-
-    U 4: codes are `quads`, plane and begin multiples of 4. U 1: codes themselves.
-    """
+def pack_plane(codes, BITS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr,
+               U: tl.constexpr):  # fmt: skip
+    """The plane of WIDTH bits of codes (U 1) or of their `quads` (U 4)."""
     SHIFT: tl.constexpr = BITS & (15 ^ (2 * WIDTH - 1))  # the bits in wider planes
     SUB: tl.constexpr = WIDTH * P // 8  # bytes of a group are SUB runs of M
     MASK: tl.constexpr = ((1 << WIDTH) - 1) * (0x01010101 if U == 4 else 1)
@@ -186,6 +188,17 @@ def put_plane(plane, begin, keep, codes, RUN: tl.constexpr, BITS: tl.constexpr, 
     if WIDTH < 8:
         part = tl.reshape(part, (B, 8 // WIDTH, SUB, M // U))
         part = tl.sum(part << (tl.arange(0, 8 // WIDTH) * WIDTH)[None, :, None, None], 1)
+    return part
+
+
+@triton.jit
+def put_plane(plane, begin, keep, codes, RUN: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, B: tl.constexpr,
+              M: tl.constexpr, U: tl.constexpr):  # fmt: skip
+    """The plane of WIDTH bits to the bytes from plane + begin (B,) on, of the groups in keep (B,).
+
+    U 4: codes are `quads`, plane and begin multiples of 4. U 1: codes themselves.
+    """
+    part = pack_plane(codes, BITS, WIDTH, P, B, M, U)
     at = plane_at(plane, begin, RUN, WIDTH, P, M, U)
     tl.store(at, part.to(at.dtype.element_ty), mask=keep[:, None, None])
 
@@ -234,8 +247,8 @@ def put(base, codes, word, zero, BITS: tl.constexpr, P: tl.constexpr, B: tl.cons
 
 
 @triton.jit
-def put_words(out, at, keep, word, B: tl.constexpr, M: tl.constexpr):
-    """word (B, 1, 1) to out + at (B,). One of the threads that know a word writes it: none goes through shared memory.
+def put_words(out, at, keep, word, B: tl.constexpr, M: tl.constexpr, THROUGH: tl.constexpr = False):
+    """word (B, 1, 1) to out + at (B,), THROUGH the caches or not. One of the threads that know a word writes it: none goes through shared memory.
 
     That takes the layout of a plane's pointers.
     """
@@ -244,9 +257,11 @@ def put_words(out, at, keep, word, B: tl.constexpr, M: tl.constexpr):
         thread = tl.arange(0, M // 8)[None, None, :]
         to = tl.max_contiguous(out + (at + thread), [1, 1, min(M // 8, 2)])
         word = tl.broadcast_to(word, (B, 1, M // 8)).to(out.dtype.element_ty)
-        tl.store(to, word, mask=keep[:, None, None] & (thread == 0))
+        tl.store(to, word, mask=keep[:, None, None] & (thread == 0), cache_modifier=".wt" if THROUGH else "")
     else:
-        tl.store(out + at, word.to(out.dtype.element_ty), mask=keep[:, None, None])
+        tl.store(
+            out + at, word.to(out.dtype.element_ty), mask=keep[:, None, None], cache_modifier=".wt" if THROUGH else ""
+        )
 
 
 @triton.jit
@@ -310,11 +325,17 @@ def expand(raw, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.cons
 
 
 @triton.jit
-def store(out, at, keep, y, BF16: tl.constexpr):
-    """y (float32) to out + at, rounded once, half to even; with BF16 out is an int16 pointer to bfloat16s."""
-    if BF16:  # by hand: not every backend of Triton rounds
+def narrow(y, dtype: tl.constexpr, BF16: tl.constexpr):
+    """y (float32) rounded once, half to even; with BF16 to bfloat16 as int16: not every backend of Triton rounds."""
+    if BF16:
         bits = y.to(tl.int32, bitcast=True)
         bits = tl.where(y == y, bits + 0x7FFF + ((bits >> 16) & 1), SCALE_NAN << 16) >> 16
-        tl.store(out + at, bits.to(tl.int16), mask=keep)
+        return bits.to(tl.int16)
     else:
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+        return y.to(dtype)
+
+
+@triton.jit
+def store(out, at, keep, y, BF16: tl.constexpr):
+    """y (float32) to out + at, rounded; with BF16 out is an int16 pointer to bfloat16s."""
+    tl.store(out + at, narrow(y, out.dtype.element_ty, BF16), mask=keep)
