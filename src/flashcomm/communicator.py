@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from flashcomm.settings import Settings
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import codec_for
 from flashcomm.wire.format import Layout, WireFormat
+
+if TYPE_CHECKING:
+    from flashcomm.collectives.replayed import Replayed
 
 KINDS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collectives.fused_kernel` numbers them
 MAX_KEPT = 4096  # shapes whose launches a Communicator remembers
@@ -97,6 +100,11 @@ class Communicator:
             self.settings.chunk_bytes,
         )
         self.machine, self._fused, self._staged = links.connect(group, self.transport, self.settings)
+        self._replayed: Replayed | None = None
+        if self._staged is not None:
+            from flashcomm.collectives.replayed import Replayed
+
+            self._replayed = Replayed(self.device)
         self._launches: dict[Any, Any] = {}  # of this Communicator's messages so far, by shape, dtype and format
         self._stream: torch.cuda.Stream | None = None
         self._n_calls = 0
@@ -199,11 +207,12 @@ class Communicator:
 
         A call afterwards raises ClosedError; a graph that holds calls must not be replayed. Closing again is fine.
         """
-        if self._staged is not None and not self._closed:
+        if self._staged is not None and self._replayed is not None and not self._closed:
             self._staged.close()
+            self._replayed.close()
         if self._fused is not None and not self._closed:
             self._fused.close()
-        self._closed, self._fused, self._staged = True, None, None
+        self._closed, self._fused, self._staged, self._replayed = True, None, None, None
         self._launches.clear()
         self.transport.close()
         self._context.workspace = composed.Workspace(self.device)
@@ -270,7 +279,10 @@ class Communicator:
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             if self._fused is not None:
                 self._order()
-            getattr(composed, name)(x.contiguous(), out, context)
+            if self._replayed is not None:
+                self._replayed.run(name, x.resolve_neg().contiguous(), out, context)
+            else:
+                getattr(composed, name)(x.contiguous(), out, context)
 
     def _run_fused(
         self,

@@ -48,6 +48,10 @@ class Workspace:
             self._kept[name, slot % SLOTS] = kept
         return kept[:n_bytes]
 
+    def buffers(self) -> list[Tensor]:
+        """All that is kept now: who holds these may go on using them."""
+        return list(self._kept.values())
+
 
 class Pending(Protocol):
     def wait(self) -> None: ...

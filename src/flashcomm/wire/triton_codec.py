@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout
+from flashcomm.wire.indirect import Indirect
 from flashcomm.wire.triton_tile import (
     expand,
     fetch_plane,
@@ -103,13 +103,31 @@ def _begin(group, r, inside, before, row_bytes, N: tl.constexpr, WIDTH: tl.const
         return r * row_bytes + inside * WIDTH // 8 - before
 
 
-@triton.jit(do_not_specialize=[*_PLANES, *_PLACE])
+@triton.jit(do_not_specialize=["source", "target"])
+def point(cells, source: tl.int64, target: tl.int64):
+    """Store two addresses for `_base`, 16 bytes apart."""
+    tl.store(cells, source)
+    tl.store(cells + 2, target)
+
+
+@triton.jit
+def _base(x, at, INDIRECT: tl.constexpr, DTYPE: tl.constexpr):
+    """Where values are: at x, or `at` values behind the address that x points to, see `indirect`."""
+    if INDIRECT:
+        return tl.multiple_of(tl.load(x).to(tl.pointer_type(DTYPE)) + at, 16)
+    else:
+        return x
+
+
+@triton.jit(do_not_specialize=["at", *_PLANES, *_PLACE])
 def _encode(
-    x, out, plane0, plane1, plane2, before0, before1, before2, row0, row1, row2, scales, zeros,
+    x, out, at, plane0, plane1, plane2, before0, before1, before2, row0, row1, row2, scales, zeros,
     count, first, per_row, row, column, start, number, groups_in_row, first_group, n,
     BITS: tl.constexpr, SHRUNK: tl.constexpr, HADAMARD: tl.constexpr, TURNED: tl.constexpr,
+    INDIRECT: tl.constexpr, DTYPE: tl.constexpr,
     P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
+    x = _base(x, at, INDIRECT, DTYPE)
     tile, keep, r, inside, group = _places(
         count, first, per_row, row, column, start, number, groups_in_row, first_group, n if SHORT else P * M, B, RUN
     )
@@ -140,13 +158,15 @@ def _encode(
                 put_plane(plane, begin, keep, codes, M, BITS, 8 >> w, P, B, M, U)
 
 
-@triton.jit(do_not_specialize=["stride", *_PLANES, *_PLACE])
+@triton.jit(do_not_specialize=["at", "stride", *_PLANES, *_PLACE])
 def _decode_sum(
-    wires, out, stride, plane0, plane1, plane2, before0, before1, before2, row0, row1, row2, scales, zeros,
+    wires, out, at, stride, plane0, plane1, plane2, before0, before1, before2, row0, row1, row2, scales, zeros,
     count, first, per_row, row, column, start, number, groups_in_row, first_group, n,
     RANKS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, BF16: tl.constexpr,
+    INDIRECT: tl.constexpr, DTYPE: tl.constexpr,
     P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
+    out = _base(out, at, INDIRECT, DTYPE)
     tile, keep, r, inside, group = _places(
         count, first, per_row, row, column, start, number, groups_in_row, first_group, n if SHORT else P * M, B, RUN
     )
@@ -190,41 +210,89 @@ def _decode_sum(
     store(out + tile * (P * M), value[:, None, None] + i, kept, total, BF16)
 
 
-def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> None:
+@triton.jit(do_not_specialize=["at", "n"])
+def _put_lossless(x, out, at, n, INDIRECT: tl.constexpr, DTYPE: tl.constexpr, B: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    source, wire = _base(x, at, INDIRECT, DTYPE), tl.multiple_of(out.to(tl.pointer_type(DTYPE)), 16)
+    for tail in tl.static_range(2):  # by eights, and what is left
+        keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
+        tl.store(wire + i, tl.load(source + i, mask=keep), mask=keep)
+
+
+@triton.jit(do_not_specialize=["at", "stride", "n"])
+def _sum_lossless(wires, out, at, stride, n, RANKS: tl.constexpr, BF16: tl.constexpr, WIRE: tl.constexpr,
+                  INDIRECT: tl.constexpr, DTYPE: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    target = _base(out, at, INDIRECT, DTYPE)
+    for tail in tl.static_range(2):
+        keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
+        total = tl.zeros((B,), tl.float32)
+        for rank in tl.static_range(RANKS):
+            wire = tl.multiple_of((wires + stride.to(tl.int64) * rank).to(tl.pointer_type(WIRE)), 16)
+            y = widen(tl.load(wire + i, mask=keep, other=0.0))
+            total = y if rank == 0 else total + y
+        store(target, i, keep, total, BF16)
+
+
+def encode(x: Tensor | Indirect, layout: Layout, start: int, stop: int, out: Tensor) -> None:
     """As `torch_codec.encode`, in up to two launches, and one for each gap between sections."""
     step = layout.step
-    if step.lossless:
-        torch_codec.encode(x, layout, start, stop, out)
-        return
     _hold(x, stop - start, "values")
     _hold(out, layout.nbytes(start, stop), "wire bytes")
     gaps, launches = _planned(layout, start, stop)
     for a, b in gaps:
         out[a:b].zero_()
+    at, where_x = _where(x, x.dtype)
+    if step.lossless:
+        n = stop - start
+        _start(_put_lossless, (triton.cdiv(n, TILE),), (_cell(x), out), (at, n), **where_x, B=TILE, num_warps=4)
+        return
     for n, grid, where, constants in launches:
         turned = step.transforms(n)
         _start(
-            _encode, grid, (x, out), (*where, n), BITS=step.bits, SHRUNK=step.shrunk(n) or 0.0,
-            HADAMARD=turned and not step.rotated, TURNED=turned, **constants,
+            _encode, grid, (_cell(x), out), (at, *where, n), BITS=step.bits, SHRUNK=step.shrunk(n) or 0.0,
+            HADAMARD=turned and not step.rotated, TURNED=turned, **where_x, **constants,
         )  # fmt: skip
 
 
-def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor, dtype: torch.dtype) -> None:
+def decode_sum(
+    wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor | Indirect, dtype: torch.dtype
+) -> None:
     """As `torch_codec.decode_sum`, in up to two launches."""
     step = layout.step
-    if step.lossless:
-        torch_codec.decode_sum(wires, layout, start, stop, out, dtype)
-        return
     _hold(out, stop - start, "values")
     for wire in (wires[0], wires[-1]):
         _hold(wire, layout.nbytes(start, stop), "wire bytes")
     by_hand = INTERPRETED and out.dtype == torch.bfloat16
+    at, where_out = _where(out, torch.int16 if by_hand else out.dtype)
+    target = out.view(torch.int16) if by_hand and isinstance(out, Tensor) else _cell(out)
+    if step.lossless:
+        n = stop - start
+        _start(
+            _sum_lossless, (triton.cdiv(n, TILE),), (wires, target), (at, wires.stride(0), n), RANKS=wires.shape[0],
+            BF16=by_hand, WIRE=_DTYPES[dtype], **where_out, B=TILE, num_warps=4,
+        )  # fmt: skip
+        return
     for n, grid, where, constants in _planned(layout, start, stop)[1]:
         _start(
-            _decode_sum, grid, (wires, out.view(torch.int16) if by_hand else out), (wires.stride(0), *where, n),
+            _decode_sum, grid, (wires, target), (at, wires.stride(0), *where, n),
             RANKS=wires.shape[0], BITS=step.bits, HADAMARD=step.transforms(n) and not step.rotated, BF16=by_hand,
-            **constants,
+            **where_out, **constants,
         )  # fmt: skip
+
+
+_DTYPES = {
+    torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.int16: tl.int16
+}  # fmt: skip
+
+
+def _where(x: Tensor | Indirect, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
+    """Of `_base`: its number and its constants."""
+    return (x.start if isinstance(x, Indirect) else 0), {"INDIRECT": isinstance(x, Indirect), "DTYPE": _DTYPES[dtype]}
+
+
+def _cell(x: Tensor | Indirect) -> Tensor:
+    return x.cell if isinstance(x, Indirect) else x
 
 
 _compiled: dict[Any, Any] = {}
@@ -252,8 +320,11 @@ def _planned(layout: Layout, start: int, stop: int) -> tuple[list[tuple[int, int
     return layout.gaps(start, stop), _launches(layout, start, stop)
 
 
-def _hold(x: Tensor, count: int, what: str) -> None:
+def _hold(x: Tensor | Indirect, count: int, what: str) -> None:
     """Kernels get bare addresses: refuse a tensor that does not hold what they will touch."""
+    if isinstance(x, Indirect):
+        assert x.numel() >= count
+        return
     if (x.is_cpu and not INTERPRETED) or not x.is_contiguous() or x.numel() < count:
         raise ValueError(f"{count} contiguous {what} on a GPU are needed, got {tuple(x.shape)} on {x.device}")
 
