@@ -22,7 +22,7 @@ from flashcomm.wire.format import LOSSLESS, Layout, WireFormat, bounds
 
 ALGORITHMS = ("native", "one_shot", "two_shot")
 FUSED = ("symmetric", "mapped", "shared")  # transports over which one kernel does it all
-MAPPED_BYTES = 256 << 10  # wire bytes a rank sends up to which `host` means kernels on mapped memory, not copies
+MAPPED_BYTES = 288 << 10  # wire bytes a rank sends up to which `host` means kernels on mapped memory, not copies
 STAGED_CHUNK_BYTES = 8 << 20  # of a message, at most, that goes through host memory at a time
 ONE_SHOT_BYTES = 64 << 10  # wire bytes a rank sends below which one hop beats less volume
 MIN_BYTES = {
