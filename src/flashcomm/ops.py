@@ -2,10 +2,13 @@
 
 Both run a Communicator out of a table, made at the first call with its group and format (that call is collective and
 compares settings). The op names it by one string, "group" or "format@group": the c10d name of a registered process
-group and the wire format, without which FLASHCOMM_FORMAT or the default decides.
+group and the wire format, without which FLASHCOMM_FORMAT or the default decides. An engine's seam can `serve` names of
+its own, for sums of which it knows more than the group.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
 _table: dict[tuple[str, str | None], Communicator] = {}
+_served: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -41,6 +45,14 @@ def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | N
         return group.group_name
     text = format if isinstance(format, str) else str(format)  # parsed when it is run: Dynamo traces this function
     return f"{text}@{group.group_name}"
+
+
+def serve(name: str, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Make `torch.ops.flashcomm.all_reduce(x, name)` return reduce(x), in place of whatever was served by that name.
+
+    reduce: returns a new contiguous tensor of x's shape and dtype, and leaves x as it is.
+    """
+    _served[name] = reduce
 
 
 def _kept(name: str, x: Tensor) -> Communicator:
@@ -75,7 +87,8 @@ _library.define("all_reduce(Tensor x, str group) -> Tensor")  # type: ignore[no-
 
 
 def _run(x: Tensor, group: str) -> Tensor:
-    return _kept(group, x).all_reduce(x)
+    served = _served.get(group)
+    return _kept(group, x).all_reduce(x) if served is None else served(x)
 
 
 _library.impl("all_reduce", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
