@@ -83,6 +83,12 @@ def coded_and_not(ctx: RankContext) -> None:
         assert report[f"int4 {way}"]["message_bytes"] == calls * tokens * HIDDEN * 2
         assert report[f"int4 {way}"]["sent_bytes"] == calls * route.wire_bytes > 0
     assert flash.comm.settings.workspace_bytes == 4 << 20, "512 tokens need less than the least"
+    assert flash.comm.settings.timeout_s == 600, "a rank may compile the model while the others wait"
+    sums = torch.compile(lambda x: group.all_reduce(x * 2), fullgraph=True, dynamic=True, backend="eager")
+    for tokens, way in ((500, reference.two_shot), (9, None), (200, reference.one_shot)):
+        given = [x * 2 for x in everybody(ctx, (tokens, HIDDEN))]
+        got = sums(everybody(ctx, (tokens, HIDDEN))[ctx.rank])  # which way is decided as it runs, not as it is traced
+        assert torch.equal(got, way(given, INT4)) if way else len(standin.own_sums) == len(others) + 3
 
 
 def other_groups_are_left_alone(ctx: RankContext) -> None:
@@ -409,7 +415,7 @@ class TestStartUp:
 
 # ---------------------------------------------------------------------------------------------------------- vLLM itself
 
-PYTHON = os.environ.get("FLASHCOMM_TEST_VLLM", "")
+PYTHON = os.environ.get("TEST_VLLM_PYTHON", "")
 only_asked = pytest.mark.skipif(not PYTHON, reason="vLLM itself, heavy: run scripts/test-vllm")
 
 

@@ -32,6 +32,8 @@ from flashcomm.wire.format import WireFormat
 
 HALVES = (torch.bfloat16, torch.float16)
 WORKSPACE_BYTES = (4 << 20, 256 << 20)  # at least, at most; between them what the largest batch needs
+MEET_S = 60.0  # that ranks which start together may be apart; FLASHCOMM_TIMEOUT_S says otherwise
+CALL_S = 600.0  # that they may be apart in a sum, for instance while one compiles the model; likewise
 log = logging.getLogger("flashcomm")
 
 
@@ -205,11 +207,13 @@ def _join(made: Any) -> Reducer | None:
         if made.rank_in_group == 0:
             log.warning("vLLM's own all-reduce is used: %s", reason)
         return None
-    plan, timeout_s, said = _own_part(made.device.type, config)
-    _meet(f"flashcomm/{made.unique_name}/{made.ranks}", made.rank_in_group, made.world_size, said, timeout_s)
+    plan, said = _own_part(config)
+    _meet(f"flashcomm/{made.unique_name}/{made.ranks}", made.rank_in_group, made.world_size, said)
     assert plan is not None
     hidden, tokens = config.model_config.get_hidden_size(), config.scheduler_config.max_num_batched_tokens
     given: dict[str, Any] = {"plan": plan.digest if plan.layers or plan.decode else ""}
+    if "FLASHCOMM_TIMEOUT_S" not in os.environ:
+        given["timeout_s"] = CALL_S
     if "FLASHCOMM_WORKSPACE_BYTES" not in os.environ:
         least, most = WORKSPACE_BYTES
         given["workspace_bytes"] = max(least, min(most, 2 * 2 * tokens * hidden))  # of two bytes, for every other call
@@ -226,11 +230,10 @@ def _join(made: Any) -> Reducer | None:
     return flash
 
 
-def _own_part(device_type: str, config: Any) -> tuple[Plan | None, float, str]:
-    """The plan, the time-out, and what this rank says to the others: "ok ..." or its error."""
+def _own_part(config: Any) -> tuple[Plan | None, str]:
+    """The plan, and what this rank says to the others: "ok ..." or its error."""
     try:
         plan = Plan.of(asked())
-        timeout_s = Settings.resolve(device_type, format=str(plan.format)).timeout_s
         front = config.additional_config.get("flashcomm")
         if front != plan.digest:
             raise SettingsError(
@@ -238,15 +241,16 @@ def _own_part(device_type: str, config: Any) -> tuple[Plan | None, float, str]:
                 f"({'another one' if front else 'none, or no flashcomm'}): set and install it for both"
             )
     except FlashcommError as why:
-        return None, 60.0, f"{why}"
-    return plan, timeout_s, f"ok flashcomm {flashcomm.__version__}, plan {plan.digest}"
+        return None, str(why)
+    return plan, f"ok flashcomm {flashcomm.__version__}, plan {plan.digest}"
 
 
-def _meet(name: str, rank: int, world: int, said: str, timeout_s: float) -> None:
+def _meet(name: str, rank: int, world: int, said: str) -> None:
     """Return if every rank comes and says the same "ok ..."; otherwise raise SettingsError on all that came.
 
     Over the store: a worker without flashcomm would answer no collective, or answer it with one of its own.
     """
+    timeout_s = Settings.resolve("cpu", format="bf16").timeout_s if "FLASHCOMM_TIMEOUT_S" in os.environ else MEET_S
     store, keys = _get_default_store(), [f"{name}/{r}" for r in range(world)]
     store.set(keys[rank], said)
     try:
