@@ -107,17 +107,24 @@ class FlashGroup:
 class Reducer:
     """The sums of one group: which of them are ours, and what became of them.
 
-    hidden: values in a row of hidden states. own: vLLM's all-reduce. check: called once with the names of the layers
-    that serve, when the model is there; it raises PlanError if the plan is not for them.
+    name: vLLM's, of the group: the same in every run, as graphs that name it are cached. hidden: values in a row of
+    hidden states. own: vLLM's all-reduce. check: called once with the names of the layers that serve, when the model
+    is there; it raises PlanError if the plan is not for them.
     """
 
     def __init__(
-        self, comm: Communicator, plan: Plan, hidden: int, own: Callable[[Tensor], Tensor], check: Callable[..., None]
+        self,
+        name: str,
+        comm: Communicator,
+        plan: Plan,
+        hidden: int,
+        own: Callable[[Tensor], Tensor],
+        check: Callable[[list[str]], None],
     ) -> None:
-        self.comm, self.plan, self.hidden, self.own = comm, plan, hidden, own
+        self.name, self.comm, self.plan, self.hidden, self.own = name, comm, plan, hidden, own
         self.layers: list[str] = []
         self.ways: dict[str, list[int]] = {}  # calls, bytes of messages, bytes that this rank sent
-        self._check: Callable[..., None] | None = check
+        self._check: Callable[[list[str]], None] | None = check
         self._routes: dict[Any, Route] = {}
 
     def __call__(self, x: Tensor, layer: str = "") -> Tensor:
@@ -141,7 +148,7 @@ class Reducer:
 
     def serve(self, layer: str) -> str:
         """The name under which `torch.ops.flashcomm.all_reduce` sums what this layer gives."""
-        name = f"vllm/{self.comm.group.group_name}/{layer}"
+        name = f"vllm/{self.name}/{layer}"
         ops.serve(name, lambda x: self(x, layer))
         self.layers.append(layer)
         return name
@@ -200,9 +207,9 @@ def _join(made: Any) -> Reducer | None:
     if made.unique_name.split(":")[0] != "tp" or made.world_size == 1:
         return None
     config = get_current_vllm_config_or_none()
-    reason = why_not(config) or (
-        "" if made.cpu_group in _world.pg_map else "the group is not one of torch.distributed's"
-    )
+    reason = why_not(config)
+    if not reason and made.cpu_group not in _world.pg_map:
+        reason = "the group is not one of torch.distributed's"
     if reason:
         if made.rank_in_group == 0:
             log.warning("vLLM's own all-reduce is used: %s", reason)
@@ -225,7 +232,7 @@ def _join(made: Any) -> Reducer | None:
             plan.check(layers, config.model_config.hf_text_config)
 
     comm = Communicator(made.device_group, plan.format, device=made.device.type, **given)
-    flash = Reducer(comm, plan, hidden, made.own_all_reduce, check)
+    flash = Reducer(made.unique_name, comm, plan, hidden, made.own_all_reduce, check)
     flash.warm_up(tokens, config.model_config.dtype)
     return flash
 
