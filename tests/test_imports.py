@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "plan": {"errors", "wire.format"},
     "simulate": {"errors", "policy", "reference", "plan", "wire"},
     "sensitivity": {"reference", "plan", "simulate", "wire"},
-    "integrations": {"errors", "policy", "settings", "wire", "communicator", "ops", "plan"},
+    "integrations": {"errors", "policy", "settings", "wire", "communicator", "ops", "plan", ""},
     "cli": {
         *("errors", "settings", "policy", "wire", "reference", "communicator", "ops", "integrations", ""),
         *("plan", "simulate", "sensitivity", "links", "tables", "transports"),

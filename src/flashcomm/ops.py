@@ -8,11 +8,15 @@ group and the wire format, without which FLASHCOMM_FORMAT or the default decides
     torch.ops.flashcomm.reduce_scatter(Tensor x, str group, int world) -> Tensor   (world * n, ...) to (n, ...)
     torch.ops.flashcomm.all_gather(Tensor x, str group, int world) -> Tensor       (n, ...) to (world * n, ...)
 
+An engine's seam can `serve` names of its own, for sums of which it knows more than the group.
+
 All are functional: a new contiguous tensor, x untouched. `world` is the size of the group, from which the shape of the
 result follows while a graph is traced, without a group at hand.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -24,6 +28,7 @@ from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
 _table: dict[tuple[str, str | None], Communicator] = {}
+_served: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -84,6 +89,14 @@ def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | N
     return f"{text}@{group.group_name}"
 
 
+def serve(name: str, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Make `torch.ops.flashcomm.all_reduce(x, name)` return reduce(x), in place of whatever was served by that name.
+
+    reduce: returns a new contiguous tensor of x's shape and dtype, and leaves x as it is.
+    """
+    _served[name] = reduce
+
+
 def _kept(name: str, x: Tensor) -> Communicator:
     """The Communicator of that name for x's device, made now if there is none for the group as it is now."""
     text, at, group_name = name.rpartition("@")
@@ -118,7 +131,8 @@ _library.define("all_gather(Tensor x, str group, int world) -> Tensor")  # type:
 
 
 def _run_all_reduce(x: Tensor, group: str) -> Tensor:
-    return _kept(group, x).all_reduce(x)
+    served = _served.get(group)
+    return _kept(group, x).all_reduce(x) if served is None else served(x)
 
 
 def _run_reduce_scatter(x: Tensor, group: str, world: int) -> Tensor:

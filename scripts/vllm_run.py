@@ -1,0 +1,144 @@
+"""Greedy text from SmolLM2-135M in an unmodified vLLM at TP 2, with several formats side by side.
+
+    .venv-vllm/bin/python scripts/vllm_run.py [--formats bf16,int8] [--compiled] [--tokens 32] [--json]
+
+Each format has a vLLM of its own, and nothing differs between them but FLASHCOMM_FORMAT. SmolLM2 has 9 heads, which two
+ranks cannot share: it is given 3 more, all zeros, that change nothing. scripts/test-vllm makes .venv-vllm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSETS = ROOT / ".assets"
+WORLD = 2
+PROMPTS = (1800, 900)  # characters of the text for each prompt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--formats", default="bf16,int8,int4-had", help="wire formats, or plans as .json files")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile; without, eager")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # this process is one format's: the model
+    asked = parser.parse_args()
+    if asked.one:
+        print("RESULT", json.dumps(generate(asked.one, asked.tokens, asked.compiled)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "smollm2-12-heads"
+        widen(ASSETS / "smollm2-135m-instruct", model)
+        results = [run(model, fmt, asked.tokens, asked.compiled) for fmt in ["", *asked.formats.split(",")]]
+    if asked.json:
+        print(json.dumps(results))
+        return
+    way = "compiled" if asked.compiled else "eager"
+    print(f"vLLM {results[0]['vllm']}, {WORLD} ranks on a CPU, {way}, prompts of {results[0]['prompt_tokens']} tokens")
+    print(f"{'FLASHCOMM_FORMAT':20} {'coded':>6} {'vLLM':>6} {'message MB':>11} {'sent MB':>8}  tokens as if not set")
+    for result in results:
+        coded, own = count(result, coded=True), count(result, coded=False)
+        same = [sum_of_equal(a, b) for a, b in zip(result["tokens"], results[0]["tokens"], strict=True)]
+        told = ", ".join(f"first {n} of {len(t)}" for n, t in zip(same, results[0]["tokens"], strict=True))
+        sizes = f"{coded['message_bytes'] / 1e6:11.1f} {coded['sent_bytes'] / 1e6:8.1f}"
+        print(f"{result['format'] or '(not set)':20} {coded['calls']:6} {own['calls'] or '?':>6} {sizes}  {told}")
+    print(results[0]["text"])
+
+
+def count(result: dict[str, Any], coded: bool) -> dict[str, int]:
+    """Rank 0's counts over the ways that are coded, or over vLLM's own."""
+    ways = [n for way, n in (result["report"] or {}).get("ways", {}).items() if way.startswith("vllm") != coded]
+    return {key: sum(n[key] for n in ways) for key in ("calls", "message_bytes", "sent_bytes")}
+
+
+def sum_of_equal(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def run(model: Path, fmt: str, tokens: int, compiled: bool) -> dict[str, Any]:
+    """One vLLM in a process of its own."""
+    env = {name: value for name, value in os.environ.items() if name != "FLASHCOMM_FORMAT"}
+    env |= {"FLASHCOMM_FORMAT": fmt} if fmt else {}
+    env |= {"VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(i % (os.cpu_count() or 1)) for i in range(WORLD)))
+    openmp = sorted(Path(sys.prefix).glob("lib/libiomp5.so"))
+    if openmp and platform.machine() == "x86_64":
+        env.setdefault("LD_PRELOAD", str(openmp[0]))
+    command = [sys.executable, __file__, "--one", str(model), "--tokens", str(tokens)]
+    command += ["--compiled"] if compiled else []
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not found:
+        sys.exit(f"vLLM failed with FLASHCOMM_FORMAT={fmt!r}:\n{done.stdout[-6000:]}")
+    return {"format": fmt, **json.loads(found[0].removeprefix("RESULT "))}
+
+
+def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
+    """What vLLM makes of the prompts, greedily, and what became of the all-reduces."""
+    import vllm
+
+    llm = vllm.LLM(
+        model=str(model),
+        tensor_parallel_size=WORLD,
+        dtype="bfloat16",
+        enforce_eager=not compiled,
+        max_model_len=1024,
+        max_num_batched_tokens=1024,
+        enable_prefix_caching=False,
+        seed=0,
+        worker_extension_cls="flashcomm.integrations.vllm.Report",
+    )
+    before = llm.collective_rpc("flashcomm_report")[0]  # with what vLLM ran to warm up
+    text = (ASSETS / "wikipedia-test.txt").read_text()
+    how = vllm.SamplingParams(temperature=0, max_tokens=tokens)
+    outputs = [llm.generate([text[:n]], how)[0] for n in PROMPTS]  # one by one: else batches differ from run to run
+    after = llm.collective_rpc("flashcomm_report")[0]
+    for way, counts in before.get("ways", {}).items():
+        for key, n in counts.items():
+            after["ways"][way][key] -= n
+    return {
+        "vllm": vllm.__version__,
+        "prompt_tokens": [len(o.prompt_token_ids) for o in outputs],
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "text": outputs[0].outputs[0].text,
+        "report": after,
+    }
+
+
+def widen(source: Path, target: Path) -> None:
+    """SmolLM2 with 12 heads and 4 key-value heads in place of 9 and 3; the new ones are zeros."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((source / "config.json").read_text())
+    head = config["hidden_size"] // config["num_attention_heads"]
+    shares = {"q_proj": (0, 12), "k_proj": (0, 4), "v_proj": (0, 4), "o_proj": (1, 12)}  # dimension, heads
+    weights = load_file(source / "model.safetensors")
+    for name, weight in weights.items():
+        dim, heads = shares.get(name.split(".")[-2], (0, 0))
+        weight = weight.bfloat16()
+        if heads:
+            shape = list(weight.shape)
+            shape[dim] = heads * head - shape[dim]
+            weight = torch.cat([weight, weight.new_zeros(shape)], dim)
+        weights[name] = weight.contiguous()
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja") and file.name != "config.json":
+            (target / file.name).write_bytes(file.read_bytes())
+    config |= {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": head, "dtype": "bfloat16"}
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()
