@@ -94,19 +94,21 @@ def fetch(base, epoch, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, 
 
 
 @triton.jit
-def _late(raw, epoch):
-    return (epoch - (raw >> 32).to(tl.int32)).to(tl.uint32, bitcast=True)
+def _unlike(raw, epoch):
+    """Upper halves that are not the epoch, as numbers that are not 0. Not differences: of those and their maximum ptxas
+    12.8 makes one instruction which adds (VIADDMNMX), see LOG.md."""
+    return ((raw >> 32).to(tl.int32) ^ epoch).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _behind(raw, epoch):
-    """How many calls the oldest word of a tile is behind the epoch: the same for all threads."""
-    most = _late(raw[len(raw) - 1], epoch)
+def _missing(raw, epoch):
+    """0 if all words of a tile carry the epoch, else not: the same for all threads."""
+    most = _unlike(raw[len(raw) - 1], epoch)
     for i in tl.static_range(len(raw) - 1):  # planes, of which a thread has all along the middle axis
-        late = tl.max(_late(raw[i], epoch), 1)
+        late = tl.max(_unlike(raw[i], epoch), 1)
         late = tl.reshape(late, (late.shape[0], most.shape[1], late.shape[1] // most.shape[1]))
         most = tl.maximum(most, tl.max(late, 2))
-    return tl.max(most).to(tl.int32, bitcast=True)
+    return (tl.max(most) != 0).to(tl.int32)
 
 
 @triton.jit
@@ -140,7 +142,7 @@ def arrived(base, raw, epoch, half, phase, source, local, peers, status, limit, 
     """`_values` of the tile at base, of which raw was loaded, once all of it is of the epoch, and 1; NaN and 0 if it
     was not within limit. As in `fused_sync.wait` all threads go by one verdict, and the first to give up reports it.
     """
-    late = _behind(raw, epoch)
+    late = _missing(raw, epoch)
     abort = words(local + ABORT_AT)
     polls, state = (late * 0).to(tl.int64), late * 0
     begin = polls
@@ -148,15 +150,16 @@ def arrived(base, raw, epoch, half, phase, source, local, peers, status, limit, 
         begin = clock(polls, REAL)
     while (late != 0) & (state == 0):
         raw = fetch(base, epoch, x, BITS, P, B, M)
-        late = _behind(raw, epoch)
+        late = _missing(raw, epoch)
         polls += 1
         if (late != 0) & (polls % 32 == 0):
             over = (clock(polls, REAL) - begin >= limit).to(tl.int32)
             state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
-    if late != 0:  # a word of the call before may be in the other half
-        other = tl.load(base + (1 - 2 * (epoch & 1)) * (half // 8), volatile=True)
-        seen = tl.maximum(epoch - late, (other >> 32).to(tl.int32))
-        give_up(phase, source, epoch, seen, local, peers, status, WORLD, MAPPED)
+    if late != 0:  # what did come: words of an earlier call, in this half or, of the one before, in the other
+        here = (tl.load(base, volatile=True) >> 32).to(tl.int32)
+        other = (tl.load(base + (1 - 2 * (epoch & 1)) * (half // 8), volatile=True) >> 32).to(tl.int32)
+        seen = tl.maximum(tl.where(here == epoch, epoch - 1, here), other)
+        give_up(phase, source, epoch, seen, local, peers, status, WORLD, REAL)
     for _ in range(DELAY // 16):  # of tests: a slow reader
         raw = fetch(base, epoch, x, BITS, P, B, M)
     steps, scale = _values(raw, late == 0, x, BITS, P, B, M)

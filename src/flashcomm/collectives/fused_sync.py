@@ -79,7 +79,7 @@ def _set(flag, value, MAPPED: tl.constexpr):
 
 
 @triton.jit
-def give_up(phase, source, epoch, seen, local, peers, status, WORLD: tl.constexpr, MAPPED: tl.constexpr):
+def give_up(phase, source, epoch, seen, local, peers, status, WORLD: tl.constexpr, REAL: tl.constexpr):
     """Of a wait that is over its time. Whoever is the first reports it, and points this rank's stores to its own memory
     from the next launch on: peers must not take what it sends out of step for data of their calls.
     """
@@ -90,7 +90,7 @@ def give_up(phase, source, epoch, seen, local, peers, status, WORLD: tl.constexp
         tl.store(status + 4, seen)
         for i in tl.static_range(WORLD):
             tl.store(peers + i, local)
-        _set(status, epoch * 0 + 1, MAPPED)
+        _set(status, epoch * 0 + 1, REAL)  # host memory, whatever peers write to
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def wait(flag, epoch, phase, source, local, peers, status, limit, WORLD: tl.cons
                 over = (clock(polls, REAL) - begin >= limit).to(tl.int32)
                 state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
         if late != 0:
-            give_up(phase, source, epoch, tl.load(flag, volatile=True), local, peers, status, WORLD, MAPPED)
+            give_up(phase, source, epoch, tl.load(flag, volatile=True), local, peers, status, WORLD, REAL)
     for _ in range(DELAY):  # of tests: a slow reader, between the wait and the read
         late |= _late(flag, epoch, MAPPED) & late
     tl.debug_barrier()
