@@ -6,8 +6,15 @@ imported.
 
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError
-from flashcomm.ops import all_reduce
+from flashcomm.ops import all_reduce, all_reduce_add_rms_norm
 from flashcomm.wire.format import WireFormat
 
 __version__ = "0.1.0"
-__all__ = ["Communicator", "FlashcommError", "WireFormat", "__version__", "all_reduce"]
+__all__ = [
+    "Communicator",
+    "FlashcommError",
+    "WireFormat",
+    "__version__",
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+]

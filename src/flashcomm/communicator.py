@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcomm import agreement, links, policy
+from flashcomm import agreement, epilogue, links, policy
 from flashcomm.collectives import composed
 from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
 from flashcomm.settings import Settings
@@ -129,23 +129,39 @@ class Communicator:
             fmt = self.format if format is None else WireFormat.parse(format)
         except FormatError as why:
             unknown = why  # raised below, once every rank knows of it
-        call = self._enter("all_reduce", x, out, fmt, unknown)
+        problem = agreement.problem_with("all_reduce", x, self.device, self.world, out)
+        call = self._enter("all_reduce", x, problem, fmt, unknown)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
         route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
-        way = route.algorithm
-        self._count("all_reduce", way, x)
-        if way in ("copy", "native"):
-            result.copy_(x)
-            if way == "native":
-                self.transport.all_reduce_native(result, "native all-reduce").wait()
-        elif self._fused is not None:
-            self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), format)
-        else:
-            run = composed.one_shot if way == "one_shot" else composed.two_shot
-            run(x.contiguous(), result, replace(self._context, fmt=fmt))
+        self._count("all_reduce", route.algorithm, x)
+        self._reduce(x, result, call.row, fmt, route, format)
         return result
+
+    def all_reduce_add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: str | WireFormat | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(normed, new residual): `reference.add_rms_norm` of `all_reduce(x)`, as layers have it. Both are new.
+
+        x, residual: (..., hidden), bf16, fp16 or fp32, of one dtype; residual and weight (hidden,) are to be equal on
+        all ranks, and then results are. Over peers' memory all of it is one launch where `fused_norm` can take it.
+        Raises as `all_reduce`.
+        """
+        fmt, unknown = self.format, None
+        try:
+            fmt = self.format if format is None else WireFormat.parse(format)
+        except FormatError as why:
+            unknown = why
+        eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
+        problem = agreement.problem_beside(x, residual, weight, eps, self.device, self.world)
+        call = self._enter("all_reduce_add_rms_norm", x, problem, fmt, unknown, eps)
+        route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
+        self._count("all_reduce_add_rms_norm", route.algorithm, x)
+        total = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x.numel():
+            self._reduce(x, total, call.row, fmt, route, format)
+        return epilogue.add_rms_norm(total, residual, weight, eps)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """This rank's slice, along dimension 0, of the sum of x over all ranks; coded once, as `format.reduce`.
@@ -224,6 +240,21 @@ class Communicator:
         run(x.contiguous(), out, self._context)
         return out
 
+    def _reduce(
+        self, x: Tensor, result: Tensor, row: int, fmt: WireFormat, route: policy.Route, format: str | WireFormat | None
+    ) -> None:
+        """All-reduce x into result by a route."""
+        way = route.algorithm
+        if way in ("copy", "native"):
+            result.copy_(x)
+            if way == "native":
+                self.transport.all_reduce_native(result, "native all-reduce").wait()
+        elif self._fused is not None:
+            self._run_fused(way, x, result, row, WireFormat.parse(route.fmt), format)
+        else:
+            run = composed.one_shot if way == "one_shot" else composed.two_shot
+            run(x.contiguous(), result, replace(self._context, fmt=fmt))
+
     def _quick(self, x: Any, out: Any, format: Any) -> Tensor | None:
         """The result of a message like an earlier one, with as little as possible done on the host; None: not so."""
         if out is not None or not self._launches or type(x) not in agreement.PLAIN:
@@ -279,18 +310,22 @@ class Communicator:
         self,
         name: str,
         x: Tensor,
-        out: Tensor | None = None,
+        problem: agreement.Problem | None = None,
         fmt: WireFormat | None = None,
         unknown: FormatError | None = None,
+        more: object = None,
     ) -> policy.Call:
-        """Check this rank's input and, where settings say so, that all ranks make the same call."""
+        """Raise if there is a problem with this rank's input and, where settings say so, unless all ranks make the same
+        call. more: what else must be equal on all ranks."""
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
-        problem = agreement.problem_with(name, x, self.device, self.world, out)
+        if problem is None:
+            problem = agreement.problem_with(name, x, self.device, self.world)
         if unknown and not problem:
             problem = agreement.Problem.FORMAT
         if self.settings.check and self.world > 1:
-            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt))
+            same = (self.settings, fmt) if more is None else (self.settings, fmt, more)
+            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, same)
         elif problem == agreement.Problem.FORMAT and unknown:
             raise unknown
         elif problem:

@@ -1,6 +1,7 @@
-"""`flashcomm.all_reduce` for people, `torch.ops.flashcomm.all_reduce` for compiled graphs and engines.
+"""`flashcomm.all_reduce` for people, `torch.ops.flashcomm.all_reduce` for compiled graphs and engines; both also with
+what follows in a layer, as `all_reduce_add_rms_norm`.
 
-Both run a Communicator out of a table, made at the first call with its group and format (that call is collective and
+They run a Communicator out of a table, made at the first call with its group and format (that call is collective and
 compares settings). The op names it by one string, "group" or "format@group": the c10d name of a registered process
 group and the wire format, without which FLASHCOMM_FORMAT or the default decides.
 """
@@ -28,6 +29,25 @@ def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.Pr
     if torch.compiler.is_compiling():
         return torch.ops.flashcomm.all_reduce(x, op_name(format, group))  # type: ignore[no-any-return]
     return _kept(op_name(format, group), x).all_reduce(x)
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    format: str | WireFormat | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of `all_reduce(x, format, group)` + residual, and that sum, the new residual: two new tensors.
+
+    x, residual: (..., hidden); weight: (hidden,); see `Communicator.all_reduce_add_rms_norm`. Compiles and raises as
+    `all_reduce` does.
+    """
+    if torch.compiler.is_compiling():
+        op = torch.ops.flashcomm.all_reduce_add_rms_norm
+        return op(x, residual, weight, eps, op_name(format, group))  # type: ignore[no-any-return]
+    return _kept(op_name(format, group), x).all_reduce_add_rms_norm(x, residual, weight, eps)
 
 
 def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> str:
@@ -84,3 +104,23 @@ _library.impl("all_reduce", _run, "CompositeExplicitAutograd")  # type: ignore[n
 @torch.library.register_fake("flashcomm::all_reduce", lib=_library)  # type: ignore[untyped-decorator]
 def _fake(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_library.define(  # type: ignore[no-untyped-call]
+    "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group) -> (Tensor, Tensor)"
+)
+
+
+def _run_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return _kept(group, x).all_reduce_add_rms_norm(x, residual, weight, eps)
+
+
+_library.impl("all_reduce_add_rms_norm", _run_norm, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("flashcomm::all_reduce_add_rms_norm", lib=_library)  # type: ignore[untyped-decorator]
+def _fake_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    )
