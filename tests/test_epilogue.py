@@ -1,4 +1,4 @@
-"""The all-reduce with what follows it in a layer: residual added, RMS norm. One definition, the same bits everywhere."""
+"""The all-reduce with what follows it in a layer: residual added, RMS norm. One definition, the same bits everywhere"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import DTYPES, N_GPUS, raise_first, run_ranks, same_bits, tough
 import flashcomm
 from flashcomm import Communicator, WireFormat, epilogue, ops, reference
 from flashcomm.cli.launch import RankContext, run
-from flashcomm.errors import ClosedError, FormatError, InputError
+from flashcomm.errors import ClosedError, CommunicationError, FormatError, InputError
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HIDDEN = (512, 768, 4096, 5120, 1, 7, 577)
@@ -166,7 +166,7 @@ class TestCommunicator:
             for wrong, advice in bad:
                 with pytest.raises(InputError, match=advice):
                     comm.all_reduce_add_rms_norm(**fine | (wrong if rank == 0 or not check else {}))  # type: ignore[arg-type]
-            with pytest.raises(InputError if check else FormatError, match="format|9 bits"):
+            with pytest.raises(InputError if check else FormatError, match=r"format|9 bits"):
                 comm.all_reduce_add_rms_norm(**fine, format="int9")  # type: ignore[arg-type]
             if check:
                 for other in ({"eps": 1e-6}, {"x": x[:1], "residual": residual[:1]}):
@@ -212,3 +212,125 @@ def functional(ctx: RankContext) -> None:
 
 def test_as_an_op_and_compiled() -> None:
     run(functional, 2)
+
+
+ON_GPUS = N_GPUS >= 2
+DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "shared")
+
+
+def on_ranks(body: object, world: int, *args: object) -> object:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if ON_GPUS and world > N_GPUS:
+        pytest.skip(f"{N_GPUS} CUDA devices, {world} are needed")
+    return run(body, world, args, device=DEVICE, timeout_s=280)  # type: ignore[arg-type]
+
+
+def over_peers_memory(ctx: RankContext, cases: list[tuple[str, torch.dtype, str, list[tuple[int, ...]]]]) -> None:
+    for fmt, dtype, algorithm, shapes in cases:
+        settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60}
+        with Communicator(None, fmt, device=DEVICE, algorithm=algorithm, **settings) as comm:  # type: ignore[arg-type]
+            for seed, shape in enumerate(shapes):
+                everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
+                everybody[1].view(-1)[-1] = float("inf") if seed % 2 else 1.0
+                residual, weight = beside(shape, dtype, seed)
+                want = reference.add_rms_norm(
+                    getattr(reference, algorithm)(everybody, comm.format), residual, weight, 1e-5
+                )
+                mine = [t.to(ctx.device) for t in (everybody[ctx.rank], residual, weight)]
+                got = comm.all_reduce_add_rms_norm(*mine, 1e-5)  # type: ignore[arg-type]
+                assert same_pair(got, want), (fmt, dtype, algorithm, shape)
+                assert comm.all_reduce(mine[0]).shape == shape  # one region and one count of calls
+            one, other = f"all_reduce_add_rms_norm/fused {algorithm}", f"all_reduce_add_rms_norm/{algorithm}"
+            assert comm.calls[one] == sum(shape[-1] % comm.format.unit == 0 for shape in shapes)
+            assert comm.calls[one] + comm.calls[other] == len(shapes)
+
+
+ROWS: list[tuple[int, ...]] = [(9, 512), (2, 11, 768), (3, 4096), (1, 64), (2, 600)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_in_one_launch(world: int) -> None:
+    """Rows shorter and longer than a tile, in a block and across blocks, across slices; groups of two sizes; tails."""
+    cases = {
+        2: [
+            ("int4", BF16, "one_shot", ROWS),
+            ("int6-had/int7-had", BF16, "two_shot", ROWS),
+            ("int8", FP16, "two_shot", [(5, 5120), (1, 8192)]),
+            ("bf16", FP32, "one_shot", [(9, 768), (2, 4096)]),
+        ],
+        3: [
+            ("int8-g32/int4-g128-had", FP32, "two_shot", [(9, 512), (3, 4096), (10, 768), (4, 1152)]),
+            ("bf16", BF16, "two_shot", [(7, 768), (1, 8192)]),
+        ],
+        4: [("int6-had/int7-had", BF16, "one_shot", [(9, 512), (5, 768)]), ("int4", BF16, "two_shot", [(31, 768)])],
+    }
+    on_ranks(over_peers_memory, world, cases[world])
+
+
+def cut_up(ctx: RankContext) -> None:
+    """However rows are cut into tiles, blocks, slices and launches: the same bits. A workspace of a few tiles only."""
+    from flashcomm.collectives import fused, fused_kernel, fused_norm
+    from flashcomm.transports import shared, symmetric
+
+    region = (symmetric if ON_GPUS else shared).make(ctx.device, fused.region_bytes(40_000))
+    places: list[str] = [""] * ctx.world
+    dist.all_gather_object(places, region.place)
+    region.join(dist.group.WORLD, places)
+    dist.barrier()
+    plans = fused_norm.FusedNorm(fused.FusedCollectives(region, 60))
+    kinds = {fused_kernel.ONE_SHOT: reference.one_shot, fused_kernel.TWO_SHOT: reference.two_shot}
+    fmt = WireFormat.parse("int4")
+    cases = [((9, 512), fused.Tuning(1024, 2, 1)), ((7, 1152), fused.Tuning(1024, 1, 0))]
+    cases += [((3, 2048), fused.Tuning(512, 3, 2)), ((3, 1600), fused.Tuning(512, 2, 1))]
+    for shape, how in cases:
+        everybody, (residual, weight) = [tough(shape, BF16, r) for r in range(ctx.world)], beside(shape, BF16)
+        mine = [t.to(ctx.device) for t in (everybody[ctx.rank], residual, weight)]
+        for kind, define in kinds.items():
+            got = (torch.full_like(mine[0], 7), torch.full_like(mine[0], 8))
+            plans.plan(kind, mine[0], fmt, how)(*(t.data_ptr() for t in (*mine, *got)), 1e-6)
+            want = reference.add_rms_norm(define(everybody, fmt), residual, weight, 1e-6)
+            assert same_pair(got, want), (how, shape, kind)
+    plans.collectives.check()
+    region.close()
+
+
+def test_how_rows_are_cut_changes_no_bit() -> None:
+    on_ranks(cut_up, 2)
+
+
+def odd_arguments(ctx: RankContext) -> None:
+    """Neither contiguous nor aligned, calls of other kinds between; a peer that does not come is an error, and NaN."""
+    settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 2, "check": False}
+    comm = Communicator(None, "int4", device=DEVICE, algorithm="one_shot", **settings)  # type: ignore[arg-type]
+    everybody = [tough((6, 513), BF16, rank) for rank in range(ctx.world)]
+    residual, weight = beside((6, 512), BF16)
+    total = reference.one_shot([t[:, 1:] for t in everybody], comm.format)
+    want = reference.add_rms_norm(total, residual, weight, 1e-5)
+    x, shifted = everybody[ctx.rank].to(ctx.device)[:, 1:], torch.empty(513, dtype=BF16, device=ctx.device)
+    shifted[1:] = weight
+    for _ in range(2):
+        got = comm.all_reduce_add_rms_norm(x, residual.to(ctx.device).t().contiguous().t(), shifted[1:], 1e-5)
+        assert same_pair(got, want)
+        assert same_bits(comm.all_reduce(x).cpu(), total)
+    assert comm.calls["all_reduce_add_rms_norm/fused one_shot"] == 2
+    comm.synchronize()
+    dist.barrier()
+    if ctx.rank == 0:
+        mine = [t.to(ctx.device) for t in (x, residual, weight)]
+        late: list[torch.Tensor] = []
+        with pytest.raises(CommunicationError, match="rank 1: expected call 5, saw 4"):
+            _twice(comm, mine, late)
+        assert all(t.isnan().all() for t in late)
+        assert len(late) == 2
+    dist.barrier()
+    comm.close()
+
+
+def _twice(comm: Communicator, mine: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+    for _ in range(2):  # the second one, if not the first, finds that the first one waited in vain
+        results += comm.all_reduce_add_rms_norm(*mine, 1e-5)  # type: ignore[arg-type]
+        comm.synchronize()
+
+
+def test_odd_arguments_and_a_rank_that_does_not_come() -> None:
+    on_ranks(odd_arguments, 2)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from flashcomm.settings import Settings
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import codec_for
 from flashcomm.wire.format import WireFormat
+
+if TYPE_CHECKING:
+    from flashcomm.collectives.fused_norm import FusedNorm
 
 KINDS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collectives.fused_kernel` numbers them
 MAX_KEPT = 4096  # shapes whose launches a Communicator remembers
@@ -96,6 +99,11 @@ class Communicator:
             self.settings.chunk_bytes,
         )
         self.machine, self._fused = links.connect(group, self.transport, self.settings)
+        self._norm: FusedNorm | None = None
+        if self._fused is not None:
+            from flashcomm.collectives.fused_norm import FusedNorm
+
+            self._norm = FusedNorm(self._fused)
         self._launches: dict[Any, Any] = {}  # of this Communicator's messages so far, by shape, dtype and format
         self._stream: torch.cuda.Stream | None = None
         self._n_calls = 0
@@ -157,7 +165,11 @@ class Communicator:
         problem = agreement.problem_beside(x, residual, weight, eps, self.device, self.world)
         call = self._enter("all_reduce_add_rms_norm", x, problem, fmt, unknown, eps)
         route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
-        self._count("all_reduce_add_rms_norm", route.algorithm, x)
+        coded, way = WireFormat.parse(route.fmt), route.algorithm
+        if self._norm is not None and way in KINDS and self._norm.fits(KINDS.index(way), x, coded):
+            self._count("all_reduce_add_rms_norm", f"fused {way}", x)
+            return self._run_norm(way, x, residual, weight, eps, coded)
+        self._count("all_reduce_add_rms_norm", way, x)
         total = torch.empty_like(x, memory_format=torch.contiguous_format)
         if x.numel():
             self._reduce(x, total, call.row, fmt, route, format)
@@ -206,7 +218,7 @@ class Communicator:
         """
         if self._fused is not None and not self._closed:
             self._fused.close()
-        self._closed, self._fused = True, None
+        self._closed, self._fused, self._norm = True, None, None
         self._launches.clear()
         self.transport.close()
         self._context.workspace = composed.Workspace(self.device)
@@ -280,10 +292,9 @@ class Communicator:
     def _run_fused(self, name: str, x: Tensor, out: Tensor, row: int, fmt: WireFormat, format: Any) -> None:
         """One launch, or a few for messages larger than the workspace, over copies of what is not aligned."""
         assert self._fused is not None
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with self._on_device():
             self._order()
-            given, x = x, x.resolve_neg().contiguous()
-            x = x.clone() if x.data_ptr() % 16 else x
+            given, x = x, _plain(x)
             target = torch.empty_like(out) if out.data_ptr() % 16 else out
             launch = self._fused.plan(KINDS.index(name), x, row, fmt)
             launch(x.data_ptr(), target.data_ptr())
@@ -293,6 +304,23 @@ class Communicator:
             if len(self._launches) >= MAX_KEPT:
                 self._launches.clear()
             self._launches[given.shape, given.dtype, format] = (launch, f"all_reduce/{name}")
+
+    def _run_norm(
+        self, name: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fmt: WireFormat
+    ) -> tuple[Tensor, Tensor]:
+        """The all-reduce and its epilogue in one launch, or a few for messages larger than the workspace."""
+        assert self._norm is not None
+        with self._on_device():
+            self._order()
+            x, residual, weight = _plain(x), _plain(residual), _plain(weight)
+            normed, summed = torch.empty_like(x), torch.empty_like(x)
+            launch = self._norm.plan(KINDS.index(name), x, fmt)
+            results = normed.data_ptr(), summed.data_ptr()
+            launch(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), *results, eps)
+        return normed, summed
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _order(self) -> None:
         """Raise what kernels reported; put this call behind the last one if that was on another stream."""
@@ -342,3 +370,9 @@ class Communicator:
         if self.settings.debug == "info" and not self.calls[key]:
             log.warning("%r: first %s goes %s, shape %s %s", self, name, way, tuple(x.shape), x.dtype)
         self.calls[key] += 1
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x, or a copy of it, contiguous and aligned to 16 bytes, as kernels over peers' memory take it."""
+    x = x.resolve_neg().contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

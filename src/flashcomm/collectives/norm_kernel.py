@@ -107,7 +107,7 @@ def chunks(hidden: int, tile: int) -> tuple[int, int, int]:
 
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`reference.add_rms_norm` in one launch; all contiguous, hidden at most MOST_HIDDEN. New lengths compile nothing."""
+    """`reference.add_rms_norm` in one launch; all contiguous, hidden at most MOST_HIDDEN. No length compiles."""
     hidden = total.shape[-1]
     if hidden > MOST_HIDDEN or not all(t.is_contiguous() for t in (total, residual, weight)):
         raise ValueError(f"contiguous rows of at most {MOST_HIDDEN} values are needed, got {tuple(total.shape)}")
