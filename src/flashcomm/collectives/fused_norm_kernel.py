@@ -140,17 +140,12 @@ def _fetch_groups(base, x, tile, b, keep, BITS: tl.constexpr, P: tl.constexpr, B
 
 
 @triton.jit
-def _chunk(x, residual, row, last, c, data, own, local, rank, n_tiles, SOURCES: tl.constexpr, ROW: tl.constexpr,
+def _chunk(x, row, last, c, data, own, local, rank, n_tiles, SOURCES: tl.constexpr, ROW: tl.constexpr,
            CHUNK: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
            P: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
-    """What is loaded of chunk c of ROWS rows from `row` on: every source's part of it, and the residual's."""
+    """Every source's part of chunk c of ROWS rows from `row` on, as it lies there."""
     M: tl.constexpr = GROUP // P
     G: tl.constexpr = CHUNK // GROUP
-    at, keep = _inside(row, last, c, ROW, CHUNK, ROWS, GROUP, P)
-    mine = tl.load(residual + row.to(tl.int64) * ROW + c * CHUNK + at, mask=keep, other=0.0)
-    k = tl.arange(0, ROWS * G)
-    in_row = c * G + k % G
-    exists = (row + k // G < last) & (in_row < ROW // GROUP)
     first = row.to(tl.int64) * (ROW // GROUP) + c * G  # group of the message
     tile = first // B
     raws = ()
@@ -160,9 +155,30 @@ def _chunk(x, residual, row, last, c, data, own, local, rank, n_tiles, SOURCES: 
         if ROWS * CHUNK == B * GROUP and (CHUNK == ROW or ROW % CHUNK == 0):  # it is a tile
             raws = raws + (_fetch(base, x, BITS, P, B, M),)
         else:
+            k = tl.arange(0, ROWS * G)
+            exists = (row + k // G < last) & (c * G + k % G < ROW // GROUP)
             group = (first - tile * B).to(tl.int32) + (k // G * (ROW // GROUP) + k % G)
             raws = raws + (_fetch_groups(base, x, group // B, group % B, exists, BITS, P, B, M, BYTES),)
-    return raws, mine
+    return raws
+
+
+@triton.jit
+def _beside(residual, row, last, c, ROW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+            P: tl.constexpr):  # fmt: skip
+    """The residual's chunk c of ROWS rows from `row` on, 0 where there is none."""
+    at, keep = _inside(row, last, c, ROW, CHUNK, ROWS, GROUP, P)
+    return tl.load(residual + row.to(tl.int64) * ROW + c * CHUNK + at, mask=keep, other=0.0)
+
+
+@triton.jit
+def _weights(weight, c, ROW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+             P: tl.constexpr):  # fmt: skip
+    """The weight's chunk c, for each of ROWS rows."""
+    G: tl.constexpr = CHUNK // GROUP
+    inside = (tl.arange(0, P) * (GROUP // P))[None, :, None] + tl.arange(0, GROUP // P)[None, None, :]
+    k = tl.arange(0, ROWS * G)
+    column = c * CHUNK + (k if ROWS == 1 else k % G)[:, None, None] * GROUP + inside
+    return tl.load(weight + column, mask=column < ROW, other=0.0)
 
 
 @triton.jit
@@ -181,32 +197,36 @@ def _inside(row, last, c, ROW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _rows(x, residual, weight, out, summed, eps, first, last, data, ok, own, local, rank, n_tiles,
-          SOURCES: tl.constexpr, TIMES: tl.constexpr, ROW: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-          ROWS: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, TURNED: tl.constexpr, GROUP: tl.constexpr,
-          P: tl.constexpr, BYTES: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
-    """Role R for rows [first, last), at most TIMES * ROWS: the next chunk is on its way while one is decoded."""
+def _rows(x, residual, weight, out, summed, eps, first, last, data, ok, mine, w, own, local, rank, n_tiles,
+          SOURCES: tl.constexpr, RUN: tl.constexpr, TIMES: tl.constexpr, ROW: tl.constexpr, CHUNK: tl.constexpr,
+          CHUNKS: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, BITS: tl.constexpr, TURNED: tl.constexpr,
+          GROUP: tl.constexpr, P: tl.constexpr, BYTES: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
+    """Role R for rows [first, last), at most TIMES * ROWS: the next chunk is on its way while one is decoded.
+
+    mine: the first chunk's residuals; w: with RUN 1, the weights of chunk 0.
+    """
     M: tl.constexpr = GROUP // P
     G: tl.constexpr = CHUNK // GROUP
     BR: tl.constexpr = ROWS * G
-    inside = (tl.arange(0, P) * M)[None, :, None] + tl.arange(0, M)[None, None, :]
-    after = _chunk(x, residual, first, last, 0, data, own, local, rank, n_tiles, SOURCES, ROW, CHUNK, ROWS, B, BITS, GROUP, P, BYTES)  # noqa: E501  # fmt: skip
+    raws = _chunk(x, first, last, 0, data, own, local, rank, n_tiles, SOURCES, ROW, CHUNK, ROWS, B, BITS, GROUP, P, BYTES)  # noqa: E501  # fmt: skip
     for t in tl.static_range(TIMES):
         row = first + t * ROWS
         if row < last:
             kept, sums = (), ()
             for c in tl.static_range(CHUNKS):
-                raws, mine = after
+                now, beside = raws, mine
                 if c + 1 < CHUNKS:
-                    after = _chunk(x, residual, row, last, c + 1, data, own, local, rank, n_tiles, SOURCES, ROW, CHUNK, ROWS, B, BITS, GROUP, P, BYTES)  # noqa: E501  # fmt: skip
+                    raws = _chunk(x, row, last, c + 1, data, own, local, rank, n_tiles, SOURCES, ROW, CHUNK, ROWS, B, BITS, GROUP, P, BYTES)  # noqa: E501  # fmt: skip
+                    mine = _beside(residual, row, last, c + 1, ROW, CHUNK, ROWS, GROUP, P)
                 elif t + 1 < TIMES:
-                    next = tl.minimum(row + ROWS, last - 1) // ROWS * ROWS if ROWS * CHUNK == B * GROUP and CHUNK == ROW else tl.minimum(row + ROWS, last - 1)  # noqa: E501  # fmt: skip
-                    after = _chunk(x, residual, next, last, 0, data, own, local, rank, n_tiles, SOURCES, ROW, CHUNK, ROWS, B, BITS, GROUP, P, BYTES)  # noqa: E501  # fmt: skip
-                y = _sum(raws, ok, SOURCES, BITS, P, BR, M)
+                    next = tl.where(row + ROWS < last, row + ROWS, row)
+                    raws = _chunk(x, next, last, 0, data, own, local, rank, n_tiles, SOURCES, ROW, CHUNK, ROWS, B, BITS, GROUP, P, BYTES)  # noqa: E501  # fmt: skip
+                    mine = _beside(residual, next, last, 0, ROW, CHUNK, ROWS, GROUP, P)
+                y = _sum(now, ok, SOURCES, BITS, P, BR, M)
                 if TURNED:
                     y = _unturned(y, tl.arange(0, BR) * 0 + GROUP, P, BR, M, False)
                 at, keep = _inside(row, last, c, ROW, CHUNK, ROWS, GROUP, P)
-                stored = rounded(value_of(rounded(y, out, BF16), BF16) + widen(mine), out, BF16)
+                stored = rounded(value_of(rounded(y, out, BF16), BF16) + widen(beside), out, BF16)
                 tl.store(summed + row.to(tl.int64) * ROW + c * CHUNK + at, stored, mask=keep)
                 y = value_of(stored, BF16)
                 kept, sums = kept + (stored,), push(sums, pair_sum(y * y, CHUNK, ROWS), c)
@@ -217,10 +237,11 @@ def _rows(x, residual, weight, out, summed, eps, first, last, data, ok, own, loc
                 scale = tl.reshape(tl.broadcast_to(scale[:, None], (ROWS, G)), (BR,))[:, None, None]
             for c in tl.static_range(CHUNKS):
                 at, keep = _inside(row, last, c, ROW, CHUNK, ROWS, GROUP, P)
-                column = c * CHUNK + (at if ROWS == 1 else (tl.arange(0, BR) % G * GROUP)[:, None, None] + inside)
-                w = tl.load(weight + column, mask=column < ROW, other=0.0)
-                y = normed(kept[c], scale, w, out, BF16)
-                tl.store(out + row.to(tl.int64) * ROW + c * CHUNK + at, rounded(y, out, BF16), mask=keep)
+                weights = w
+                if RUN > 1 or c > 0:
+                    weights = _weights(weight, c, ROW, CHUNK, ROWS, GROUP, P)
+                y = rounded(normed(kept[c], scale, weights, out, BF16), out, BF16)
+                tl.store(out + row.to(tl.int64) * ROW + c * CHUNK + at, y, mask=keep)
 
 
 _RUN_TIME = ("own", "local", "rank", "n_rows", "n_units", "slice_units", "stride", "n_tiles", "half", "second", "limit", "lag")  # fmt: skip  # noqa: E501
@@ -279,12 +300,20 @@ def fused_norm(
             first = _first_row(owner, block, n_blocks, stride, n_rows, RUN * UNITS, PER_ROW)
             last = _first_row(owner, block + 1, n_blocks, stride, n_rows, RUN * UNITS, PER_ROW)
             if first < last:
+                GROUP: tl.constexpr = GROUP2 if TWO else GROUP1
+                P: tl.constexpr = P2 if TWO else P1
+                mine = _beside(residual, first, last, 0, ROW, CHUNK, ROWS, GROUP, P)  # under way while it waits
+                w = mine
+                if RUN == 1:
+                    w = _weights(weight, 0, ROW, CHUNK, ROWS, GROUP, P)
                 ok = _await(first, last, n_blocks, n_tiles, epoch2, own, local, rank, peers, status, limit, TWO, WORLD,
                             RUN, UNITS, PER_ROW, REAL, MAPPED, DELAY)  # fmt: skip
                 place = DATA_AT + (epoch2 & 1).to(tl.int64) * half
                 if TWO:
-                    _rows(x, residual, weight, out, summed, eps, first, last, place + second, ok, own, local, rank,
-                          n_tiles, 1, TIMES, ROW, CHUNK, CHUNKS, ROWS, B2, BITS2, TURNED2, GROUP2, P2, BYTES2, BF16)  # fmt: skip
+                    _rows(x, residual, weight, out, summed, eps, first, last, place + second, ok, mine, w, own, local,
+                          rank, n_tiles, 1, RUN, TIMES, ROW, CHUNK, CHUNKS, ROWS, B2, BITS2, TURNED2, GROUP2, P2,
+                          BYTES2, BF16)  # fmt: skip
                 else:
-                    _rows(x, residual, weight, out, summed, eps, first, last, place, ok, own, local, rank, n_tiles,
-                          WORLD, TIMES, ROW, CHUNK, CHUNKS, ROWS, B1, BITS1, TURNED1, GROUP1, P1, BYTES1, BF16)  # fmt: skip
+                    _rows(x, residual, weight, out, summed, eps, first, last, place, ok, mine, w, own, local, rank,
+                          n_tiles, WORLD, RUN, TIMES, ROW, CHUNK, CHUNKS, ROWS, B1, BITS1, TURNED1, GROUP1, P1,
+                          BYTES1, BF16)  # fmt: skip
