@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashcomm.cli import accuracy
+from flashcomm.cli import accuracy, epilogue
 from flashcomm.cli.options import (
     Algorithm,
     Csv,
@@ -27,6 +27,8 @@ from flashcomm.cli.options import (
     device_for,
     dtype_for,
     formats_of,
+    modes_of,
+    prepare,
     progress_bar,
 )
 from flashcomm.errors import FlashcommError, SettingsError
@@ -43,6 +45,7 @@ bench_app = typer.Typer(help="Measure collectives, each verified before it is ti
 app.add_typer(bench_app, name="bench")
 for _name, _command in (("eval", accuracy.evaluate), ("tune", accuracy.tune), ("probe", accuracy.probe)):
     app.command(_name)(_command)
+bench_app.command("epilogue")(epilogue.bench)
 
 
 @app.command()
@@ -99,7 +102,7 @@ def generate(
     from flashcomm.cli import report
     from flashcomm.cli.models import check_model
 
-    where, settings = _prepare(format, device, world, min_bytes, algorithm)
+    where, settings = prepare(format, device, world, min_bytes, algorithm)
     check_model(model, world)
     streamed = [] if json else [""]
 
@@ -148,7 +151,7 @@ def ttft(
     from flashcomm.cli.models import check_model
 
     names = formats_of(formats, plans=True)
-    where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
+    where, settings = prepare(names[0], device, world, min_bytes, algorithm)
     rate = parse_rate(link) if link else None
     check_model(model, world)
     args = (model, names, tokens, repeats, dtype_for(dtype), rate, settings)
@@ -204,7 +207,7 @@ def calibrate(
     if world < 2:
         raise SettingsError("calibrating a collective needs --world 2 or more")
     names = formats_of(formats) if formats else list(command.FORMATS)
-    where, _ = _prepare(names[0], device, world, None, None)
+    where, _ = prepare(names[0], device, world, None, None)
     sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
@@ -262,12 +265,12 @@ def bench_all_reduce(
     if world < 2:
         raise SettingsError("a bench of a collective needs --world 2 or more")
     names = formats_of(formats)
-    where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
+    where, settings = prepare(names[0], device, world, min_bytes, algorithm)
     settings |= {"chunk_bytes": chunk_bytes} if chunk_bytes else {}
     sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
-    args = (names, sizes, row, dtype_for(dtype), turns, _modes(mode, where), settings)
+    args = (names, sizes, row, dtype_for(dtype), turns, modes_of(mode, where), settings)
     with progress_bar(json) as bar:
         task = bar.add_task("starting", total=len(sizes))
 
@@ -294,81 +297,6 @@ def bench_all_reduce(
     told = {f"{r['path']}: {r['note']}" for r in rows}
     for line in [*sorted(told), *(f"not measured: {path}: {why}" for path, why in found["unavailable"].items())]:
         report.console.print(line, markup=False, style="dim")
-
-
-def _modes(asked: str | None, device: str) -> tuple[str, ...]:
-    """Which ways to time: CUDA graphs only where there is CUDA."""
-    known = {"eager": ("eager",), "graph": ("graph",), "both": ("eager", "graph")}
-    asked = asked or ("both" if device == "cuda" else "eager")
-    if asked not in known:
-        raise SettingsError(f"--mode {asked}: allowed are {', '.join(known)}")
-    if device != "cuda" and asked != "eager":
-        raise SettingsError(f"--mode {asked}: CUDA graphs need --device cuda; on CPUs there is eager only")
-    return known[asked]
-
-
-@bench_app.command("epilogue")
-def bench_epilogue(
-    world: World = 2,
-    formats: Annotated[str, typer.Option(help="Wire formats, separated by commas.")] = "int8,int4",
-    begin: Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")] = "1M",
-    end: Annotated[str, typer.Option("--end", "-e", help="Largest message.")] = "64M",
-    factor: Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")] = 4,
-    row: Annotated[int, typer.Option(min=1, help="Length of a row (hidden size).")] = 4096,
-    turns: Annotated[int, typer.Option(min=1, help="Alternating samples; the median counts.")] = 7,
-    mode: Annotated[
-        str | None, typer.Option(help="eager, graph (replays of a CUDA graph) or both. [default: graph on CUDA]")
-    ] = None,
-    engines: Annotated[
-        str, typer.Option(help="Whose add+norm to measure behind the all-reduce, beside ours; on GPUs.")
-    ] = "vllm,flashinfer,compiled",
-    min_bytes: MinBytes = "0",
-    algorithm: Algorithm = None,
-    device: Device = "auto",
-    dtype: Dtype = "bf16",
-    timeout: Timeout = 1800,
-    csv: Csv = None,
-    json: Json = False,
-) -> None:
-    """All-reduce, residual and RMS norm: in one launch, and as all-reduce and add+norm apart."""
-    from flashcomm.cli import epilogue_bench as command
-    from flashcomm.cli import report
-    from flashcomm.cli.bench import sizes_between
-    from flashcomm.settings import parse_size
-
-    if world < 2:
-        raise SettingsError("a bench of a collective needs --world 2 or more")
-    names = formats_of(formats)
-    where, settings = _prepare(names[0], device, world, min_bytes, algorithm)
-    modes = _modes(mode or ("graph" if where == "cuda" else "eager"), where)
-    sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
-    if not sizes:
-        raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
-    others = [name.strip() for name in engines.split(",") if name.strip()]
-    if unknown := set(others) - set(command.ENGINES):
-        raise SettingsError(f"--engines {', '.join(sorted(unknown))}: allowed are {', '.join(command.ENGINES)}")
-    args = (names, sizes, row, dtype_for(dtype), turns, modes, others, settings)
-    with progress_bar(json) as bar:
-        task = bar.add_task("starting", total=len(sizes))
-
-        def on_event(event: Any) -> None:
-            done = sizes.index(event["size"])
-            bar.update(task, description=f"{event['size']} {event['format']} {event['path']}", completed=done)
-
-        found: Any = _run(command.layers, world, args, device=where, timeout=timeout, on_event=on_event)
-    if found is None:
-        return
-    if csv:
-        report.write_csv(csv, found["rows"])
-    if json:
-        report.print_json({**found, **report.environment()})
-        return
-    columns = {c: c for c in ("size", "format", "path", "mode", "algorithm", "transport", "time_us", "note")}
-    ratios = {"speedup": "x apart", "over_native": "x native"}
-    title = f"all_reduce, add, RMS norm of {dtype}, rows of {row}, {world} ranks on {where}"
-    report.print_table(title, columns | ratios, found["rows"])
-    for path, why in found["unavailable"].items():
-        report.console.print(f"not measured: {path}: {why}", markup=False, style="dim")
 
 
 @bench_app.command("codec")
@@ -439,19 +367,6 @@ def _run(target: Callable[..., object], world: int, args: tuple[Any, ...], **opt
 
     options["timeout_s"] = options.pop("timeout")
     return launch.run(target, world, args, **options)
-
-
-def _prepare(
-    fmt: str, device: str, world: int, min_bytes: str | None, algorithm: str | None
-) -> tuple[str, dict[str, Any]]:
-    """(device, settings), wrong ones refused before any rank starts."""
-    from flashcomm.plan import Plan
-    from flashcomm.settings import Settings
-
-    where = device_for(device, world)
-    settings: dict[str, Any] = {k: v for k, v in (("min_bytes", min_bytes), ("algorithm", algorithm)) if v is not None}
-    Settings.resolve(where, format=Plan.of(fmt).format, **settings)
-    return where, settings
 
 
 def main() -> None:

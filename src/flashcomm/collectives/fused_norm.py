@@ -21,7 +21,7 @@ from flashcomm.errors import InputError
 from flashcomm.wire.format import WireFormat
 from flashcomm.wire.triton_codec import INTERPRETED
 
-MOST_ROW = 16384  # values, which a program keeps in registers
+MOST_BYTES = 256  # of a row in the registers of one thread
 Launch = Callable[[int, int, int, int, int, float], None]  # of the addresses x, residual, weight, normed, new residual
 
 
@@ -34,13 +34,19 @@ class FusedNorm:
         self._compiled: dict[Any, Any] = {}
 
     def fits(self, kind: int, x: Tensor, fmt: WireFormat) -> bool:
-        """Whether messages like x can go this way: of rows of whole units, not many tiles long."""
+        """Whether messages like x can go this way: of rows of whole units that the registers of a program hold."""
         row = x.shape[-1]
         if x.numel() == 0 or row % fmt.unit or (kind == TWO_SHOT and self.collectives.region.mapped):
             return False
         how = fused.tuning(x.numel(), row, fmt)
         capacity = self.collectives.capacity(kind, fmt.unit, fmt, x.element_size(), how)
-        return row <= MOST_ROW and capacity >= row // fmt.unit
+        units = fused._tile(fmt.unit, fmt, x.element_size(), how)[0]
+        chunk, n_chunks, _ = chunks(row, units * fmt.unit)
+        constants = fused._constants(
+            kind, self.collectives.region.world, fmt.unit, units, False, fmt, x.dtype, x.element_size(), how
+        )
+        held = chunk * n_chunks * x.element_size() // (32 * dict(constants)["num_warps"])
+        return held <= MOST_BYTES and capacity >= row // fmt.unit
 
     def plan(self, kind: int, x: Tensor, fmt: WireFormat, how: Tuning | None = None) -> Launch:
         """What to call with the addresses of tensors like x (weight: one row), all contiguous and 16-byte aligned, and
