@@ -83,6 +83,7 @@ def build(name: str, layers: int | None, world: int, device: torch.device, dtype
     config = config_of(name, layers)
     transformers.utils.logging.disable_progress_bar()
     plan = {"distributed_config": DistributedConfig(tp_size=world, tp_plan="auto")} if world > 1 else {}
+    plan = plan or {"device_map": {"": device}}  # else the CPU would draw the weights
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     torch.manual_seed(0)  # weights that ranks share are equal
     return kind.from_pretrained(None, config=config, state_dict={}, dtype=dtype, **plan).to(device).eval()

@@ -7,15 +7,17 @@ tiles, RUN of them a block. A launch is a sequence of steps; step s holds a prog
     S   sum everybody's block s - LAG of the own slice, in rank order, to out; two_shot: encode the sum again, for G
     G   decode block s - 2 * LAG of a slice, from its owner, to out           two_shot, all_gather: one per slice
 
-A producer stores into its consumers' memory; each block has a flag there, which it sets to the call's epoch.
+A producer stores into its consumers' memory; each block has a flag there, which it sets to the call's epoch. Small
+messages come without flags: their data carries the epoch (LL, `fused_ll`).
 
 Why it ends. A program waits only for programs of earlier steps, or of its own step and an earlier role, on other GPUs,
 and GPUs start the programs of a grid in order, as look-back scans also assume. So the first program anywhere that is
 not finished waits for nobody. In Triton's interpreter programs run one after the other.
 
 Why no bytes are overwritten while somebody reads. Data of even and odd epochs lie apart. A rank in epoch e + 2 has
-ended epoch e + 1, for which every peer had to set a flag, which it did after its own epoch e, readers included, had
-ended. So one epoch's flags are the barrier for the last but one epoch's data, and flags never need to be cleared.
+ended epoch e + 1, for which every peer had to set a flag (LL: to send a tile), which it did after its own epoch e,
+readers included, had ended. So what one epoch waits for is the barrier for the last but one epoch's data, whichever way
+either of them sent it, and flags never need to be cleared.
 
 The epoch lives in device memory, above the count of programs that have started: the last one to start writes the next.
 A wait that lasts longer than the time-out is reported (`status`), all later waits end soon, out becomes NaN, and peers
@@ -34,6 +36,7 @@ from flashcomm.collectives.fused_sync import (
     STAGE_AT,
     arrive,
     bytes_at,
+    home,
     long_words,
     publish,
     wait,
@@ -176,18 +179,12 @@ def _encode(x, out, block, slice, offset, half, local, peers, rank, row, units_p
 
 
 @triton.jit
-def _home(source, rank, own, local):
-    """Where what comes from a rank arrives."""
-    return tl.where(source == rank, local, own)
-
-
-@triton.jit
 def _fetch_all(x, tile, offset, own, local, rank, n_tiles, WORLD: tl.constexpr,
                BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
     """Everybody's tile, all loads under way before one is used."""
     raws = ()
     for i in tl.static_range(WORLD):
-        at = _home(i, rank, own, local) + offset + (i * n_tiles + tile).to(tl.int64) * BYTES
+        at = home(i, rank, own, local) + offset + (i * n_tiles + tile).to(tl.int64) * BYTES
         raws = raws + (_fetch(bytes_at(at), x, BITS, P, B, M),)
     return raws
 
@@ -202,30 +199,6 @@ def _sum(raws, ok, WORLD: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr, B: 
         steps, scale = _expand(raws[i], ok, BITS, P, B, M)
         total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], (B, P, M)), total)
     return total
-
-
-@triton.jit
-def _sum_ll(x, tile, offset, epoch, half, own, local, rank, n_tiles, peers, status, limit, WORLD: tl.constexpr,
-            REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
-            B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
-    """The sum as of `_sum`, each tile taken when it has come, and whether all have."""
-    AHEAD: tl.constexpr = min(WORLD, 2 if BITS == 16 else 4)  # loads under way, as registers allow
-    raws, total, ok = (), tl.zeros((B, P, M), tl.float32), rank * 0 + 1
-    for k in tl.static_range(WORLD + AHEAD):
-        if k >= AHEAD:
-            source = k - AHEAD
-            base = long_words(_home(source, rank, own, local) + offset + (source * n_tiles + tile).to(tl.int64) * BYTES)
-            raw, came = fused_ll.arrived(base, raws[k - AHEAD], epoch, half, 1, source, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS, P, B, M)  # noqa: E501  # fmt: skip
-            ok &= came
-            steps, scale = fused_ll.values(raw, came, x, BITS, P, B, M)
-            if k == AHEAD:
-                total = steps * scale[:, None, None]
-            else:
-                total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], (B, P, M)), total)
-        if k < WORLD:
-            at = _home(k, rank, own, local) + offset + (k * n_tiles + tile).to(tl.int64) * BYTES
-            raws = raws + (fused_ll.fetch(long_words(at), epoch, x, BITS, P, B, M),)
-    return total, ok
 
 
 @triton.jit
@@ -294,7 +267,7 @@ def fused(
             last = tl.minimum(block * RUN + RUN, n_tiles) - 1
             if not LL:
                 for i in tl.static_range(WORLD):
-                    flag = words(_home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
+                    flag = words(home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
                     ok &= wait(flag, epoch, 1, i, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
                 after = _fetch_all(x, block * RUN, data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
             for k in tl.static_range(RUN):
@@ -305,7 +278,7 @@ def fused(
                         after = _fetch_all(x, tl.minimum(tile + 1, last), data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
                 if tile <= last:
                     if LL:
-                        total, came = _sum_ll(x, tile, data, epoch, half, own, local, rank, n_tiles, peers, status, limit, WORLD, REAL, MAPPED, DELAY, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
+                        total, came = fused_ll.tiles_sum(x, tile, data, epoch, half, own, local, rank, n_tiles, peers, status, limit, WORLD, REAL, MAPPED, DELAY, BITS1, P1, B1, M1, BYTES1)  # noqa: E501  # fmt: skip
                         ok &= came
                     else:
                         total = _sum(raws, ok, WORLD, BITS1, P1, B1, M1)
@@ -326,7 +299,7 @@ def fused(
                             again = tl.reshape(total, (B2, P2, M2))
                         if TURNED2 and not ROTATED:
                             again = hadamard(again, _powers(n2, TAILS), P2, B2, M2, TAILS)
-                        if ok != 0:  # else the peers see that something is missing
+                        if (ok != 0) if LL else True:  # a gap in the data, or a flag that stays out, tells the peers
                             _spread(again, n2, tile, rank * 0, data + second, epoch, peers, rank, n_tiles, out, True,
                                     WORLD, BITS2, SHRUNK2, TURNED2, P2, B2, M2, BYTES2, BF16, LL)  # fmt: skip
                     else:
@@ -342,19 +315,18 @@ def fused(
         offset = area + (epoch2 & 1).to(tl.int64) * half + second
         block2, owner = step - LAGS * lag, role - (N_E + N_S)
         if (block2 >= 0) & (block2 < n_blocks):
-            home = _home(owner, rank, own, local)
+            here = home(owner, rank, own, local)
             if not LL:
-                flag2 = words(home + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + block2))
+                flag2 = words(here + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + block2))
                 came2 = wait(flag2, epoch2, 2, owner, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
             for k2 in range(RUN):
                 tile2 = block2 * RUN + k2
                 if tile2 < n_tiles:
-                    place = home + offset + (owner * n_tiles + tile2).to(tl.int64) * BYTES2
+                    place = here + offset + (owner * n_tiles + tile2).to(tl.int64) * BYTES2
                     if LL:
                         at2 = long_words(place)
                         raw2 = fused_ll.fetch(at2, epoch2, x, BITS2, P2, B2, M2)
-                        raw2, came2 = fused_ll.arrived(at2, raw2, epoch2, half, 2, owner, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS2, P2, B2, M2)  # noqa: E501  # fmt: skip
-                        steps, scale = fused_ll.values(raw2, came2, x, BITS2, P2, B2, M2)
+                        steps, scale, came2 = fused_ll.arrived(at2, raw2, epoch2, half, 2, owner, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS2, P2, B2, M2)  # noqa: E501  # fmt: skip
                     else:
                         steps, scale = _expand(_fetch(bytes_at(place), x, BITS2, P2, B2, M2), came2, BITS2, P2, B2, M2)
                     y = steps * scale[:, None, None]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashcomm.collectives.fused_sync import ABORT_AT, clock, give_up, words
+from flashcomm.collectives.fused_sync import ABORT_AT, clock, give_up, home, long_words, words
 from flashcomm.wire.format import StepFormat
 from flashcomm.wire.triton_tile import expand, narrow, pack_plane, plane_units, put_words, quads, quantise
 
@@ -110,12 +110,35 @@ def _behind(raw, epoch):
 
 
 @triton.jit
+def _values(raw, ok, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
+    """A tile's values as a product: float32 (B, P, M) and what it is to be multiplied with (B,); NaN unless ok."""
+    if BITS == 16:
+        part = raw[0].to(tl.int32)
+        if x.dtype.element_ty.primitive_bitwidth == 32:
+            y = part.to(tl.float32, bitcast=True)
+        else:
+            part = tl.reshape(tl.broadcast_to(part[:, :, :, None], (B, P, M // 2, 2)), (B, P, M))
+            odd = (tl.arange(0, M) % 2 == 1)[None, None, :]
+            if x.dtype.element_ty == tl.bfloat16:
+                y = tl.where(odd, part & -65536, part << 16).to(tl.float32, bitcast=True)
+            else:
+                y = tl.where(odd, part >> 16, part).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return y, tl.where((tl.arange(0, B) >= 0) & (ok), 1.0, float("nan"))
+    else:
+        low = ()
+        for i in tl.static_range(len(raw) - 1):
+            low = low + (raw[i].to(tl.int32),)
+        low = low + (tl.sum(raw[len(raw) - 1].to(tl.int32), 1),)  # of one word and zeros
+        steps, scale = expand(low, BITS, P, B, M)
+        return steps, tl.where(ok, scale, float("nan"))
+
+
+@triton.jit
 def arrived(base, raw, epoch, half, phase, source, local, peers, status, limit, x, WORLD: tl.constexpr,
             REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
             B: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """The tile at base, of which raw was loaded, once all of it is of the epoch, and 1; 0 if it was not within limit.
-
-    As `fused_sync.wait`: all threads go by one verdict, and the first to give up reports it.
+    """`_values` of the tile at base, of which raw was loaded, once all of it is of the epoch, and 1; NaN and 0 if it
+    was not within limit. As in `fused_sync.wait` all threads go by one verdict, and the first to give up reports it.
     """
     late = _behind(raw, epoch)
     abort = words(local + ABORT_AT)
@@ -136,28 +159,27 @@ def arrived(base, raw, epoch, half, phase, source, local, peers, status, limit, 
         give_up(phase, source, epoch, seen, local, peers, status, WORLD, MAPPED)
     for _ in range(DELAY // 16):  # of tests: a slow reader
         raw = fetch(base, epoch, x, BITS, P, B, M)
-    return raw, (late == 0).to(tl.int32)
+    steps, scale = _values(raw, late == 0, x, BITS, P, B, M)
+    return steps, scale, (late == 0).to(tl.int32)
 
 
 @triton.jit
-def values(raw, ok, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """A tile's values as a product: float32 (B, P, M) and what it is to be multiplied with (B,); NaN unless ok."""
-    if BITS == 16:
-        part = raw[0].to(tl.int32)
-        if x.dtype.element_ty.primitive_bitwidth == 32:
-            y = part.to(tl.float32, bitcast=True)
-        else:
-            part = tl.reshape(tl.broadcast_to(part[:, :, :, None], (B, P, M // 2, 2)), (B, P, M))
-            odd = (tl.arange(0, M) % 2 == 1)[None, None, :]
-            if x.dtype.element_ty == tl.bfloat16:
-                y = tl.where(odd, part & -65536, part << 16).to(tl.float32, bitcast=True)
+def tiles_sum(x, tile, offset, epoch, half, own, local, rank, n_tiles, peers, status, limit, WORLD: tl.constexpr,
+              REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
+              B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+    """The sum of everybody's y^ of a tile, in rank order, float32, each taken when it has come; whether all have."""
+    AHEAD: tl.constexpr = min(WORLD, 2 if BITS * P > 32 else 4)  # tiles under way at once, as registers allow
+    bases, raws, total, ok = (), (), tl.zeros((B, P, M), tl.float32), rank * 0 + 1
+    for k in tl.static_range(WORLD + AHEAD):
+        if k >= AHEAD:
+            steps, scale, came = arrived(bases[k - AHEAD], raws[k - AHEAD], epoch, half, 1, k - AHEAD, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS, P, B, M)  # noqa: E501  # fmt: skip
+            ok &= came
+            if k == AHEAD:
+                total = steps * scale[:, None, None]
             else:
-                y = tl.where(odd, part >> 16, part).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return y, tl.where((tl.arange(0, B) >= 0) & (ok != 0), 1.0, float("nan"))
-    else:
-        low = ()
-        for i in tl.static_range(len(raw) - 1):
-            low = low + (raw[i].to(tl.int32),)
-        low = low + (tl.sum(raw[len(raw) - 1].to(tl.int32), 1),)  # of one word and zeros
-        steps, scale = expand(low, BITS, P, B, M)
-        return steps, tl.where(ok != 0, scale, float("nan"))
+                total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], (B, P, M)), total)
+        if k < WORLD:
+            at = home(k, rank, own, local) + offset + (k * n_tiles + tile).to(tl.int64) * BYTES
+            bases = bases + (long_words(at),)
+            raws = raws + (fetch(long_words(at), epoch, x, BITS, P, B, M),)
+    return total, ok

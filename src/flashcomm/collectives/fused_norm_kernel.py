@@ -23,13 +23,12 @@ from flashcomm.collectives.fused_kernel import (
     _encode,
     _fetch,
     _fetch_all,
-    _home,
     _message,
     _spread,
     _sum,
     _unturned,
 )
-from flashcomm.collectives.fused_sync import BLOCKS, FLAGS_AT, STAGE_AT, arrive, bytes_at, publish, wait, words
+from flashcomm.collectives.fused_sync import BLOCKS, FLAGS_AT, STAGE_AT, arrive, bytes_at, home, publish, wait, words
 from flashcomm.collectives.norm_kernel import normed, pair_sum, push, rounded, scale_of, value_of
 from flashcomm.wire.triton_tile import fetch_plane, hadamard, widen
 
@@ -48,7 +47,7 @@ def _again(x, out, block, data, second, epoch, own, local, peers, status, rank, 
     M2: tl.constexpr = GROUP2 // P2
     ok = rank * 0 + 1
     for i in tl.static_range(WORLD):
-        flag = words(_home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
+        flag = words(home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
         ok &= wait(flag, epoch, 1, i, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
     last = tl.minimum(block * RUN + RUN, n_tiles) - 1
     after = _fetch_all(x, block * RUN, data, own, local, rank, n_tiles, WORLD, BITS1, P1, B1, M1, BYTES1)
@@ -104,12 +103,12 @@ def _await(first, last, n_blocks, n_tiles, epoch, own, local, rank, peers, statu
         end = end // n_tiles * n_blocks + end % n_tiles // RUN
         for at in range(begin, end + 1):
             owner = at // n_blocks
-            flag = words(_home(owner, rank, own, local) + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + at % n_blocks))
+            flag = words(home(owner, rank, own, local) + FLAGS_AT + STAGE_AT + 4 * (owner * BLOCKS + at % n_blocks))
             ok &= wait(flag, epoch, 2, owner, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
     else:
         for block in range(begin // RUN, end // RUN + 1):
             for i in tl.static_range(WORLD):
-                flag1 = words(_home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
+                flag1 = words(home(i, rank, own, local) + FLAGS_AT + 4 * (i * BLOCKS + block))
                 ok &= wait(flag1, epoch, 1, i, local, peers, status, limit, WORLD, REAL, MAPPED, DELAY)
     return ok
 
@@ -150,8 +149,8 @@ def _chunk(x, row, last, c, data, own, local, rank, n_tiles, SOURCES: tl.constex
     tile = first // B
     raws = ()
     for i in tl.static_range(SOURCES):
-        home = local if SOURCES == 1 else _home(i, rank, own, local)
-        base = bytes_at(home + data + (i * n_tiles + tile) * BYTES)
+        here = local if SOURCES == 1 else home(i, rank, own, local)
+        base = bytes_at(here + data + (i * n_tiles + tile) * BYTES)
         if ROWS * CHUNK == B * GROUP and (CHUNK == ROW or ROW % CHUNK == 0):  # it is a tile
             raws = raws + (_fetch(base, x, BITS, P, B, M),)
         else:

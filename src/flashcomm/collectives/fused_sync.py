@@ -32,6 +32,12 @@ def long_words(address):
 
 
 @triton.jit
+def home(source, rank, own, local):
+    """Where what comes from a rank arrives."""
+    return tl.where(source == rank, local, own)
+
+
+@triton.jit
 def clock(polls, REAL: tl.constexpr):
     if REAL:
         return tl.extra.cuda.globaltimer()

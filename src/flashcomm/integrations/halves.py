@@ -37,12 +37,20 @@ class _GivenUpError(Exception):
 
 
 class Halves:
-    """One run of two halves on a device; `stream`: where sums run on a GPU, kept by the caller between runs.
+    """One run of two halves on a device. The caller keeps between runs, on a GPU, `stream`, where sums run, and
+    `helper`, the thread of half 1: what CUDA's libraries keep for a thread is made once then.
 
     sizes: how many sequences the halves have; a sum's `whole` is as many values as both would have together.
     """
 
-    def __init__(self, sizes: tuple[int, int], device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
+        helper: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self._helper = helper
         self.sizes, self.device, self.stream = sizes, device, stream
         self._turn = (threading.Semaphore(0), threading.Semaphore(0))
         self._ended = [False, False]
@@ -74,12 +82,13 @@ class Halves:
             with modes.again():
                 half(1)
 
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(other,), name="flashcomm-half")
-        with ThreadPoolExecutor(1, "flashcomm-sums") if self.stream is None else ExitStack() as pool:
-            self._pool = pool if isinstance(pool, ThreadPoolExecutor) else None
-            thread.start()
+        with ExitStack() as stack:
+            if self.stream is None:
+                self._pool = stack.enter_context(ThreadPoolExecutor(1, "flashcomm-sums"))
+            helper = self._helper or stack.enter_context(ThreadPoolExecutor(1, "flashcomm-half"))
+            ended = helper.submit(contextvars.copy_context().run, other)
             half(0)
-            thread.join()
+            ended.result()
         if self._failed is not None:
             raise self._failed
         return results[0], results[1]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class _Overlapped:
         self.enabled = True
         self._signature = inspect.signature(self.whole)
         self._stream: torch.cuda.Stream | None = None
+        self._helper: ThreadPoolExecutor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._signature.bind(*args, **kwargs)
@@ -73,7 +75,9 @@ class _Overlapped:
         device = given["inputs_embeds"].device
         if device.type == "cuda" and self._stream is None:
             self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        halves = Halves((cut, n - cut), device, self._stream)
+        if self._helper is None:
+            self._helper = ThreadPoolExecutor(1, "flashcomm-half")
+        halves = Halves((cut, n - cut), device, self._stream, self._helper)
         outs = halves.run((lambda: self.whole(**asked[0]), lambda: self.whole(**asked[1])))
         caches = [out.past_key_values for out in outs]
         if past is None:
