@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashcomm.cli import bench, codec_bench, peers, timing
+from flashcomm.cli import bench, codec_bench, epilogue_bench, peers, timing
 from flashcomm.cli.launch import RankContext, run
 from flashcomm.cli.plot import plot
 from flashcomm.errors import FlashcommError, UnavailableError
@@ -352,3 +352,48 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = Path(__file__).parent.parent / "results" / "allreduce-2ranks-1gbit.csv"
     lines = drawn(monkeypatch, old, tmp_path / "old.svg")
     assert set(lines) == {"best lossless", "int8", "int6-had", "int4-had", "int4"}
+
+
+def layers(ctx: RankContext, wrong: str, settings: dict[str, Any]) -> Any:
+    """The bench of the epilogue; `wrong`: a path that is off in one value on rank 1 alone, or by much on both."""
+    right = epilogue_bench.Layer.both
+
+    def off(self: Any, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, summed = right(self, i)
+        if f"{self.format} {self.path}" == wrong:
+            normed, summed = normed.clone(), summed.clone()
+            if self.exact:
+                summed.view(-1)[7] += 1.0 if ctx.rank == 1 else 0.0
+            else:
+                normed *= 1.05
+        return normed, summed
+
+    epilogue_bench.Layer.both = off  # type: ignore[method-assign]
+    sizes = [1 << 14, 1 << 15]
+    return epilogue_bench.layers(ctx, ["int8"], sizes, 512, BF16, 1, ("eager",), ["vllm"], settings)
+
+
+def test_epilogue_rows() -> None:
+    for settings, one_launch in (({"min_bytes": 0}, ""), ({"min_bytes": 0, "transport": "shared"}, "one launch")):
+        if one_launch:
+            pytest.importorskip("triton", reason="triton is not installed")
+            if torch.cuda.is_available():
+                continue
+        found: Any = run(layers, 2, ("", settings))
+        paths = [("bf16", "then ours"), ("int8", "fused"), ("int8", "then ours")]
+        assert [(r["size"], r["format"], r["path"]) for r in found["rows"]] == [
+            (size, *path) for size in (1 << 14, 1 << 15) for path in paths
+        ]
+        for native, fused, apart in (found["rows"][:3], found["rows"][3:]):
+            assert (native["note"], fused["note"], apart["note"]) == ("", one_launch, "")
+            assert (native["algorithm"], fused["algorithm"]) == ("native", "one_shot")
+            assert apart["speedup"] == native["over_native"] == 1.0
+            assert fused["speedup"] == pytest.approx(apart["time_us"] / fused["time_us"], rel=1e-2, abs=2e-3)
+            assert fused["over_native"] == pytest.approx(native["time_us"] / fused["time_us"], rel=1e-2, abs=2e-3)
+        assert found["unavailable"] == {"then vllm": "for CUDA tensors only"}
+
+
+@pytest.mark.parametrize(("way", "why"), [("int8 fused", "ranks differ"), ("bf16 then ours", "squared errors")])
+def test_a_wrong_epilogue_stops_the_bench(way: str, why: str) -> None:
+    with pytest.raises(FlashcommError, match=f"{way}: {why}"):
+        run(layers, 2, (way, {"min_bytes": 0}))

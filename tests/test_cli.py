@@ -116,6 +116,22 @@ class TestBench:
             assert row["encode_share"] == pytest.approx(row["encode"] / row["copy"], rel=0.02)
             assert row["decode_share"] == pytest.approx(row["decode_sum"] / row["copy"], rel=0.02)
 
+    def test_epilogue(self, tmp_path: Path) -> None:
+        sizes = ("-b", "64K", "-e", "64K", "--row", 576, "--turns", 1, "--formats", "int4")
+        done = flashcomm("bench", "epilogue", *sizes, "--csv", tmp_path / "e.csv")
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"64512 +int4 +fused +eager +one_shot", done.stdout), done.stdout
+        assert "not measured: then flashinfer: for CUDA tensors only" in done.stdout
+        rows = list(csv.DictReader((tmp_path / "e.csv").open()))
+        assert [(r["format"], r["path"]) for r in rows] == [
+            ("bf16", "then ours"),
+            ("int4", "fused"),
+            ("int4", "then ours"),
+        ]
+        assert "bench epilogue" in rows[0]["command"]
+        refused(flashcomm("bench", "epilogue", "-n", 1), "needs --world 2")
+        refused(flashcomm("bench", "epilogue", "--engines", "vllm,sglang"), "sglang: allowed are vllm, flashinfer")
+
     def test_table(self) -> None:
         """Every path has a row, and what has none a reason."""
         done = flashcomm(*BENCH, "--formats", "int8", "-b", 8192, "-e", 8192, "--turns", 1)

@@ -197,3 +197,49 @@ def streams(ctx: RankContext) -> None:
 @needs_two
 def test_streams() -> None:
     run(streams, 2, device="cuda")
+
+
+def epilogue_graphs(ctx: RankContext) -> None:
+    """The epilogue's launches among others in a graph; then new numbers of rows, for which nothing compiles."""
+    for fmt, algorithm in (("int4", "one_shot"), ("int6-had/int7-had", "two_shot")):
+        with Communicator(None, fmt, min_bytes=0, algorithm=algorithm) as comm:
+            define = getattr(reference, algorithm)
+            weight = tough((4096,), torch.bfloat16, 7)
+            n_rows = (1, 64, 700, 2000)
+            sets = [[tough((n, 4096), torch.bfloat16, i + r) for r in range(ctx.world)] for i, n in enumerate(n_rows)]
+            residuals = [tough((n, 4096), torch.bfloat16, 50 + n) for n in n_rows]
+            totals = [define(xs, comm.format) for xs in sets]
+            want = [reference.add_rms_norm(t, r, weight, 1e-5) for t, r in zip(totals, residuals, strict=True)]
+            want = [tuple(t.to(ctx.device) for t in pair) for pair in want]  # type: ignore[misc]
+            x, r = [xs[ctx.rank].to(ctx.device) for xs in sets], [t.to(ctx.device) for t in residuals]
+            w = weight.to(ctx.device)
+            for mine, residual in zip(x, r, strict=True):
+                comm.all_reduce_add_rms_norm(mine, residual, w, 1e-5)
+                comm.all_reduce(mine)
+            assert comm._norm is not None
+            compiled = len(comm._norm._compiled)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                got = []
+                for mine, residual in zip(x, r, strict=True):
+                    got.append(comm.all_reduce_add_rms_norm(mine, residual, w, 1e-5))
+                    comm.all_reduce(mine)
+            for replay in range(200):
+                for pair in got:
+                    for t in pair:
+                        t.zero_()
+                graph.replay()
+                if replay % 10 == 0:
+                    for pair, right in zip(got, want, strict=True):
+                        assert all(torch.equal(a, b) for a, b in zip(pair, right, strict=True)), replay
+            for n in (3, 65, 1999):
+                pair = comm.all_reduce_add_rms_norm(x[3][:n].clone(), r[3][:n].clone(), w, 1e-5)
+                assert all(torch.equal(a, b[:n]) for a, b in zip(pair, want[3], strict=True)), n
+            assert len(comm._norm._compiled) == compiled
+            assert set(comm.calls) == {f"all_reduce/{algorithm}", f"all_reduce_add_rms_norm/fused {algorithm}"}
+            comm.synchronize()
+
+
+@needs_two
+def test_the_epilogue_in_graphs_and_for_new_lengths() -> None:
+    run(epilogue_graphs, 2, device="cuda")

@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "tables": {"policy"},
     "agreement": {"errors", "settings", "transports", "wire.torch_codec"},
     "links": {"errors", "settings", "policy", "tables", "agreement", "transports", "collectives"},
-    "communicator": {"errors", "settings", "policy", "agreement", "links", "wire", "transports", "collectives"},
+    "epilogue": {"reference", "collectives"},
+    "communicator": {
+        *("errors", "settings", "policy", "agreement", "links", "wire", "transports", "collectives", "epilogue"),
+    },
     "ops": {"errors", "wire.format", "communicator"},
     "plan": {"errors", "wire.format"},
     "simulate": {"errors", "policy", "reference", "plan", "wire"},
@@ -34,7 +37,7 @@ MAY_IMPORT = {
     "integrations": {"errors", "policy", "settings", "wire", "communicator", "ops", "plan", ""},
     "cli": {
         *("errors", "settings", "policy", "wire", "reference", "communicator", "ops", "integrations", ""),
-        *("plan", "simulate", "sensitivity", "links", "tables", "transports"),
+        *("plan", "simulate", "sensitivity", "links", "tables", "transports", "epilogue"),
     },
     "": {"communicator", "errors", "ops", "wire.format"},
 }
@@ -84,13 +87,15 @@ def test_import_is_inert() -> None:
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
         "torch.ops.flashcomm.all_reduce\n"
+        "torch.ops.flashcomm.all_reduce_add_rms_norm\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_public_names() -> None:
     classes = ["Communicator", "FlashcommError", "WireFormat", "__version__"]
-    assert flashcomm.__all__ == [*classes, "all_gather", "all_reduce", "reduce_scatter"]
+    ops = ["all_gather", "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter"]
+    assert flashcomm.__all__ == classes + ops
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))

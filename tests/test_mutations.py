@@ -207,7 +207,7 @@ MUTATIONS = {
         "n = (column * 0 + GROUP).to(tl.int32)", "test_fused.py::test_strided_misaligned_and_refused_tensors",
     ),
     "misaligned tensors go to the kernel": (
-        "communicator.py", "x = x.clone() if x.data_ptr() % 16 else x", "pass",
+        "communicator.py", "return x.clone() if x.data_ptr() % 16 else x", "return x",
         "test_fused.py::test_strided_misaligned_and_refused_tensors",
     ),
     "transforms have the limit of values": (
@@ -215,7 +215,7 @@ MUTATIONS = {
         "test_triton.py::test_transforms_have_a_smaller_limit",
     ),
     "strides are not looked at": (
-        "communicator.py", "given, x = x, x.resolve_neg().contiguous()", "given, x = x, x.resolve_neg()",
+        "communicator.py", "x = x.resolve_neg().contiguous()", "x = x.resolve_neg()",
         "test_fused.py::test_strided_misaligned_and_refused_tensors",
     ),
     "a slot is filled before it was fetched": (

@@ -6,8 +6,17 @@ imported.
 
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError
-from flashcomm.ops import all_gather, all_reduce, reduce_scatter
+from flashcomm.ops import all_gather, all_reduce, all_reduce_add_rms_norm, reduce_scatter
 from flashcomm.wire.format import WireFormat
 
 __version__ = "0.1.0"
-__all__ = ["Communicator", "FlashcommError", "WireFormat", "__version__", "all_gather", "all_reduce", "reduce_scatter"]
+__all__ = [
+    "Communicator",
+    "FlashcommError",
+    "WireFormat",
+    "__version__",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_add_rms_norm",
+    "reduce_scatter",
+]

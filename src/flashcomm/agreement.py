@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import zlib
 from typing import Any
 
@@ -23,7 +24,7 @@ from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire.torch_codec import DTYPES
 
 SETTINGS_BYTES = 2048
-CALLS = ("all_reduce", "reduce_scatter", "all_gather", "making a Communicator")
+CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "making a Communicator")
 PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is where they say; subclasses may only wrap others
 _MAX_DIMS = 8
 _WORDS = 16  # int64 per rank: version, call, its number, problem, settings, dtype, dims, up to 8 sizes, 1 spare
@@ -44,6 +45,9 @@ class Problem(enum.IntEnum):
     OUT = 8
     FORMAT = 9
     MEMORY = 10
+    RESIDUAL = 11
+    WEIGHT = 12
+    EPS = 13
 
     def text(self, x: Any, device: torch.device, world: int) -> str:
         """For the rank whose tensor it is: what was given, what is allowed, what to do."""
@@ -63,6 +67,10 @@ class Problem(enum.IntEnum):
             Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
             Problem.FORMAT: "format= is no wire format; give one such as 'int4-had', or leave it out",
             Problem.MEMORY: "a tensor with memory of its own is needed; of a DTensor give .to_local()",
+            Problem.RESIDUAL: "residual must be like x in shape, dtype and device, dense and without a gradient",
+            Problem.WEIGHT: "weight must be (hidden,), x being (..., hidden), like x in dtype and device, dense and "
+            "without a gradient: use torch.no_grad()",
+            Problem.EPS: "eps must be a finite number that is not negative, such as 1e-6",
             Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape it",
         }[self]
 
@@ -98,7 +106,7 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
         return Problem.GRADIENT
     if x.dim() > _MAX_DIMS:
         return Problem.DIMS
-    if name != "all_reduce" and (x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world)):
+    if name in ("reduce_scatter", "all_gather") and (x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world)):
         return Problem.DIVIDE
     if out is not None and not (
         isinstance(out, Tensor)
@@ -109,6 +117,24 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
     ):
         return Problem.OUT
     return Problem.NONE
+
+
+def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.device, world: int) -> Problem:
+    """What is wrong with this rank's arguments of all_reduce_add_rms_norm, if anything; x's faults come first."""
+    problem = problem_with("all_reduce_add_rms_norm", x, device, world)
+    if problem:
+        return problem
+    for other, shape, wrong in (
+        (residual, x.shape, Problem.RESIDUAL),
+        (weight, x.shape[-1:], Problem.WEIGHT),
+    ):
+        if problem_with("all_reduce_add_rms_norm", other, device, world):
+            return wrong
+        if (other.shape, other.dtype, other.device) != (shape, x.dtype, x.device):
+            return wrong
+    if x.dim() == 0:
+        return Problem.WEIGHT
+    return Problem.NONE if isinstance(eps, (int, float)) and 0 <= eps < math.inf else Problem.EPS
 
 
 def agree_on_call(

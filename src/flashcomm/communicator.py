@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcomm import agreement, links, policy
+from flashcomm import agreement, epilogue, links, policy
 from flashcomm.collectives import composed
 from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
 from flashcomm.settings import Settings
@@ -31,6 +31,7 @@ from flashcomm.wire import codec_for
 from flashcomm.wire.format import Layout, WireFormat
 
 if TYPE_CHECKING:
+    from flashcomm.collectives.fused_norm import FusedNorm
     from flashcomm.collectives.replayed import Replayed
 
 KINDS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collectives.fused_kernel` numbers them
@@ -105,6 +106,11 @@ class Communicator:
             from flashcomm.collectives.replayed import Replayed
 
             self._replayed = Replayed(self.device)
+        self._norm: FusedNorm | None = None
+        if self._fused is not None:
+            from flashcomm.collectives.fused_norm import FusedNorm
+
+            self._norm = FusedNorm(self._fused)
         self._launches: dict[Any, Any] = {}  # of this Communicator's messages so far, by shape, dtype and format
         self._stream: torch.cuda.Stream | None = None
         self._n_calls = 0
@@ -147,24 +153,46 @@ class Communicator:
             fmt = self.format if format is None else WireFormat.parse(format)
         except FormatError as why:
             unknown = why  # raised below, once every rank knows of it
-        call = self._enter("all_reduce", x, out, fmt, unknown, whole)
+        problem = agreement.problem_with("all_reduce", x, self.device, self.world, out)
+        call = self._enter("all_reduce", x, problem, fmt, unknown, whole)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
             return result
         like = call if whole is None else replace(call, numel=whole)
         route = policy.choose(like, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
-        way = route.algorithm
         sent = route.wire_bytes * call.numel // like.numel
-        self._count(f"all_reduce/{way}", x, sent)
-        if way in ("copy", "native"):
-            result.copy_(x)
-            if way == "native":
-                self.transport.all_reduce_native(result, "native all-reduce").wait()
-        elif route.transport in policy.FUSED:
-            self._run_fused(way, x, result, call.row, WireFormat.parse(route.fmt), ((format, whole), sent))
-        else:
-            self._run_composed(way, x, result, WireFormat.parse(route.fmt))
+        self._count(f"all_reduce/{route.algorithm}", x, sent)
+        self._reduce(route, x, result, call.row, ((format, whole), sent))
         return result
+
+    def all_reduce_add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: str | WireFormat | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(normed, new residual): `reference.add_rms_norm` of `all_reduce(x)`, as layers have it. Both are new.
+
+        x, residual: (..., hidden), bf16, fp16 or fp32, of one dtype; residual and weight (hidden,) are to be equal on
+        all ranks, and then results are. Over peers' memory all of it is one launch where `fused_norm` can take it.
+        Raises as `all_reduce`.
+        """
+        fmt, unknown = self.format, None
+        try:
+            fmt = self.format if format is None else WireFormat.parse(format)
+        except FormatError as why:
+            unknown = why
+        eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
+        problem = agreement.problem_beside(x, residual, weight, eps, self.device, self.world)
+        call = self._enter("all_reduce_add_rms_norm", x, problem, fmt, unknown, eps)
+        route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
+        coded, way = WireFormat.parse(route.fmt), route.algorithm
+        over_peers = route.transport in policy.FUSED
+        if over_peers and self._norm is not None and self._norm.fits(KINDS.index(way), x, coded):
+            self._count(f"all_reduce_add_rms_norm/fused {way}", x, route.wire_bytes)
+            return self._run_norm(way, x, residual, weight, eps, coded)
+        self._count(f"all_reduce_add_rms_norm/{way}", x, route.wire_bytes)
+        total = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if x.numel():
+            self._reduce(route, x, total, call.row, None)
+        return epilogue.add_rms_norm(total, residual, weight, eps)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """This rank's slice, along dimension 0, of the sum of x over all ranks; coded once, as `format.reduce`.
@@ -212,7 +240,7 @@ class Communicator:
             self._replayed.close()
         if self._fused is not None and not self._closed:
             self._fused.close()
-        self._closed, self._fused, self._staged, self._replayed = True, None, None, None
+        self._closed, self._fused, self._staged, self._replayed, self._norm = True, None, None, None, None
         self._launches.clear()
         self.transport.close()
         self._context.workspace = composed.Workspace(self.device)
@@ -247,6 +275,20 @@ class Communicator:
         self._run_composed(name, x, out, self.format)
         return out
 
+    def _reduce(
+        self, route: policy.Route, x: Tensor, out: Tensor, row: int, keep: tuple[tuple[Any, int | None], int] | None
+    ) -> None:
+        """All-reduce x into out by a route; keep: as of `_run_fused`."""
+        way, fmt = route.algorithm, WireFormat.parse(route.fmt)
+        if way in ("copy", "native"):
+            out.copy_(x)
+            if way == "native":
+                self.transport.all_reduce_native(out, "native all-reduce").wait()
+        elif route.transport in policy.FUSED:
+            self._run_fused(way, x, out, row, fmt, keep)
+        else:
+            self._run_composed(way, x, out, fmt)
+
     def _quick(self, x: Any, out: Any, format: Any, whole: int | None) -> Tensor | None:
         """The result of a message like an earlier one, with as little as possible done on the host; None: not so."""
         if out is not None or not self._launches or type(x) not in agreement.PLAIN:
@@ -276,7 +318,7 @@ class Communicator:
         if self._staged is not None:
             chunk = min(policy.STAGED_CHUNK_BYTES, max(policy.STAGED_CHUNK_BYTES // 8, x.nbytes // 4))
             context = replace(context, transport=self._staged, chunk_bytes=chunk)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with self._on_device():
             if self._fused is not None:
                 self._order()
             if self._replayed is not None:
@@ -298,10 +340,9 @@ class Communicator:
         keep: of an all-reduce, what was given besides the tensor and the bytes sent, for `_quick`.
         """
         assert self._fused is not None
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with self._on_device():
             self._order()
-            given, x = x, x.resolve_neg().contiguous()
-            x = x.clone() if x.data_ptr() % 16 else x
+            given, x = x, _plain(x)
             target = torch.empty_like(out) if out.data_ptr() % 16 else out
             launch = self._fused.plan(KINDS.index(name), x, row, fmt)
             launch(x.data_ptr(), target.data_ptr())
@@ -312,6 +353,23 @@ class Communicator:
                 self._launches.clear()
             (format, whole), n_bytes = keep
             self._launches[given.shape, given.dtype, format, whole] = (launch, f"all_reduce/{name}", n_bytes)
+
+    def _run_norm(
+        self, name: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fmt: WireFormat
+    ) -> tuple[Tensor, Tensor]:
+        """The all-reduce and its epilogue in one launch, or a few for messages larger than the workspace."""
+        assert self._norm is not None
+        with self._on_device():
+            self._order()
+            x, residual, weight = _plain(x), _plain(residual), _plain(weight)
+            normed, summed = torch.empty_like(x), torch.empty_like(x)
+            launch = self._norm.plan(KINDS.index(name), x, fmt)
+            results = normed.data_ptr(), summed.data_ptr()
+            launch(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), *results, eps)
+        return normed, summed
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _order(self) -> None:
         """Raise what kernels reported; put this call behind the last one if that was on another stream."""
@@ -329,19 +387,21 @@ class Communicator:
         self,
         name: str,
         x: Tensor,
-        out: Tensor | None = None,
+        problem: agreement.Problem | None = None,
         fmt: WireFormat | None = None,
         unknown: FormatError | None = None,
-        whole: int | None = None,
+        more: object = None,
     ) -> policy.Call:
-        """Check this rank's input and, where settings say so, that all ranks make the same call."""
+        """Raise if there is a problem with this rank's input and, where settings say so, unless all ranks make the same
+        call. more: what else must be equal on all ranks."""
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
-        problem = agreement.problem_with(name, x, self.device, self.world, out)
+        if problem is None:
+            problem = agreement.problem_with(name, x, self.device, self.world)
         if unknown and not problem:
             problem = agreement.Problem.FORMAT
         if self.settings.check and self.world > 1:
-            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt, whole))
+            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt, more))
         elif problem == agreement.Problem.FORMAT and unknown:
             raise unknown
         elif problem:
@@ -365,3 +425,9 @@ class Communicator:
             )
         elif self.settings.debug == "info" and str(n).strip("0") == "1":
             log.warning("%r: %d calls of %s, %d bytes sent", self, n, way, self.sent[way])
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x, or a copy of it, contiguous and aligned to 16 bytes, as kernels over peers' memory take it."""
+    x = x.resolve_neg().contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

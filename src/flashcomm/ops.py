@@ -1,4 +1,5 @@
-"""`flashcomm.all_reduce` and its two halves for people, `torch.ops.flashcomm.*` for compiled graphs and engines.
+"""`flashcomm.all_reduce`, its two halves, and the sum with what follows it in a layer (`all_reduce_add_rms_norm`) for
+people, `torch.ops.flashcomm.*` for compiled graphs and engines.
 
 All run a Communicator out of a table, made at the first call with its group and format (that call is collective and
 compares settings). The ops name it by one string, "group" or "format@group": the c10d name of a registered process
@@ -7,10 +8,12 @@ group and the wire format, without which FLASHCOMM_FORMAT or the default decides
     torch.ops.flashcomm.all_reduce(Tensor x, str group) -> Tensor                  x's shape
     torch.ops.flashcomm.reduce_scatter(Tensor x, str group, int world) -> Tensor   (world * n, ...) to (n, ...)
     torch.ops.flashcomm.all_gather(Tensor x, str group, int world) -> Tensor       (n, ...) to (world * n, ...)
+    torch.ops.flashcomm.all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group)
+        -> (Tensor, Tensor)                                                        x's shape, both
 
 An engine's seam can `serve` names of its own, for sums of which it knows more than the group.
 
-All are functional: a new contiguous tensor, x untouched. `world` is the size of the group, from which the shape of the
+All are functional: new contiguous tensors, x untouched. `world` is the size of the group, from which the shape of the
 result follows while a graph is traced, without a group at hand.
 """
 
@@ -74,6 +77,25 @@ def communicators() -> list[Communicator]:
 
 def _size(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size() if group is None else group.size()
+
+
+def all_reduce_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    format: str | WireFormat | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of `all_reduce(x, format, group)` + residual, and that sum, the new residual: two new tensors.
+
+    x, residual: (..., hidden); weight: (hidden,); see `Communicator.all_reduce_add_rms_norm`. Compiles and raises as
+    `all_reduce` does.
+    """
+    if torch.compiler.is_compiling():
+        op = torch.ops.flashcomm.all_reduce_add_rms_norm
+        return op(x, residual, weight, eps, op_name(format, group))  # type: ignore[no-any-return]
+    return _kept(op_name(format, group), x).all_reduce_add_rms_norm(x, residual, weight, eps)
 
 
 def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> str:
@@ -170,3 +192,23 @@ def _fake_reduce_scatter(x: Tensor, group: str, world: int) -> Tensor:
 @torch.library.register_fake("flashcomm::all_gather", lib=_library)  # type: ignore[untyped-decorator]
 def _fake_all_gather(x: Tensor, group: str, world: int) -> Tensor:
     return x.new_empty((x.shape[0] * world, *x.shape[1:]))
+
+
+_library.define(  # type: ignore[no-untyped-call]
+    "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group) -> (Tensor, Tensor)"
+)
+
+
+def _run_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return _kept(group, x).all_reduce_add_rms_norm(x, residual, weight, eps)
+
+
+_library.impl("all_reduce_add_rms_norm", _run_norm, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("flashcomm::all_reduce_add_rms_norm", lib=_library)  # type: ignore[untyped-decorator]
+def _fake_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    )

@@ -54,6 +54,36 @@ def all_gather(tensors: Sequence[Tensor], fmt: WireFormat) -> Tensor:
     return torch.cat([coded_sum([t], fmt.gather).to(t.dtype).view(t.shape) for t in tensors])
 
 
+def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """What follows an all-reduce in a layer: RMS norm of total + residual, and that sum, both of total's dtype.
+
+    total, residual: (..., hidden), of one dtype; weight: (hidden,), of the same. With every operation in float32 and
+    rounded once, `to` being the rounding to the dtype:
+
+        sum = to(total + residual)                           the new residual: what is stored is what is normalised
+        inverse = 1 / sqrt(pair_sum(sum * sum) / hidden + eps)
+        normed = to(to(sum * inverse) * weight)
+    """
+    dtype, hidden = total.dtype, total.shape[-1]
+    new_residual = (total.to(torch.float32) + residual.to(torch.float32)).to(dtype)
+    y = new_residual.to(torch.float32)
+    squares = pair_sum(y * y)
+    mean = squares / torch.full_like(squares, hidden)  # by a tensor: by a number CUDA multiplies
+    shifted = mean + torch.tensor(eps, dtype=torch.float32, device=y.device)
+    inverse = 1.0 / shifted.to(torch.float64).sqrt().to(torch.float32)  # in float32 MKL's root is off by a bit at times
+    return (y * inverse).to(dtype) * weight, new_residual
+
+
+def pair_sum(q: Tensor) -> Tensor:
+    """The sum of each row of q (..., n), float32 and not negative, as (..., 1): neighbours are added, then neighbouring
+    sums, and so on; one without a neighbour goes on as it is."""
+    while q.shape[-1] > 1:
+        if q.shape[-1] % 2:
+            q = torch.nn.functional.pad(q, (0, 1))
+        q = q[..., 0::2] + q[..., 1::2]
+    return q
+
+
 def coded_sum(
     tensors: Sequence[Tensor],
     step: StepFormat,

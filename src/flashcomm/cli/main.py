@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashcomm.cli import accuracy, ttft_command
+from flashcomm.cli import accuracy, epilogue, ttft_command
 from flashcomm.cli.options import (
     Algorithm,
     Csv,
@@ -27,6 +27,7 @@ from flashcomm.cli.options import (
     device_for,
     dtype_for,
     formats_of,
+    modes_of,
     prepare,
     progress_bar,
 )
@@ -45,6 +46,7 @@ app.add_typer(bench_app, name="bench")
 for _name, _command in (("eval", accuracy.evaluate), ("tune", accuracy.tune), ("probe", accuracy.probe)):
     app.command(_name)(_command)
 app.command("ttft")(ttft_command.ttft)
+bench_app.command("epilogue")(epilogue.bench)
 
 
 @app.command()
@@ -215,7 +217,7 @@ def bench_all_reduce(
     sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
-    args = (names, sizes, row, dtype_for(dtype), turns, _modes(mode, where), settings)
+    args = (names, sizes, row, dtype_for(dtype), turns, modes_of(mode, where), settings)
     with progress_bar(json) as bar:
         task = bar.add_task("starting", total=len(sizes))
 
@@ -242,17 +244,6 @@ def bench_all_reduce(
     told = {f"{r['path']}: {r['note']}" for r in rows}
     for line in [*sorted(told), *(f"not measured: {path}: {why}" for path, why in found["unavailable"].items())]:
         report.console.print(line, markup=False, style="dim")
-
-
-def _modes(asked: str | None, device: str) -> tuple[str, ...]:
-    """Which ways to time: CUDA graphs only where there is CUDA."""
-    known = {"eager": ("eager",), "graph": ("graph",), "both": ("eager", "graph")}
-    asked = asked or ("both" if device == "cuda" else "eager")
-    if asked not in known:
-        raise SettingsError(f"--mode {asked}: allowed are {', '.join(known)}")
-    if device != "cuda" and asked != "eager":
-        raise SettingsError(f"--mode {asked}: CUDA graphs need --device cuda; on CPUs there is eager only")
-    return known[asked]
 
 
 @bench_app.command("codec")

@@ -67,6 +67,17 @@ def formats_of(text: str, *, plans: bool = False) -> list[str]:
     return names
 
 
+def modes_of(asked: str | None, device: str) -> tuple[str, ...]:
+    """Which ways to time: CUDA graphs only where there is CUDA."""
+    known = {"eager": ("eager",), "graph": ("graph",), "both": ("eager", "graph")}
+    asked = asked or ("both" if device == "cuda" else "eager")
+    if asked not in known:
+        raise SettingsError(f"--mode {asked}: allowed are {', '.join(known)}")
+    if device != "cuda" and asked != "eager":
+        raise SettingsError(f"--mode {asked}: CUDA graphs need --device cuda; on CPUs there is eager only")
+    return known[asked]
+
+
 def prepare(
     fmt: str, device: str, world: int, min_bytes: str | None, algorithm: str | None
 ) -> tuple[str, dict[str, Any]]:
