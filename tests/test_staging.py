@@ -150,6 +150,8 @@ def over_host(ctx: RankContext) -> None:
             ]
             want = [[reference.one_shot(xs, comm.format).to(ctx.device) for xs in per_turn] for per_turn in sets]
             static = [torch.empty(shape, dtype=BF16, device=ctx.device).normal_() for shape in shapes]
+            with pytest.raises(ValueError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                comm.all_reduce(static[1])
             for _ in range(2):
                 for x in static:
                     comm.all_reduce(x)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.collectives import composed
+from flashcomm.errors import InputError
 from flashcomm.wire.indirect import Indirect
 from flashcomm.wire.triton_codec import point
 
@@ -26,12 +27,20 @@ class Replayed:
     def __init__(self, device: torch.device) -> None:
         self._cells = torch.zeros(4, dtype=torch.int64, device=device)  # two, each 16-byte aligned
         self._kept: OrderedDict[Any, tuple[Any, list[Tensor]] | None] = OrderedDict()  # graphs, the buffers they use
+        self._compiled: set[Any] = set()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         compiled = point.warmup(self._cells, 0, 0, grid=(1,))
         self._start, self._index = compiled[(1, 1, 1)], device.index
 
     def run(self, name: str, x: Tensor, out: Tensor, context: composed.Context) -> None:
-        """`composed.<name>` of x into out, both contiguous."""
+        """`composed.<name>` of x into out, both contiguous. Raises InputError in a user's capture if kernels are missing."""
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing and (name, x.dtype, context.fmt) not in self._compiled:
+            raise InputError(
+                "a graph is being captured and the kernels for this dtype and format are not there yet: make one such "
+                "call before capturing"
+            )
+        self._compiled.add((name, x.dtype, context.fmt))
         if x.data_ptr() % 16 or out.data_ptr() % 16 or x.shape[-1] * x.element_size() % 16:
             getattr(composed, name)(x, out, context)
             return
@@ -39,7 +48,7 @@ class Replayed:
         self._start(self._cells.data_ptr(), x.data_ptr(), out.data_ptr(), stream=stream)
         key = (name, x.shape, out.shape, x.dtype, context.fmt)
         known, kept = key in self._kept, self._kept.get(key)
-        if not known or torch.cuda.is_current_stream_capturing():
+        if not known or capturing:
             self._launch(name, x, out, context)
             self._kept.setdefault(key, None)
         else:
