@@ -33,7 +33,7 @@ class Replayed:
         self._start, self._index = compiled[(1, 1, 1)], device.index
 
     def run(self, name: str, x: Tensor, out: Tensor, context: composed.Context) -> None:
-        """`composed.<name>` of x into out, both contiguous. Raises InputError in a user's capture if kernels are missing."""
+        """`composed.<name>` of x into out, both contiguous. Raises InputError where a user's capture lacks kernels."""
         capturing = torch.cuda.is_current_stream_capturing()
         if capturing and (name, x.dtype, context.fmt) not in self._compiled:
             raise InputError(
