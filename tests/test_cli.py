@@ -143,6 +143,7 @@ class TestBench:
             assert f"not measured: {path}: for CUDA tensors only" in done.stdout
 
     @needs_link
+    @pytest.mark.alone
     def test_a_link_limits_the_rate(self) -> None:
         """1 MB over 50 Mbit/s takes 168 ms and the frame headers uncompressed, a quarter as int4."""
         rows = as_json(flashcomm(*BENCH, "--formats", "int4", "-b", "1M", "-e", "1M", "--turns", 3,
@@ -258,6 +259,7 @@ class TestModel:
         as_json(flashcomm("plot", tmp_path / "t.csv", "-o", tmp_path / "t.png", "--json"))
 
     @needs_link
+    @pytest.mark.alone
     def test_ttft_over_a_link(self) -> None:
         args = (
             "ttft",

@@ -123,6 +123,7 @@ def test_parse_rate_says_what_is_allowed(text: str) -> None:
         link.parse_rate(text)
 
 
+@pytest.mark.alone
 @needs_link
 @pytest.mark.parametrize("rate", [10**7, 10**8, 2 * 10**8, 10**9])
 def test_goodput_is_the_payload_share_of_the_rate(rate: int) -> None:
@@ -130,6 +131,7 @@ def test_goodput_is_the_payload_share_of_the_rate(rate: int) -> None:
     check_slowest(rate, [(0, 1)], rate // 8 // 2, share=1, at_least=0.92 if rate < 10**9 else 0.8)
 
 
+@pytest.mark.alone
 @needs_link
 def test_short_messages_are_limited_too() -> None:
     """32 KB at 10 Mbit/s take 27 ms: a bucket with a burst of that size would let them pass at once."""
@@ -137,12 +139,14 @@ def test_short_messages_are_limited_too() -> None:
     assert speed < 1.15 * 10**7
 
 
+@pytest.mark.alone
 @needs_link
 def test_download_is_limited() -> None:
     """Two ranks that send to a third share its one download limit."""
     check_slowest(10**8, [(0, 2), (1, 2)], 3 * 10**6, share=0.5, at_least=0.8)
 
 
+@pytest.mark.alone
 @needs_link
 def test_both_directions_are_independent() -> None:
     """Each way has its own bucket; one bucket for both would leave each half. Acknowledgements cost some."""
