@@ -223,7 +223,8 @@ def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
         x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
         if ctx.rank == ctx.world - 1:
-            time.sleep(8 if ON_GPUS else 16)
+            if ON_GPUS:
+                time.sleep(8)  # its memory must stay; on CPUs it goes with the last that maps it
             return
         out = torch.zeros_like(x)
         begin = time.monotonic()

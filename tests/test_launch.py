@@ -36,6 +36,8 @@ SOON_S = 30  # for what takes two seconds on a quiet machine, and ENDLESS_S wher
 ENDLESS_S = 600
 SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 
+pytestmark = pytest.mark.alone  # processes come and go, within times
+
 no_link = functools.cache(links.probe)
 
 
@@ -154,6 +156,7 @@ def script(*args: str, **more: Any) -> Iterator[Caller]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL),  # whoever runs the tests in the background ignores it
         **more,
     )
     process.token = token
