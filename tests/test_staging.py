@@ -188,6 +188,11 @@ def host_slices(ctx: RankContext) -> None:
             everybody = [tough((2500, 600), FP32, r) for r in range(ctx.world)]
             got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
             assert same_bits(got, reference.two_shot(everybody, comm.format))
+            for turn in range(4):  # misaligned on one rank alone, whose slots must stay those of the others
+                x = everybody[ctx.rank].to(ctx.device)
+                if ctx.rank == turn % 2:
+                    x = torch.cat((x.new_zeros(1), x.view(-1)))[1:].view(x.shape)
+                assert same_bits(comm.all_reduce(x).cpu(), reference.two_shot(everybody, comm.format))
 
 
 @two_gpus

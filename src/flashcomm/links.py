@@ -124,14 +124,17 @@ def _join(
     except (UnavailableError, ImportError) as error:  # of this rank alone, perhaps: the others hear of it
         mine = str(error)
     told = agreement.tell(transport, (mine, place), "taking peers' memory")
-    if why := _first(error for error, _ in told):
+    why = _first(error for error, _ in told)
+    if made is None or why:
+        if made is not None:
+            made.close()
         return None, why
-    assert made is not None
     try:
         made.join(group, [place for _, place in told])
     except UnavailableError as error:
         mine = str(error)
     if why := _first(agreement.tell(transport, mine, "mapping peers' memory")):
+        made.close()  # what this rank did get is pinned, or mapped
         return None, why
     return made, ""
 

@@ -46,7 +46,7 @@ class FusedNorm:
 
     def fits(self, kind: int, x: Tensor, fmt: WireFormat) -> bool:
         """Whether messages like x can go this way: of rows of whole units that the registers of a program hold."""
-        if x.numel() == 0 or x.shape[-1] % fmt.unit or (kind == TWO_SHOT and self.collectives.region.mapped):
+        if x.numel() == 0 or x.shape[-1] % fmt.unit or self.collectives.region.mapped:
             return False
         return self._holds(kind, x, fmt, tuning(x.numel(), fmt))
 

@@ -25,7 +25,7 @@ class Replayed:
     """Runs the functions of `composed` on tensors of one device, on one stream at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cells = torch.zeros(4, dtype=torch.int64, device=device)  # two, each 16-byte aligned
+        self._cells = torch.empty(4, dtype=torch.int64, device=device)  # two, each 16-byte aligned
         self._kept: OrderedDict[Any, tuple[Any, list[Tensor]] | None] = OrderedDict()  # graphs, the buffers they use
         self._compiled: set[Any] = set()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -41,20 +41,25 @@ class Replayed:
                 "call before capturing"
             )
         self._compiled.add((name, x.dtype, context.fmt))
-        if x.data_ptr() % 16 or out.data_ptr() % 16 or x.shape[-1] * x.element_size() % 16:
+        if x.dim() == 0 or x.shape[-1] * x.element_size() % 16:  # of the shape, so that all ranks go one way
             getattr(composed, name)(x, out, context)
             return
+        # Alignment is a rank's own affair: it takes a copy, and not another way, whose slots would not be the peers'.
+        x = x.clone() if x.data_ptr() % 16 else x
+        target = torch.empty_like(out) if out.data_ptr() % 16 else out
         stream = torch._C._cuda_getCurrentRawStream(self._index)
-        self._start(self._cells.data_ptr(), x.data_ptr(), out.data_ptr(), stream=stream)
+        self._start(self._cells.data_ptr(), x.data_ptr(), target.data_ptr(), stream=stream)
         key = (name, x.shape, out.shape, x.dtype, context.fmt)
         known, kept = key in self._kept, self._kept.get(key)
         if not known or capturing:
-            self._launch(name, x, out, context)
+            self._launch(name, x, target, context)
             self._kept.setdefault(key, None)
         else:
             if kept is None:
-                kept = self._kept[key] = self._captured(name, x, out, context)
+                kept = self._kept[key] = self._captured(name, x, target, context)
             kept[0].replay()
+        if target is not out:
+            out.copy_(target)
         self._kept.move_to_end(key)
         if len(self._kept) > MAX_GRAPHS:
             self._kept.popitem(last=False)

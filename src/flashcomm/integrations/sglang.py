@@ -56,11 +56,11 @@ class QuickReduce:
 
     def should_quick_allreduce(self, x: Tensor) -> bool:
         """Whether x is coded: a fact about dtype and shape, equal on every rank."""
-        if self.disabled or x.dtype not in DTYPES or not x.is_contiguous() or x.device.type != self.comm.device.type:
+        if self.disabled or x.dtype not in DTYPES or x.device.type != self.comm.device.type:
             return False
         route = self.comm.explain(x.shape, x.dtype).route
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        return route.coded and (route.transport in FUSED or not captured)
+        return route.coded and (route.transport in (*FUSED, "host") or not captured)
 
     def quick_all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, as a new tensor."""

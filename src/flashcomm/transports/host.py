@@ -50,6 +50,7 @@ class HostRegion(shared.SharedRegion):
     mapped = True
 
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
+        self._pinned: list[int] = []
         with _near(device):
             super().__init__(device, n_bytes, extra)
         try:
@@ -61,10 +62,8 @@ class HostRegion(shared.SharedRegion):
     def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
         """Map and pin everybody's region. They may be used once every rank is known to have returned."""
         super().join(group, places)
-        self._pinned: list[int] = []
         for address in self.mappings:
             if code := self._pin(address):
-                self._unpin()
                 raise UnavailableError(
                     f"{self.size} bytes of host memory cannot be pinned (CUDA error {code}): allow more locked "
                     "memory (`ulimit -l`, in containers --ulimit memlock=-1), or set FLASHCOMM_WORKSPACE_BYTES lower"
