@@ -7,6 +7,9 @@ import os
 import torch
 
 N_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+NCCL = N_GPUS >= 2
+if N_GPUS and os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1":
+    N_GPUS, NCCL = 4, False  # ranks that can have a GPU, be it the same: then without NCCL
 if not N_GPUS:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; ranks inherit it
 

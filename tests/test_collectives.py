@@ -10,6 +10,7 @@ import torch
 from conftest import gloo_group, raise_first, run_ranks, same_bits, tough
 
 from flashcomm import Communicator, WireFormat, reference
+from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout, StepFormat
 
@@ -236,6 +237,25 @@ def test_out_may_be_the_input(algorithm: str) -> None:
 
     for x, want in raise_first(run_ranks(3, body)):
         assert same_bits(x, want)
+
+
+def test_the_way_over_the_cpu_that_gpu_tensors_take_without_nccl() -> None:
+    """The way itself; here the tensors are on the CPU already."""
+
+    def body(group: object, rank: int) -> tuple[list[int], list[int], list[int], int]:
+        outer, inner = (ProcessGroupTransport(group, torch.device("cpu"), 30) for _ in range(2))  # type: ignore[arg-type]
+        outer._by_cpu = inner
+        mine = (torch.arange(6, dtype=torch.uint8) + 10 * rank).view(3, 2)
+        exchanged, gathered, total = torch.zeros_like(mine), torch.zeros_like(mine), torch.ones(2) * rank
+        outer.all_to_all(exchanged, mine, "exchange").wait()
+        outer.all_gather(gathered, mine[0], "gather").wait()
+        outer.all_reduce_native(total, "sum").wait()
+        outer.close()
+        return exchanged.flatten().tolist(), gathered.flatten().tolist(), total.tolist(), outer.n_bytes_sent
+
+    for rank, got in enumerate(raise_first(run_ranks(3, body))):
+        exchanged = [10 * r + 2 * rank + i for r in range(3) for i in range(2)]
+        assert got == (exchanged, [0, 1, 10, 11, 20, 21], [3.0, 3.0], 4 + 4 + 10)
 
 
 def test_sub_groups_of_a_larger_world() -> None:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DTYPES, N_GPUS, same_bits, tough
+from conftest import DTYPES, N_GPUS, NCCL, same_bits, tough
 from test_codec import FORMATS, SHAPES
 
 from flashcomm import Communicator, WireFormat, reference
@@ -20,6 +20,7 @@ from flashcomm.wire.format import Layout, StepFormat
 
 needs_gpu = pytest.mark.skipif(N_GPUS < 1, reason="no CUDA device")
 needs_two = pytest.mark.skipif(N_GPUS < 2, reason=f"{N_GPUS} CUDA devices, 2 are needed")
+needs_nccl = pytest.mark.skipif(not NCCL, reason="NCCL needs two CUDA devices of which each has one rank")
 
 
 @needs_gpu
@@ -61,7 +62,7 @@ def nccl_collectives(ctx: RankContext) -> None:
         comm.all_reduce(torch.ones(3 + ctx.rank, device=ctx.device))
 
 
-@needs_two
+@needs_nccl
 def test_nccl_gives_the_bits_of_the_reference() -> None:
     run(nccl_collectives, 2, device="cuda")
 
@@ -83,7 +84,7 @@ def c10d_on_cuda(ctx: RankContext, path: str) -> None:
     assert small.tolist() == [float(ctx.world)] * 5
 
 
-@needs_two
+@needs_nccl
 def test_the_c10d_backend_on_cuda(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
     monkeypatch.setenv("FLASHCOMM_MIN_BYTES", "64K")  # on CUDA the default is to code nothing

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError
 from flashcomm.settings import Settings
-from flashcomm.transports.process_group import ProcessGroupTransport
+from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 from flashcomm.wire.torch_codec import DTYPES
 
 SETTINGS_BYTES = 2048
@@ -78,16 +78,14 @@ class Problem(enum.IntEnum):
 def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
     """The device of the tensors this group will be given: the one asked for, else CUDA under NCCL, else the CPU.
 
-    Raises SettingsError for a device that the group has not.
+    Raises SettingsError for a device that cannot be had.
     """
     if asked not in (None, "cpu", "cuda"):
         raise SettingsError(f"device={asked!r}: allowed are 'cpu' and 'cuda'")
-    has_nccl = torch.cuda.is_available() and any(
-        d.type == "cuda" and "nccl" in group._get_backend(d).name().lower() for d in group._device_types
-    )
-    if asked == "cuda" and not has_nccl:
-        raise SettingsError("device='cuda' needs a group with the NCCL backend: init_process_group('nccl')")
-    return torch.device("cuda", torch.cuda.current_device()) if has_nccl and asked != "cpu" else torch.device("cpu")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
+    on_gpu = asked == "cuda" or (asked is None and torch.cuda.is_available() and has_nccl(group))
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any = None) -> Problem:

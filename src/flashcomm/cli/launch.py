@@ -31,6 +31,7 @@ from flashcomm.cli.processes import Emit
 from flashcomm.errors import SettingsError, UnavailableError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+_SHARES_GPUS = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own name for it
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ def run(
 ) -> object:
     """Run `target(ctx, *args)` on `world` ranks and return what rank 0's returns.
 
-    `target` is a module-level function; the default process group (gloo for device "cpu", nccl for "cuda") is ready
-    when it is called. `link` is a rate in bits per second, or a text for `link.parse_rate`: every rank then has a
-    network link of that rate to itself. `on_event` is called in this process with what any rank emits, in order.
-    What ranks print goes to stderr. A run takes at most `timeout_s` seconds, starting the ranks included.
+    `target` is a module-level function; the default process group (gloo for device "cpu", nccl for "cuda", gloo where
+    ranks share GPUs) is ready when it is called. `link` is a rate in bits per second, or a text for `link.parse_rate`:
+    every rank then has a network link of that rate to itself. `on_event` is called in this process with what any rank
+    emits, in order. What ranks print goes to stderr. A run takes at most `timeout_s` seconds, starting the ranks
+    included.
 
     Under torchrun `target` runs in this process; `on_event` is called and the result returned on rank 0 only (None
     elsewhere), and `timeout_s` holds for each collective.
@@ -78,8 +80,11 @@ def run(
     job = _Job(target, tuple(args), world, device, timeout_s)
     if all(name in os.environ for name in _TORCHRUN):
         return _join(job, rate, on_event)
-    if device == "cuda" and world > torch.cuda.device_count():
-        raise SettingsError(f"world={world} needs a GPU for each rank and {torch.cuda.device_count()} can be seen")
+    if device == "cuda" and world > torch.cuda.device_count() and not shares_gpus():
+        raise SettingsError(
+            f"world={world} needs a GPU for each rank and {torch.cuda.device_count()} can be seen; ranks may "
+            f"share one, for tests of bits and never for timing, with {_SHARES_GPUS}=1"
+        )
     if rate is None:
         return _run_ranks(job, on_event)
     with processes.children(3 * processes.GRACE_S) as children:  # the one child has children to stop itself
@@ -87,6 +92,11 @@ def run(
         with links.forking():
             children.start("fork", "the link's switch process", _switch_body, job, rate)
         return children.watch(on_event, timeout_s + 15)[0]  # the child keeps the time; 15 s to build and to stop
+
+
+def shares_gpus() -> bool:
+    """Whether several ranks may sit on one GPU. NCCL refuses that: their group is gloo's."""
+    return os.environ.get(_SHARES_GPUS) == "1"
 
 
 @dataclass(frozen=True)
@@ -163,11 +173,13 @@ def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda, where = job.device == "cuda", torch.device("cpu")
     if cuda:
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        where = torch.device("cuda", local % torch.cuda.device_count() if shares_gpus() else local)
         torch.cuda.set_device(where)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-    group: dict[str, Any] = {"backend": "nccl", "device_id": where} if cuda else {"backend": "gloo"}
+    nccl = cuda and not shares_gpus()
+    group: dict[str, Any] = {"backend": "nccl", "device_id": where} if nccl else {"backend": "gloo"}
     timeout = timedelta(seconds=job.timeout_s)
     dist.init_process_group(**group, store=store, rank=rank, world_size=world, timeout=timeout)
     result = job.target(RankContext(rank, world, where, emit), *job.args)

@@ -8,6 +8,9 @@ On CPUs the verbs are W-1 matched steps: in step k every rank sends to rank+k an
 carries one stream at a time in each direction, and carries it at full rate; posting all messages at once, as gloo's
 all-to-all does, makes streams collide at receivers (12.1 ms against 8.8 for 52 kB over 100 Mbit/s, 3 ranks: LOG.md).
 A thread of the transport's own takes the steps, so that the caller can code the next chunk meanwhile.
+
+GPU tensors over a group without NCCL go by way of the CPU, slowly: such a group is for ranks that find a faster way
+through `symmetric` or `host`, and is all that ranks which share a GPU can have.
 """
 
 from __future__ import annotations
@@ -53,6 +56,12 @@ class Pending:
             ) from why
 
 
+def has_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether the group itself takes CUDA tensors, by NCCL."""
+    on_gpus = [d for d in group._device_types if d.type == "cuda"]
+    return any("nccl" in group._get_backend(d).name().lower() for d in on_gpus)
+
+
 class ProcessGroupTransport:
     """The two byte verbs over a c10d group. `n_bytes_sent` counts what this rank sent to others, payload only."""
 
@@ -60,6 +69,9 @@ class ProcessGroupTransport:
         self.group, self.device, self.timeout_s = group, device, timeout_s
         self.rank, self.world = group.rank(), group.size()
         self.n_bytes_sent = 0
+        self._by_cpu: ProcessGroupTransport | None = None  # what takes GPU tensors over a group without NCCL
+        if device.type == "cuda" and not has_nccl(group):
+            self._by_cpu = ProcessGroupTransport(group, torch.device("cpu"), timeout_s)
         self._lane = _Lane() if device.type == "cpu" else None
 
     def all_to_all(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
@@ -68,6 +80,10 @@ class ProcessGroupTransport:
         overlap=False, where nothing is to be done before `wait()`, spares CPUs the way over another thread.
         """
         self.n_bytes_sent += inp.numel() // self.world * (self.world - 1)
+        if self._by_cpu:
+            there = torch.empty_like(out, device="cpu")
+            self._by_cpu.all_to_all(there, inp.cpu(), what, overlap=False).wait()
+            return self._brought(there, out, what)
         if self._lane:
             return self._on_cpu(lambda: self._steps(out, lambda rank: inp[rank]), what, overlap)
         return self._pending(self.group.alltoall_base(out.view(-1), inp.view(-1), [], [], AllToAllOptions()), what)
@@ -76,6 +92,10 @@ class ProcessGroupTransport:
         """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. inp may be row `rank`
         of out. overlap: see above."""
         self.n_bytes_sent += inp.numel() * (self.world - 1)
+        if self._by_cpu:
+            there = torch.empty_like(out, device="cpu")
+            self._by_cpu.all_gather(there, inp.cpu(), what, overlap=False).wait()
+            return self._brought(there, out, what)
         if self._lane:
             return self._on_cpu(lambda: self._steps(out, lambda rank: inp), what, overlap)
         return self._pending(self.group._allgather_base(out.view(-1), inp, AllgatherOptions()), what)
@@ -83,6 +103,10 @@ class ProcessGroupTransport:
     def all_reduce_native(self, x: Tensor, what: str) -> Pending:
         """The backend's own sum of x, in place; its algorithm and its order of additions."""
         self.n_bytes_sent += 2 * (self.world - 1) * x.numel() * x.element_size() // self.world
+        if self._by_cpu:
+            there = x.cpu()
+            self._by_cpu.all_reduce_native(there, what).wait()
+            return self._brought(there, x, what)
         options = AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
         return self._pending(self.group.allreduce([x], options), what)
@@ -91,6 +115,12 @@ class ProcessGroupTransport:
         """End the transport's thread; exchanges must be over."""
         if self._lane:
             self._lane.close()
+        if self._by_cpu:
+            self._by_cpu.close()
+
+    def _brought(self, there: Tensor, out: Tensor, what: str) -> Pending:
+        out.copy_(there)
+        return Pending(lambda: None, what, self)
 
     def _pending(self, work: Any, what: str) -> Pending:
         if self.device.type == "cpu":
