@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 import vllm_standin as standin
 
+import flashcomm
 from flashcomm import WireFormat, reference
 from flashcomm.cli.launch import RankContext, run
-from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError
+from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError, UnavailableError
 from flashcomm.plan import LayerPlan, Plan
 
 ROOT = Path(__file__).parent.parent
@@ -194,14 +195,22 @@ def one_lacks_the_package(ctx: RankContext) -> None:
         standin._state["platform"] = standin.CpuPlatform()
         standin.make_group(config, dist.group.WORLD)
         return
-    with pytest.raises(SettingsError, match=r"rank 1 of 2 did not come to flashcomm within 2 s: all workers need"):
+    with pytest.raises(UnavailableError, match=r"rank 1 of .* did not come .* within 2 s: all workers need"):
         standin.make_group(config, dist.group.WORLD)
 
 
 def workers_differ(ctx: RankContext, mine: list[str], told: str) -> None:
     _, config = start(format="int4")
     os.environ["FLASHCOMM_FORMAT"] = mine[ctx.rank]
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UnavailableError, match=told):
+        standin.make_group(config, dist.group.WORLD)
+
+
+def versions_differ(ctx: RankContext) -> None:
+    _, config = start(format="int4")
+    flashcomm.__version__ = f"0.{ctx.rank}"
+    told = r"give all its workers the same: rank 0: flashcomm 0\.0, plan .*; rank 1: flashcomm 0\.1, plan"
+    with pytest.raises(UnavailableError, match=told):
         standin.make_group(config, dist.group.WORLD)
 
 
@@ -252,7 +261,8 @@ class TestInRanks:
 
     def test_workers_that_differ(self) -> None:
         run(workers_differ, 2, (["int4", "int8"], r"rank 1: this worker's FLASHCOMM_FORMAT='int8' is not what vLLM's"))
-        run(workers_differ, 2, (["int12", "int4"], r"do not agree on flashcomm.*\n  rank 0: 12 bits asked for"))
+        run(workers_differ, 2, (["int12", "int4"], r"cannot use flashcomm: rank 0: 12 bits asked for"))
+        run(versions_differ, 2)
 
     def test_debug_info(self) -> None:
         run(debug_says_what_goes_where, 2)

@@ -6,6 +6,7 @@ stand in a collective that it never makes. Here each puts its name into the stor
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,15 +18,23 @@ from flashcomm.errors import UnavailableError
 
 
 def roll_call(
-    store: Store, group: str, rank: int, ranks: Sequence[int], timeout_s: float, advice: str, problem: str = ""
+    store: Store,
+    group: str,
+    rank: int,
+    ranks: Sequence[int],
+    timeout_s: float,
+    advice: str,
+    problem: str = "",
+    settings: str = "",
 ) -> None:
-    """Return once all `ranks` of `group` (global ranks, as `rank`) have called this, each without a problem.
+    """Return once all `ranks` of `group` (global ranks, as `rank`) have called this, each without a problem and with
+    the same settings.
 
     group: a name that was not called before on this store. Raises UnavailableError on every rank that came: it names
-    those that did not within the time-out, with the advice, or tells the problems that ranks had.
+    those that did not within the time-out, with the advice, or tells the problems that ranks had, or how they differ.
     """
     name = f"flashcomm/here/{group}/"
-    store.set(name + str(rank), problem or "here")
+    store.set(name + str(rank), json.dumps([problem, settings]))
     keys = [name + str(r) for r in ranks]
     try:
         store.wait(keys, timedelta(milliseconds=math.ceil(1000 * timeout_s)))
@@ -35,7 +44,10 @@ def roll_call(
         raise UnavailableError(
             f"{who} of group {group!r} did not come with flashcomm within {timeout_s:g} s: {advice}"
         ) from why
-    told = [store.get(key).decode() for key in keys]
-    problems = [f"rank {r}: {text}" for r, text in zip(ranks, told, strict=True) if text != "here"]
-    if problems:
-        raise UnavailableError(f"group {group!r} cannot use flashcomm: {'; '.join(problems)}")
+    problems, have = zip(*(json.loads(store.get(key).decode()) for key in keys), strict=True)
+    wrong = "; ".join(f"rank {r}: {text}" for r, text in zip(ranks, problems, strict=True) if text)
+    if wrong:
+        raise UnavailableError(f"group {group!r} cannot use flashcomm: {wrong}")
+    if len(set(have)) > 1:
+        unlike = "; ".join(f"rank {r}: {text}" for r, text in zip(ranks, have, strict=True))
+        raise UnavailableError(f"group {group!r} cannot use flashcomm, give all its workers the same: {unlike}")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+import flashcomm
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, UnavailableError
 from flashcomm.integrations.presence import roll_call
@@ -148,7 +149,8 @@ def _make(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     except FlashcommError as why:
         problem = f"FLASHCOMM_FORMAT={os.environ['FLASHCOMM_FORMAT']}: {why}"
     store = distributed_c10d._get_default_store()
-    roll_call(store, self.unique_name, self.rank, self.ranks, timeout_s, advice, problem)
+    ours = f"flashcomm {flashcomm.__version__}"
+    roll_call(store, self.unique_name, self.rank, self.ranks, timeout_s, advice, problem, ours)
     self.qr_comm = _quick[self] = QuickReduce(self.device_group, format)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ import flashcomm
 from flashcomm import ops
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, PlanError, SettingsError
+from flashcomm.integrations.presence import roll_call
 from flashcomm.plan import Plan, is_decode
 from flashcomm.policy import Route
 from flashcomm.settings import Settings
@@ -32,8 +32,7 @@ from flashcomm.wire.format import WireFormat
 
 HALVES = (torch.bfloat16, torch.float16)
 WORKSPACE_BYTES = (4 << 20, 256 << 20)  # at least, at most; between them what the largest batch needs
-MEET_S = 60.0  # that ranks which start together may be apart; FLASHCOMM_TIMEOUT_S says otherwise
-CALL_S = 600.0  # that they may be apart in a sum, for instance while one compiles the model; likewise
+CALL_S = 600.0  # that ranks may be apart, for instance while one compiles the model; FLASHCOMM_TIMEOUT_S says otherwise
 log = logging.getLogger("flashcomm")
 
 
@@ -214,9 +213,7 @@ def _join(made: Any) -> Reducer | None:
         if made.rank_in_group == 0:
             log.warning("vLLM's own all-reduce is used: %s", reason)
         return None
-    plan, said = _own_part(config)
-    _meet(f"flashcomm/{made.unique_name}/{made.ranks}", made.rank_in_group, made.world_size, said)
-    assert plan is not None
+    plan = _own_part(made, config)
     hidden, tokens = config.model_config.get_hidden_size(), config.scheduler_config.max_num_batched_tokens
     given: dict[str, Any] = {"plan": plan.digest if plan.layers or plan.decode else ""}
     if "FLASHCOMM_TIMEOUT_S" not in os.environ:
@@ -237,9 +234,11 @@ def _join(made: Any) -> Reducer | None:
     return flash
 
 
-def _own_part(config: Any) -> tuple[Plan | None, str]:
-    """The plan, and what this rank says to the others: "ok ..." or its error."""
+def _own_part(made: Any, config: Any) -> Plan:
+    """This worker's plan, once every worker of the group is known to have the same. Raises UnavailableError on all."""
+    plan, timeout_s, problem, settings = None, 60.0, "", ""
     try:
+        timeout_s = Settings.resolve("cpu", format="bf16").timeout_s
         plan = Plan.of(asked())
         front = config.additional_config.get("flashcomm")
         if front != plan.digest:
@@ -247,28 +246,11 @@ def _own_part(config: Any) -> tuple[Plan | None, str]:
                 f"this worker's FLASHCOMM_FORMAT={asked()!r} is not what vLLM's front end has "
                 f"({'another one' if front else 'none, or no flashcomm'}): set and install it for both"
             )
+        settings = f"flashcomm {flashcomm.__version__}, plan {plan.digest}"
     except FlashcommError as why:
-        return None, str(why)
-    return plan, f"ok flashcomm {flashcomm.__version__}, plan {plan.digest}"
-
-
-def _meet(name: str, rank: int, world: int, said: str) -> None:
-    """Return if every rank comes and says the same "ok ..."; otherwise raise SettingsError on all that came.
-
-    Over the store: a worker without flashcomm would answer no collective, or answer it with one of its own.
-    """
-    timeout_s = Settings.resolve("cpu", format="bf16").timeout_s if "FLASHCOMM_TIMEOUT_S" in os.environ else MEET_S
-    store, keys = _get_default_store(), [f"{name}/{r}" for r in range(world)]
-    store.set(keys[rank], said)
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as why:
-        late = ", ".join(str(r) for r, key in enumerate(keys) if not store.check([key]))
-        raise SettingsError(
-            f"rank {late} of {world} did not come to flashcomm within {timeout_s:.0f} s: all workers need the package, "
-            "FLASHCOMM_FORMAT and the same VLLM_* variables, on every machine"
-        ) from why
-    everybody = [store.get(key).decode() for key in keys]
-    if len(set(everybody)) > 1 or not said.startswith("ok "):
-        told = "\n".join(f"  rank {r}: {text}" for r, text in enumerate(everybody))
-        raise SettingsError(f"vLLM's workers do not agree on flashcomm; give all of them the same:\n{told}")
+        problem = str(why)
+    advice = "all workers need the package, FLASHCOMM_FORMAT and the same VLLM_* variables, on every machine"
+    me, store = made.ranks[made.rank_in_group], _get_default_store()
+    roll_call(store, made.unique_name, me, made.ranks, timeout_s, advice, problem, settings)
+    assert plan is not None
+    return plan
