@@ -135,7 +135,7 @@ MUTATIONS = {
         "test_plan.py::test_decoding_takes_its_own_format_and_no_conditioning",
     ),
     "a simulated rank left out": (
-        "simulate.py", "return run(tensors, fmt,", "return run(tensors[:-1], fmt,",
+        "simulate.py", "return reference.all_reduce(way, tensors,", "return reference.all_reduce(way, tensors[:-1],",
         "test_accuracy.py::TestSimulation::test_every_sum_is_the_reference_of_the_partial_sums",
     ),
     "a price without its half": (
@@ -234,6 +234,23 @@ MUTATIONS = {
         "transports/staging.py", "self._copy(target + peer * n + start, slot, size, stream)",
         "self._copy(target + peer * n, slot, size, stream)",
         "test_staging.py::test_collectives_equal_the_reference",
+    ),
+    "parts of all ranks give up one by one": (
+        "transports/staging.py", "self._counts = whole._counts", "self._counts = whole._counts.clone()",
+        "test_hierarchical.py::test_a_rank_that_is_gone_is_named_by_its_place_among_all",
+    ),
+    "nodes' sums rounded early": (
+        "collectives/hierarchical.py", "dtype = x.dtype if coded_as.step.lossless else torch.float32", "dtype = x.dtype",
+        "test_hierarchical.py::test_ranks_give_the_bits_of_the_reference",
+    ),
+    "a column of ranks with other shards": (
+        "links.py", "range(transport.rank % local_world, transport.world, local_world)",
+        "range(transport.rank // local_world, transport.world, local_world)",
+        "test_hierarchical.py::test_ranks_give_the_bits_of_the_reference",
+    ),
+    "nodes whose ranks are apart": (
+        "links.py", "if len(lengths) == len(set(names)) and", "if",
+        "test_hierarchical.py::TestNodes",
     ),
 }  # fmt: skip
 

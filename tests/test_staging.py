@@ -28,13 +28,18 @@ no_gpu = pytest.mark.skipif(ON_GPUS, reason="flags are not interpreted where the
 two_gpus = pytest.mark.skipif(not ON_GPUS, reason=f"{N_GPUS} CUDA devices, 2 are needed")
 
 
-def staged(ctx: RankContext, slot_bytes: int, timeout_s: float = 60) -> tuple[composed.Context, torch.Tensor]:
-    """What composed collectives need, over slots of that size; and where timed-out waits are reported."""
+def staged(
+    ctx: RankContext, slot_bytes: int, timeout_s: float = 60, exchanges: int = 1
+) -> tuple[composed.Context, torch.Tensor]:
+    """What composed collectives need, over slots of that size; and where timed-out waits are reported.
+
+    exchanges: of all ranks and, if 3, among parts of them.
+    """
     from flashcomm.transports.shared import SharedRegion
     from flashcomm.transports.staging import StagedTransport, staging_bytes
     from flashcomm.wire import codec_for
 
-    region = SharedRegion(ctx.device, 4096, staging_bytes(slot_bytes))
+    region = SharedRegion(ctx.device, 4096, exchanges * staging_bytes(slot_bytes))
     places: list[str] = [""] * ctx.world
     dist.all_gather_object(places, region.place)
     region.join(dist.group.WORLD, places)

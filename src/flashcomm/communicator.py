@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flashcomm import agreement, epilogue, links, policy
 from flashcomm.collectives import composed
+from flashcomm.collectives.hierarchical import hierarchical
 from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import ProcessGroupTransport
@@ -67,6 +68,7 @@ class Communicator:
         timeout_s: float | None = None,
         check: bool | None = None,
         debug: str | None = None,
+        local_world: int | None = None,
         plan: str = "",
     ) -> None:
         if group is None:
@@ -82,7 +84,7 @@ class Communicator:
             self.device = agreement.group_device(group, device)
             given: dict[str, Any] = {"format": format, "algorithm": algorithm, "min_bytes": min_bytes}
             given |= {"transport": transport, "workspace_bytes": workspace_bytes, "chunk_bytes": chunk_bytes}
-            given |= {"timeout_s": timeout_s, "check": check, "debug": debug}
+            given |= {"timeout_s": timeout_s, "check": check, "debug": debug, "local_world": local_world}
             mine: Settings | FlashcommError = replace(Settings.resolve(self.device.type, **given), plan=plan)
         except FlashcommError as why:
             self.device = agreement.group_device(group, None)
@@ -100,7 +102,9 @@ class Communicator:
             composed.Workspace(self.device),
             self.settings.chunk_bytes,
         )
-        self.machine, self._fused, self._staged = links.connect(group, self.transport, self.settings)
+        found = links.connect(group, self.transport, self.settings)
+        self.machine, self._fused, self._staged = found.machine, found.fused, found.staged
+        self._context.nodes = found.nodes
         self._replayed: Replayed | None = None
         if self._staged is not None:
             from flashcomm.collectives.replayed import Replayed
@@ -321,10 +325,11 @@ class Communicator:
         with self._on_device():
             if self._fused is not None:
                 self._order()
+            run = hierarchical if name == "hierarchical" else getattr(composed, name)
             if self._replayed is not None:
-                self._replayed.run(name, x.resolve_neg().contiguous(), out, context)
+                self._replayed.run(run, x.resolve_neg().contiguous(), out, context)
             else:
-                getattr(composed, name)(x.contiguous(), out, context)
+                run(x.contiguous(), out, context)
 
     def _run_fused(
         self,
@@ -411,7 +416,9 @@ class Communicator:
 
     def _call(self, shape: tuple[int, ...], dtype: torch.dtype) -> policy.Call:
         row = shape[-1] if shape else 1
-        return policy.Call(math.prod(shape), row, dtype.itemsize, self.world, self.device.type)
+        return policy.Call(
+            math.prod(shape), row, dtype.itemsize, self.world, self.device.type, self.machine.local_world
+        )
 
     def _count(self, way: str, x: Tensor, n_bytes: int) -> None:
         """Count a call; with debug="info" tell of the first, and of the 10th, 100th, ... the sums so far."""

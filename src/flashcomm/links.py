@@ -1,12 +1,15 @@
-"""What a group's ranks find that they can do together: peers' memory or not, and the times measured for it.
+"""What a group's ranks find that they can do together: peers' memory or not, which of them are near to each other, and
+the times measured.
 
 Collective, at set-up: facts are exchanged once, and every rank comes to the same verdict.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ from flashcomm.transports import host, shared, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport
 
 if TYPE_CHECKING:
+    from flashcomm.collectives.composed import Transport
     from flashcomm.collectives.fused import FusedCollectives
     from flashcomm.transports.staging import StagedTransport
 
@@ -29,17 +33,30 @@ MAPPED_WORKSPACE = 32 << 20  # of host memory for kernels: small messages only
 log = logging.getLogger("flashcomm")
 
 
-def connect(
-    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
-) -> tuple[Machine, FusedCollectives | None, StagedTransport | None]:
-    """The machine, as the policy sees it, and if they can be had the collectives over memory that peers write to, and
-    bytes through host memory.
+@dataclass(frozen=True)
+class Connected:
+    """What a Communicator has: the machine, as the policy sees it, and if they can be had the collectives over memory
+    that peers write to, bytes through host memory, and exchanges within and across nodes."""
 
-    Raises, on every rank, SettingsError for a transport that is not for this device, UnavailableError for one that was
-    asked for and cannot be had. `auto` falls back, and rank 0 says why, once.
+    machine: Machine
+    fused: FusedCollectives | None
+    staged: StagedTransport | None
+    nodes: tuple[Transport, Transport] | None
+
+
+def connect(group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings) -> Connected:
+    """Collective. Raises, on every rank, SettingsError for a transport that is not for this device or nodes that the
+    world does not have, UnavailableError for what was asked for and cannot be had. `auto` falls back, and rank 0 says
+    why, once.
     """
     device, asked = transport.device, settings.transport
     fused, staged = None, None
+    nodes: tuple[Transport, Transport] | None = None
+    local_world = _local_world(transport, settings)
+    if settings.algorithm == "hierarchical" and 1 < local_world < transport.world:
+        begin = transport.rank // local_world * local_world
+        parts = range(begin, begin + local_world), range(transport.rank % local_world, transport.world, local_world)
+        nodes = transport.among(parts[0]), transport.among(parts[1])
     rejected: tuple[tuple[str, str], ...] = ()
     name = "process_group"
     for kind in candidates(device.type, asked) if transport.world > 1 else ():
@@ -47,6 +64,8 @@ def connect(
         if region is not None:
             name = kind.NAME
             fused, staged = _over(region, settings, staged=kind is host)
+            if staged is not None and nodes is not None:
+                nodes = staged.among(parts[0], 1), staged.among(parts[1], 2)
             break
         if asked != "auto":
             raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
@@ -55,7 +74,29 @@ def connect(
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
     table = tables.find(machine_name(device), transport.world, name) if transport.rank == 0 else None
     told = agreement.tell(transport, tables.as_dict(table) if table else None, "sharing the table of times")[0]
-    return Machine(name, tables.from_dict(told) if told else None, rejected), fused, staged
+    machine = Machine(name, tables.from_dict(told) if told else None, rejected, local_world)
+    return Connected(machine, fused, staged, nodes)
+
+
+def _local_world(transport: ProcessGroupTransport, settings: Settings) -> int:
+    """How many consecutive ranks a node has: as the setting says, or as found; 0 where ranks have no such order."""
+    if asked := settings.local_world:
+        if transport.world % asked:
+            raise SettingsError(f"local_world={asked}: {transport.world} ranks do not make nodes of that many")
+        return asked
+    mine = [shared.host_name(), host.cpulist(transport.device) if transport.device.type == "cuda" else ""]
+    places = agreement.tell(transport, mine, "looking for nodes")
+    hosts = [name for name, _ in places]
+    names = hosts if len(set(hosts)) > 1 else [near for _, near in places]
+    lengths = [len(list(same)) for _, same in itertools.groupby(names)]
+    if len(lengths) == len(set(names)) and len(set(lengths)) == 1:
+        return lengths[0]
+    if settings.algorithm == "hierarchical":
+        raise UnavailableError(
+            f"algorithm='hierarchical' needs nodes of equally many, consecutive ranks; these are at "
+            f"{', '.join(names)}: order the ranks by node, or set local_world"
+        )
+    return 0
 
 
 def candidates(device_type: str, asked: str) -> list[ModuleType]:
@@ -98,9 +139,11 @@ def _sizes(settings: Settings, kind: ModuleType) -> tuple[int, ...]:
 
     if kind is not host:
         return (region_bytes(settings.workspace_bytes),)
-    from flashcomm.transports.staging import staging_bytes
+    from flashcomm.transports.staging import PLACES, staging_bytes
 
-    return region_bytes(min(settings.workspace_bytes, MAPPED_WORKSPACE)), staging_bytes(_slot_bytes(settings))
+    places = PLACES if settings.algorithm == "hierarchical" else 1
+    staging = places * staging_bytes(_slot_bytes(settings))
+    return region_bytes(min(settings.workspace_bytes, MAPPED_WORKSPACE)), staging
 
 
 def _join(

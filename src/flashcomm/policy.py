@@ -5,6 +5,7 @@ Nothing here touches a tensor, a group or a clock, so every rank decides alike. 
     native     the backend's own all-reduce, not compressed
     one_shot   everybody sends all to everybody: one hop, one rounding
     two_shot   reduce-scatter and all-gather: two hops, two roundings, the fewest bytes
+    hierarchical  the same within nodes, and one hop across them: three roundings, the fewest bytes between nodes
     copy       a world of one, or no values
 
 `admit` says whether a way can be taken at all, `choose` takes the fastest of those that can: by the times measured for
@@ -20,7 +21,8 @@ from itertools import pairwise
 
 from flashcomm.wire.format import LOSSLESS, Layout, WireFormat, bounds
 
-ALGORITHMS = ("native", "one_shot", "two_shot")
+CHOSEN = ("native", "one_shot", "two_shot")  # what `auto` chooses from
+ALGORITHMS = (*CHOSEN, "hierarchical")
 FUSED = ("symmetric", "mapped", "shared")  # transports over which one kernel does it all
 MAPPED_BYTES = 288 << 10  # wire bytes a rank sends up to which `host` means kernels on mapped memory, not copies
 STAGED_CHUNK_BYTES = 8 << 20  # of a message, at most, that goes through host memory at a time
@@ -43,6 +45,11 @@ class Call:
     itemsize: int
     world: int
     device_type: str
+    local_world: int = 0  # ranks of a node; 0: as many as there are, or not known
+
+    @property
+    def nodes(self) -> int:
+        return self.world // self.local_world if self.local_world else 1
 
     @property
     def n_bytes(self) -> int:
@@ -87,12 +94,13 @@ class Table:
 class Machine:
     """What the ranks of a group found that they can do, all alike: the transport of coded messages, and its times.
 
-    rejected: other transports, each with the reason.
+    rejected: other transports, each with the reason. local_world: as in `Call`.
     """
 
     transport: str = "process_group"
     table: Table | None = None
     rejected: tuple[tuple[str, str], ...] = ()
+    local_world: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Route:
 
     @property
     def coded(self) -> bool:
-        return self.algorithm in ("one_shot", "two_shot") and self.fmt != LOSSLESS
+        return self.algorithm not in ("native", "copy") and self.fmt != LOSSLESS
 
 
 @dataclass(frozen=True)
@@ -144,10 +152,10 @@ def wire_bytes(algorithm: str, call: Call, fmt: WireFormat) -> int:
     reduce = Layout(fmt.reduce, call.row, call.itemsize)
     if algorithm == "one_shot":
         return (w - 1) * reduce.nbytes(0, call.numel)
-    gather = Layout(fmt.gather, call.row, call.itemsize)
-    ends = bounds(0, call.numel, call.row, fmt.unit, w)
-    spans = list(pairwise(ends))
-    return (w - 1) * (max(reduce.nbytes(*s) for s in spans) + max(gather.nbytes(*s) for s in spans))
+    gather, shards = Layout(fmt.gather, call.row, call.itemsize), w if algorithm == "two_shot" else w // call.nodes
+    spans = list(pairwise(bounds(0, call.numel, call.row, fmt.unit, shards)))
+    down, up = max(reduce.nbytes(*s) for s in spans), max(gather.nbytes(*s) for s in spans)
+    return (shards - 1) * (down + up) + (call.nodes - 1 if algorithm == "hierarchical" else 0) * down
 
 
 def admit(call: Call, fmt: WireFormat, min_bytes: int | None) -> str:
@@ -175,7 +183,10 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, m
         return _choice(call, fmt, machine, "copy", f"{why}: nothing travels, nothing is coded", {})
     if algorithm != "auto":
         asked = f"algorithm={algorithm} was asked for"
-        return _choice(call, fmt, machine, algorithm, asked, dict.fromkeys(ALGORITHMS, asked))
+        if algorithm == "hierarchical" and not 1 < call.nodes < call.world:
+            asked += ", and " + ("there is one node" if call.nodes == 1 else "nodes have one rank each")
+            algorithm = "two_shot" if call.nodes == 1 else "one_shot"
+        return _choice(call, fmt, machine, algorithm, asked, dict.fromkeys(CHOSEN, asked))
     uncoded = admit(call, fmt, min_bytes)
     if machine.table is not None:
         return _measured(call, fmt, machine, machine.table, uncoded, min_bytes is not None)
@@ -221,7 +232,7 @@ def _measured(call: Call, fmt: WireFormat, machine: Machine, table: Table, uncod
         times["one_shot", fmt] = math.inf
     (best, best_fmt), us = min(times.items(), key=lambda item: item[1])
     others = {}
-    for name in ALGORITHMS:
+    for name in CHOSEN:
         tried = min((t for (a, _), t in times.items() if a == name), default=None)
         others[name] = uncoded or "not measured" if tried is None else f"{tried:.1f} us"
     why = f"{us:.1f} us for {size >> 10} KiB, fastest of those measured ({table.source})"
@@ -232,10 +243,15 @@ def _choice(
     call: Call, fmt: WireFormat, machine: Machine, algorithm: str, reason: str, others: dict[str, str]
 ) -> Choice:
     n_bytes = 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt)
-    coded = algorithm in ("one_shot", "two_shot")
+    coded = algorithm not in ("native", "copy")
     transport, name = (machine.transport, str(fmt)) if coded else ("process_group", LOSSLESS)
-    if transport == "host" and n_bytes <= MAPPED_BYTES:
+    if algorithm == "hierarchical":  # composed of exchanges: one kernel over everybody's memory has no use for nodes
+        transport = "host" if transport == "host" else "process_group"
+    elif transport == "host" and n_bytes <= MAPPED_BYTES:
         transport = "mapped"
+    if algorithm != "hierarchical" and coded and 1 < call.nodes < call.world:
+        more = f"a third rounding, so only if asked for: {wire_bytes('hierarchical', call, fmt)} bytes a rank"
+        others = others | {"hierarchical": more}
     rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]
     rejected += [Rejected(name, why) for name, why in machine.rejected]
     return Choice(Route(algorithm, n_bytes, reason, transport, name), tuple(rejected))

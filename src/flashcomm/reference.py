@@ -28,15 +28,37 @@ def one_shot(tensors: Sequence[Tensor], fmt: WireFormat, codec: ModuleType = tor
 
 def two_shot(tensors: Sequence[Tensor], fmt: WireFormat, codec: ModuleType = torch_codec) -> Tensor:
     """All-reduce as reduce-scatter and all-gather: the sum is coded a second time, as `fmt.gather`."""
-    first = tensors[0]
     if len(tensors) == 1:
-        return first.clone()
-    reduce, gather = fmt.middle
-    total = coded_sum(tensors, fmt.reduce, codec, reduce)
-    if gather.lossless:  # the sum travels in the tensors' dtype
-        total = total.to(first.dtype)
-    wire = _encoded(total, first, gather, codec)
-    return _decoded([wire], first, fmt.gather, codec).to(first.dtype).view(first.shape)
+        return tensors[0].clone()
+    return _gathered(coded_sum(tensors, fmt.reduce, codec, fmt.middle[0]), tensors[0], fmt, codec)
+
+
+def hierarchical(
+    tensors: Sequence[Tensor], fmt: WireFormat, local_world: int, codec: ModuleType = torch_codec
+) -> Tensor:
+    """All-reduce over nodes of `local_world` consecutive ranks: summed within nodes, those sums summed in the order of
+    nodes, and that gathered. Three roundings: values and nodes' sums as `fmt.reduce`, the sum of all as `fmt.gather`.
+
+    Nodes of one rank are `one_shot`, one node of all ranks is `two_shot`.
+    """
+    first, world = tensors[0], len(tensors)
+    if local_world in (1, world):
+        return (one_shot if local_world == 1 else two_shot)(tensors, fmt, codec)
+    within, across = fmt.again.middle
+    wires = []
+    for begin in range(0, world, local_world):
+        part = coded_sum(tensors[begin : begin + local_world], fmt.reduce, codec, within)
+        wires.append(_encoded(part.to(first.dtype) if across.lossless else part, first, across, codec))
+    return _gathered(_decoded(wires, first, fmt.middle[0], codec), first, fmt, codec)
+
+
+def all_reduce(
+    algorithm: str, tensors: Sequence[Tensor], fmt: WireFormat, local_world: int = 0, codec: ModuleType = torch_codec
+) -> Tensor:
+    """The coded algorithm of that name; local_world is for `hierarchical`."""
+    if algorithm == "hierarchical":
+        return hierarchical(tensors, fmt, local_world, codec)
+    return {"one_shot": one_shot, "two_shot": two_shot}[algorithm](tensors, fmt, codec)
 
 
 def reduce_scatter(tensors: Sequence[Tensor], fmt: WireFormat) -> list[Tensor]:
@@ -82,6 +104,13 @@ def pair_sum(q: Tensor) -> Tensor:
             q = torch.nn.functional.pad(q, (0, 1))
         q = q[..., 0::2] + q[..., 1::2]
     return q
+
+
+def _gathered(total: Tensor, message: Tensor, fmt: WireFormat, codec: ModuleType) -> Tensor:
+    """What comes back of a sum (float32, flat, decoded as `fmt.middle` says) of messages: coded as `fmt.gather`."""
+    resend = fmt.middle[1]
+    wire = _encoded(total.to(message.dtype) if resend.lossless else total, message, resend, codec)
+    return _decoded([wire], message, fmt.gather, codec).to(message.dtype).view(message.shape)
 
 
 def coded_sum(

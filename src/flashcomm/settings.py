@@ -1,7 +1,9 @@
 """The settings of a Communicator: keyword argument > `FLASHCOMM_*` environment variable > default, read once.
 
     FLASHCOMM_FORMAT       wire format                                          int6-had/int7-had
-    FLASHCOMM_ALGORITHM    auto, native, one_shot or two_shot                   auto
+    FLASHCOMM_ALGORITHM    auto, native, one_shot, two_shot or hierarchical     auto
+    FLASHCOMM_LOCAL_WORLD  ranks of a node, for hierarchical: consecutive ones  ranks of a host; on one host those whose
+                                                                                GPUs have the same CPUs near
     FLASHCOMM_MIN_BYTES    `auto` codes no smaller messages, and all larger     what was measured, or `policy.MIN_BYTES`
     FLASHCOMM_TRANSPORT    auto, process_group, symmetric (peers' GPU memory),  auto: symmetric where it can be had,
                            host (pinned host memory, GPUs of one host),         then host; on CPUs process_group
@@ -35,7 +37,7 @@ TRANSPORTS = ("auto", "process_group", "symmetric", "host", "shared")
 ALGORITHMS = ("auto", *policy.ALGORITHMS)
 NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
-    "DEBUG",
+    *("DEBUG", "LOCAL_WORLD"),
 )
 _PREFIX = "FLASHCOMM_"
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -54,6 +56,7 @@ class Settings:
     timeout_s: float
     check: bool
     debug: str
+    local_world: int = 0  # 0: what is found
     plan: str = ""  # the digest of the plan that a seam follows with these settings
 
     @property
@@ -89,6 +92,7 @@ class Settings:
             timeout_s=_seconds(value("timeout_s", 60.0)),
             check=_flag("check", value("check", cpu)),
             debug=_one_of("debug", value("debug", "off"), ("off", "info")),
+            local_world=_ranks(value("local_world", None)),
         )
 
 
@@ -126,6 +130,12 @@ def _seconds(value: float | str) -> float:
     if not 0 < seconds < 1e7:
         raise SettingsError(f"timeout_s={value!r}: give a positive number of seconds")
     return seconds
+
+
+def _ranks(value: int | str | None) -> int:
+    if value is not None and not (str(value).strip().isdecimal() and int(value) > 0):
+        raise SettingsError(f"local_world={value!r}: give the number of ranks of a node")
+    return 0 if value is None else int(value)
 
 
 def _flag(name: str, value: bool | str) -> bool:

@@ -56,9 +56,9 @@ def row_parallel_layers(model: Any) -> dict[str, torch.nn.Linear]:
 class TensorParallel:
     """Runs `model` as `world` ranks would, from entering the context to leaving it.
 
-    plan: a Plan, a format or a `.json` file; it may be set anew at any time. algorithm, min_bytes: as in
-    `flashcomm.settings`, here with every message coded by default. observer: called after each all-reduce with the
-    layer's name, the ranks' partial sums and the result.
+    plan: a Plan, a format or a `.json` file; it may be set anew at any time. algorithm, local_world, min_bytes: as in
+    `flashcomm.settings`, here with one node and every message coded by default. observer: called after each all-reduce
+    with the layer's name, the ranks' partial sums and the result.
     Raises InputError where world does not divide a layer, PlanError where the plan does not fit the model.
     """
 
@@ -69,13 +69,16 @@ class TensorParallel:
         plan: Plan | WireFormat | str = "bf16",
         *,
         algorithm: str = "auto",
+        local_world: int = 0,
         min_bytes: int = 0,
         observer: Observer | None = None,
     ) -> None:
         self.model, self.world = model, world
-        self.algorithm, self.min_bytes, self.observer = algorithm, min_bytes, observer
+        self.algorithm, self.min_bytes, self.observer, self.local_world = algorithm, min_bytes, observer, local_world
         if world < 1:
             raise InputError(f"{world} ranks asked for: at least 1 is needed")
+        if local_world and world % local_world:
+            raise InputError(f"nodes of {local_world} ranks asked for: {world} ranks do not make such")
         self.layers = row_parallel_layers(model)
         self._before: dict[torch.nn.Module, Any] = {}
         indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world]
@@ -145,21 +148,22 @@ class TensorParallel:
         return self._plan.receive(name, total, self.world, partials[0].dtype)
 
     def _route(self, x: Tensor, fmt: WireFormat) -> policy.Route:
-        call = policy.Call(x.numel(), x.shape[-1] if x.dim() else 1, x.element_size(), self.world, "cpu")
-        return policy.choose(call, fmt, self.algorithm, self.min_bytes).route
+        return policy.choose(self._call(x, x.element_size()), fmt, self.algorithm, self.min_bytes).route
+
+    def _call(self, x: Tensor, itemsize: int) -> policy.Call:
+        row = x.shape[-1] if x.dim() else 1
+        return policy.Call(x.numel(), row, itemsize, self.world, "cpu", self.local_world)
 
     def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
         """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""
         x = tensors[0]
         way = self._route(x, fmt).algorithm
         if way != "copy":
-            as_bf16 = policy.Call(x.numel(), x.shape[-1] if x.dim() else 1, 2, self.world, "cpu")
-            self._sent += policy.wire_bytes(way, as_bf16, fmt)
+            self._sent += policy.wire_bytes(way, self._call(x, 2), fmt)  # as of bf16
             self._values += 2 * (self.world - 1) / self.world * x.numel()
         if way in ("copy", "native"):
             total = x.float()
             for tensor in tensors[1:]:
                 total = total + tensor.float()
             return total.to(x.dtype)
-        run = reference.one_shot if way == "one_shot" else reference.two_shot
-        return run(tensors, fmt, codec_for(x.device.type))
+        return reference.all_reduce(way, tensors, fmt, self.local_world, codec_for(x.device.type))

@@ -16,6 +16,7 @@ from flashcomm.cli.options import (
     Device,
     Dtype,
     Json,
+    LocalWorld,
     Model,
     World,
     device_for,
@@ -34,7 +35,7 @@ Text = Annotated[Path, typer.Option(help="UTF-8 text to run through the model.")
 Formats = Annotated[str, typer.Option(help="Wire formats and plans (.json), separated by commas.")]
 Context = Annotated[int, typer.Option(min=8, help="Tokens of a window.")]
 Windows = Annotated[int, typer.Option(min=1, help="How many windows, spread evenly over the text.")]
-Simulated = Annotated[str, typer.Option(help="auto (as a Communicator would choose), one_shot or two_shot.")]
+Simulated = Annotated[str, typer.Option(help="auto (as a Communicator would), one_shot, two_shot or hierarchical.")]
 FORMATS = f"int8,int8-had,{DEFAULT_FORMAT},int6,int6-had,int5-had,int4,int4-had"
 
 
@@ -49,6 +50,7 @@ def evaluate(
     continuation: Annotated[int, typer.Option(min=0, help="Greedy tokens compared; 0: none.")] = 32,
     layers: Annotated[Path | None, typer.Option(help="Also price every layer by itself, into this CSV.")] = None,
     algorithm: Simulated = "auto",
+    local_world: LocalWorld = None,
     real: Annotated[bool, typer.Option("--real", help="Start real ranks instead of simulating them.")] = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -68,7 +70,10 @@ def evaluate(
         raise SettingsError(
             "--layers prices formats, one at a time: give one in --formats that is neither a plan nor bf16"
         )
-    loaded, tokenizer, where = _load(model, device, dtype, algorithm, max(counts) if real else 1)
+    settings: dict[str, Any] = {"algorithm": algorithm} | ({"local_world": local_world} if local_world else {})
+    if any(world % (local_world or 1) for world in counts):
+        raise SettingsError(f"--local-world {local_world}: nodes of that many do not make all --worlds {worlds}")
+    loaded, tokenizer, where = _load(model, device, dtype, algorithm, max(counts) if real else 1, local_world)
     ids = read_windows(text, tokenizer, context, windows)
     n_bytes, ids = bytes_in(ids, tokenizer), ids.to(where)
     _check(loaded, plans, counts)
@@ -80,7 +85,7 @@ def evaluate(
     with _progress(json) as on:
         for world in counts:
             if real:
-                args = (model, dtype_for(dtype), ids.cpu(), n_bytes, plans, algorithm, continuation)
+                args = (model, dtype_for(dtype), ids.cpu(), n_bytes, plans, settings, continuation)
                 told: Any = launch.run(
                     command.on_rank, world, args, device=where, on_event=lambda e: on(*_three(e)), timeout_s=7200
                 )
@@ -88,7 +93,7 @@ def evaluate(
                     return
                 rows += told
             else:
-                ranks = TensorParallel(loaded, world, algorithm=algorithm)
+                ranks = TensorParallel(loaded, world, **settings)
                 rows += command.evaluate(ranks, ids, n_bytes, plans, continuation, on)
         if layers:
             priced = _layers(loaded, ids, counts[0], plans, on)
@@ -237,12 +242,16 @@ def probe(
     )
 
 
-def _load(path: Path, device: str, dtype: str, algorithm: str, ranks: int = 1) -> tuple[Any, Any, str]:
+def _load(
+    path: Path, device: str, dtype: str, algorithm: str, ranks: int = 1, local_world: int | None = None
+) -> tuple[Any, Any, str]:
     from flashcomm.cli.models import check_model, load_model
     from flashcomm.settings import ALGORITHMS
 
     if algorithm not in ALGORITHMS:
         raise SettingsError(f"--algorithm {algorithm}: allowed are {', '.join(ALGORITHMS)}")
+    if (algorithm == "hierarchical") != bool(local_world):
+        raise SettingsError("--algorithm hierarchical and --local-world, of eval, go together: give both or neither")
     import torch
 
     where = device_for(device, ranks)

@@ -230,8 +230,7 @@ def _total(way: Layer, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         for part in parts[1:]:
             total = total + part.float()
         return total.to(parts[0].dtype)
-    define = reference.two_shot if route.algorithm == "two_shot" else reference.one_shot
-    return define(parts, WireFormat.parse(route.fmt))
+    return reference.all_reduce(route.algorithm, parts, WireFormat.parse(route.fmt), way.comm.machine.local_world)
 
 
 def _row(

@@ -41,11 +41,11 @@ class Tally:
 class RealRanks:
     """The same face as `TensorParallel`, over the process group that the model was loaded on."""
 
-    def __init__(self, model: Any, world: int, algorithm: str) -> None:
+    def __init__(self, model: Any, world: int, settings: dict[str, Any]) -> None:
         from flashcomm.integrations import transformers as seam
 
         self.model, self.world = model, world
-        self._seam, self._algorithm, self._plan = seam, algorithm, Plan.of("bf16")
+        self._seam, self._settings, self._plan = seam, settings, Plan.of("bf16")
         self._width = sum(m.weight.shape[0] for m in model.modules() if getattr(m, "_flashcomm_layer", ""))
         self._tokens = self._before = 0
         model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -60,7 +60,7 @@ class RealRanks:
     @plan.setter
     def plan(self, plan: Plan) -> None:
         self._plan = plan
-        self._seam.enable(plan, algorithm=self._algorithm, min_bytes=0)
+        self._seam.enable(plan, min_bytes=0, **self._settings)
         self._tokens, self._before = 0, self._sent()
 
     def _sent(self) -> int:
@@ -86,15 +86,15 @@ def on_rank(
     windows: Tensor,
     n_bytes: int,
     plans: dict[str, Plan],
-    algorithm: str,
+    settings: dict[str, Any],
     continuation: int,
 ) -> list[dict[str, Any]]:
-    """The rows of `evaluate`, over real ranks."""
+    """The rows of `evaluate`, over real ranks. settings: of the Communicators."""
     from flashcomm.integrations import transformers as seam
 
-    seam.enable("bf16", algorithm=algorithm, min_bytes=0)
+    seam.enable("bf16", min_bytes=0, **settings)
     model, _ = load_model(model_dir, ctx.world, ctx.device, dtype)
-    ranks = RealRanks(model, ctx.world, algorithm)
+    ranks = RealRanks(model, ctx.world, settings)
     for plan in plans.values():
         seam.enable(plan)
         seam.check_plan(model)

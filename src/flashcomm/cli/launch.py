@@ -51,6 +51,7 @@ def run(
     *,
     device: str = "cpu",
     link: int | str | None = None,
+    local_world: int = 1,
     on_event: Emit | None = None,
     timeout_s: float = 600,
 ) -> object:
@@ -58,9 +59,9 @@ def run(
 
     `target` is a module-level function; the default process group (gloo for device "cpu", nccl for "cuda", gloo where
     ranks share GPUs) is ready when it is called. `link` is a rate in bits per second, or a text for `link.parse_rate`:
-    every rank then has a network link of that rate to itself. `on_event` is called in this process with what any rank
-    emits, in order. What ranks print goes to stderr. A run takes at most `timeout_s` seconds, starting the ranks
-    included.
+    every rank then has a network link of that rate to itself, or `local_world` consecutive ones have one together, as
+    ranks of one host do. `on_event` is called in this process with what any rank emits, in order. What ranks print goes
+    to stderr. A run takes at most `timeout_s` seconds, starting the ranks included.
 
     Under torchrun `target` runs in this process; `on_event` is called and the result returned on rank 0 only (None
     elsewhere), and `timeout_s` holds for each collective.
@@ -77,7 +78,9 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
     on_event = on_event or (lambda event: None)
-    job = _Job(target, tuple(args), world, device, timeout_s)
+    job = _Job(target, tuple(args), world, device, timeout_s, local_world)
+    if world % local_world:
+        raise SettingsError(f"local_world={local_world}: {world} ranks do not make nodes of that many")
     if all(name in os.environ for name in _TORCHRUN):
         return _join(job, rate, on_event)
     if device == "cuda" and world > torch.cuda.device_count() and not shares_gpus():
@@ -106,6 +109,7 @@ class _Job:
     world: int
     device: str
     timeout_s: float
+    local_world: int
 
 
 def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
@@ -113,7 +117,7 @@ def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the forked copies of the caller's handlers end here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the ranks warn that these addresses have no names
-    return _run_ranks(job, emit, links.Network(job.world, rate))
+    return _run_ranks(job, emit, links.Network(job.world // job.local_world, rate))
 
 
 def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) -> object:
@@ -136,7 +140,7 @@ def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) 
         for rank in range(job.world):
             env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             hosts_store = network is not None and rank == 0
-            with network.inside(rank) if network else contextlib.nullcontext():
+            with network.inside(rank // job.local_world) if network else contextlib.nullcontext():
                 children.start("spawn", f"rank {rank}", _rank_body, job, env, hosts_store)
         return children.watch(on_event, job.timeout_s)[0]
 

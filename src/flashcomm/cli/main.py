@@ -20,6 +20,7 @@ from flashcomm.cli.options import (
     Dtype,
     Json,
     Link,
+    LocalWorld,
     MinBytes,
     Model,
     Timeout,
@@ -200,6 +201,7 @@ def bench_all_reduce(
     device: Device = "auto",
     dtype: Dtype = "bf16",
     link: Link = None,
+    local_world: LocalWorld = None,
     timeout: Timeout = 1800,
     csv: Csv = None,
     json: Json = False,
@@ -214,6 +216,7 @@ def bench_all_reduce(
     names = formats_of(formats)
     where, settings = prepare(names[0], device, world, min_bytes, algorithm)
     settings |= {"chunk_bytes": chunk_bytes} if chunk_bytes else {}
+    settings |= {"local_world": local_world} if local_world else {}
     sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
@@ -225,10 +228,11 @@ def bench_all_reduce(
             done = sizes.index(event["size"])
             bar.update(task, description=f"{event['size']} {event['format']} {event['path']}", completed=done)
 
-        found: Any = _run(command.all_reduce, world, args, device=where, link=link, timeout=timeout, on_event=on_event)
+        options = {"device": where, "link": link, "local_world": local_world or 1, "timeout": timeout}
+        found: Any = _run(command.all_reduce, world, args, on_event=on_event, **options)
     if found is None:
         return
-    rows = [r | {"link": link or "none"} for r in found["rows"]]
+    rows = [r | {"link": link or "none", "local_world": local_world} for r in found["rows"]]
     if csv:
         report.write_csv(csv, rows)
     if json:
@@ -238,6 +242,7 @@ def bench_all_reduce(
     columns = ["size", "format", "path", "mode", "transport", "time_us", "host_us", "busbw", "wire_bytes", "error"]
     columns = [c for c in columns if c not in (of_gpus if where == "cpu" else {"wire_bytes"})]
     over = f" over {link}" if link else ""
+    over += f", nodes of {local_world}" if local_world else ""
     title = f"all_reduce of {dtype}, {world} ranks on {where}{over} (GB/s of uncompressed bytes)"
     ratios = {"speedup": "x best lossless" if where == "cpu" else "x best", "over_native": "x native"}
     report.print_table(title, {c: c for c in columns} | ratios, rows)

@@ -19,7 +19,10 @@ Device = Annotated[str, typer.Option(help="cpu (gloo), cuda (NCCL), or auto: cud
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
 Model = Annotated[Path, typer.Option(help="Model directory: config.json and safetensors, or one GGUF file.")]
 MinBytes = Annotated[str | None, typer.Option(help="Leave smaller messages to the backend, e.g. 64K.")]
-Algorithm = Annotated[str | None, typer.Option(help="auto, native, one_shot or two_shot.")]
+Algorithm = Annotated[str | None, typer.Option(help="auto, native, one_shot, two_shot or hierarchical.")]
+LocalWorld = Annotated[
+    int | None, typer.Option(min=1, help="Ranks of a node, for hierarchical; with --link they share one.")
+]
 Timeout = Annotated[float, typer.Option(help="Seconds after which the whole run is given up.")]
 Csv = Annotated[
     Path | None, typer.Option(help="Write the rows, with machine, versions, date and command, to this file.")

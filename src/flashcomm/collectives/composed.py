@@ -77,6 +77,7 @@ class Context:
     transport: Transport
     workspace: Workspace
     chunk_bytes: int
+    nodes: tuple[Transport, Transport] | None = None  # for `hierarchical`: this rank's node; its likes in all nodes
 
     @property
     def world(self) -> int:
@@ -114,7 +115,7 @@ def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
         pending.wait()
         ctx.codec.decode_sum(wires, layout, start, stop, flat_out[start:stop], x.dtype)
 
-    _pipeline(len(chunks), send, reduce)
+    pipeline(len(chunks), send, reduce)
 
 
 def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
@@ -134,7 +135,7 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
 
     def scatter(c: int) -> None:
         pieces = [(i, shards[c][i], shards[c][i + 1]) for i in range(world)]
-        scattered[c] = _scatter(ctx, reduce_layout, flat_x, pieces, (c, len(chunks)), "two-shot reduce")
+        scattered[c] = scatter_shards(ctx, reduce_layout, flat_x, pieces, (c, len(chunks)), "two-shot reduce")
 
     def reduce(c: int) -> None:
         start, stop = shards[c][rank : rank + 2]
@@ -158,7 +159,7 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
                 wire = wires[i : i + 1]
                 ctx.codec.decode_sum(wire, gather_layout, start, stop, flat_out[start:stop], x.dtype)
 
-    _pipeline(len(chunks), scatter, reduce, finish)
+    pipeline(len(chunks), scatter, reduce, finish)
 
 
 def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
@@ -170,7 +171,7 @@ def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
 
     def scatter(c: int) -> None:
         pieces = [(i, *chunks[c]) for i in range(ctx.world)]
-        scattered[c] = _scatter(ctx, layout, flat_x, pieces, (c, len(chunks)), "reduce-scatter", n)
+        scattered[c] = scatter_shards(ctx, layout, flat_x, pieces, (c, len(chunks)), "reduce-scatter", n)
 
     def reduce(c: int) -> None:
         start, stop = chunks[c]
@@ -178,7 +179,7 @@ def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
         pending.wait()
         ctx.codec.decode_sum(wires, layout, start, stop, flat_out[start:stop], x.dtype)
 
-    _pipeline(len(chunks), scatter, reduce)
+    pipeline(len(chunks), scatter, reduce)
 
 
 def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
@@ -205,10 +206,10 @@ def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
             values = flat_out[i * n + start : i * n + stop]
             ctx.codec.decode_sum(wires[i : i + 1], layout, start, stop, values, x.dtype)
 
-    _pipeline(len(chunks), send, finish)
+    pipeline(len(chunks), send, finish)
 
 
-def _scatter(
+def scatter_shards(
     ctx: Context,
     layout: Layout,
     values: Tensor,
@@ -232,7 +233,7 @@ def _scatter(
     return ctx.transport.all_to_all(received, wires, phase, overlap=n_chunks > 1), received
 
 
-def _pipeline(n_chunks: int, *stages: Callable[[int], None]) -> None:
+def pipeline(n_chunks: int, *stages: Callable[[int], None]) -> None:
     """Run stage s of chunk c at step c + s: later chunks start before earlier ones end."""
     for step in range(n_chunks + len(stages) - 1):
         for s, stage in enumerate(stages):

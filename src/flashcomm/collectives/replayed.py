@@ -8,6 +8,7 @@ addresses and replays. The first call of a shape, and calls inside a graph that 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from flashcomm.errors import InputError
 from flashcomm.wire.indirect import Indirect
 from flashcomm.wire.triton_codec import point
 
+Collective = Callable[..., None]  # (x, out, context)
 MAX_GRAPHS = 64  # of the shapes used last
 
 
 class Replayed:
-    """Runs the functions of `composed` on tensors of one device, on one stream at a time."""
+    """Runs collectives made of exchanges (`composed`, `hierarchical`) on one device, on one stream at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._cells = torch.empty(4, dtype=torch.int64, device=device)  # two, each 16-byte aligned
@@ -32,31 +34,31 @@ class Replayed:
         compiled = point.warmup(self._cells, 0, 0, grid=(1,))
         self._start, self._index = compiled[(1, 1, 1)], device.index
 
-    def run(self, name: str, x: Tensor, out: Tensor, context: composed.Context) -> None:
-        """`composed.<name>` of x into out, both contiguous. Raises InputError where a user's capture lacks kernels."""
+    def run(self, collective: Collective, x: Tensor, out: Tensor, context: composed.Context) -> None:
+        """The collective of x into out, both contiguous. Raises InputError where a user's capture lacks kernels."""
         capturing = torch.cuda.is_current_stream_capturing()
-        if capturing and (name, x.dtype, context.fmt) not in self._compiled:
+        if capturing and (collective, x.dtype, context.fmt) not in self._compiled:
             raise InputError(
                 "a graph is being captured and the kernels for this dtype and format are not there yet: make one such "
                 "call before capturing"
             )
-        self._compiled.add((name, x.dtype, context.fmt))
+        self._compiled.add((collective, x.dtype, context.fmt))
         if x.dim() == 0 or x.shape[-1] * x.element_size() % 16:  # of the shape, so that all ranks go one way
-            getattr(composed, name)(x, out, context)
+            collective(x, out, context)
             return
         # Alignment is a rank's own affair: it takes a copy, and not another way, whose slots would not be the peers'.
         x = x.clone() if x.data_ptr() % 16 else x
         target = torch.empty_like(out) if out.data_ptr() % 16 else out
         stream = torch._C._cuda_getCurrentRawStream(self._index)
         self._start(self._cells.data_ptr(), x.data_ptr(), target.data_ptr(), stream=stream)
-        key = (name, x.shape, out.shape, x.dtype, context.fmt)
+        key = (collective, x.shape, out.shape, x.dtype, context.fmt)
         known, kept = key in self._kept, self._kept.get(key)
         if not known or capturing:
-            self._launch(name, x, target, context)
+            self._launch(collective, x, target, context)
             self._kept.setdefault(key, None)
         else:
             if kept is None:
-                kept = self._kept[key] = self._captured(name, x, target, context)
+                kept = self._kept[key] = self._captured(collective, x, target, context)
             kept[0].replay()
         if target is not out:
             out.copy_(target)
@@ -68,17 +70,19 @@ class Replayed:
         """Let go of the graphs; what was launched must have ended."""
         self._kept.clear()
 
-    def _launch(self, name: str, x: Tensor, out: Tensor, context: composed.Context) -> None:
+    def _launch(self, collective: Collective, x: Tensor, out: Tensor, context: composed.Context) -> None:
         cells = [Indirect(self._cells[2 * i : 2 * i + 1], tuple(t.shape), t.dtype) for i, t in enumerate((x, out))]
-        getattr(composed, name)(*cells, context)
+        collective(*cells, context)
 
-    def _captured(self, name: str, x: Tensor, out: Tensor, context: composed.Context) -> tuple[Any, list[Tensor]]:
+    def _captured(
+        self, collective: Collective, x: Tensor, out: Tensor, context: composed.Context
+    ) -> tuple[Any, list[Tensor]]:
         """A graph of the call; not torch.cuda.graph, which would wait for the device and collect garbage."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._launch(name, x, out, context)
+                self._launch(collective, x, out, context)
             finally:
                 graph.capture_end()
         return graph, context.workspace.buffers()

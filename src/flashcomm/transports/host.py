@@ -103,14 +103,22 @@ def _near(device: torch.device) -> Iterator[None]:
 
 def _cpus_next_to(device: torch.device) -> set[int]:
     """The CPUs that Linux lists as near to the GPU; none where it does not say."""
+    try:
+        spans = [part.split("-") for part in cpulist(device).split(",") if part]
+        return {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
+    except ValueError:
+        return set()
+
+
+def cpulist(device: torch.device) -> str:
+    """The CPUs near to a GPU, as Linux lists them ("0-31,64-95"): what GPUs of one NUMA node have in common; "" where
+    it does not say."""
     gpu: Any = torch.cuda.get_device_properties(device)
     name = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     try:
-        parts = Path(f"/sys/bus/pci/devices/{name}/local_cpulist").read_text().strip().split(",")
-        spans = [part.split("-") for part in parts if part]
-        return {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
-    except (OSError, ValueError):
-        return set()
+        return Path(f"/sys/bus/pci/devices/{name}/local_cpulist").read_text().strip()
+    except OSError:
+        return ""
 
 
 make = HostRegion

@@ -18,7 +18,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
@@ -45,12 +45,12 @@ class Pending:
 
     def wait(self) -> None:
         """Raises CommunicationError naming the phase when a peer died or did not answer within the time-out."""
-        transport = self._transport
+        transport, group = self._transport, self._transport.group
         try:
             self._finish()
         except RuntimeError as why:
             raise CommunicationError(
-                f"rank {transport.rank} of {transport.world}: {self._what} failed: a peer died or did not answer "
+                f"rank {group.rank()} of {group.size()}: {self._what} failed: a peer died or did not answer "
                 f"within {transport.timeout_s:g} s (FLASHCOMM_TIMEOUT_S). Restart the group; the first to fail says "
                 f"more. The backend said: {str(why).splitlines()[0]}"
             ) from why
@@ -63,46 +63,66 @@ def has_nccl(group: dist.ProcessGroup) -> bool:
 
 
 class ProcessGroupTransport:
-    """The two byte verbs over a c10d group. `n_bytes_sent` counts what this rank sent to others, payload only."""
+    """The two byte verbs over a c10d group. `n_bytes_sent` counts what this rank sent to others, payload only.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float) -> None:
+    rank, world: among those that take part: all of the group, or the `members` that `among` names.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        timeout_s: float,
+        members: Sequence[int] | None = None,
+        whole: ProcessGroupTransport | None = None,
+    ) -> None:
         self.group, self.device, self.timeout_s = group, device, timeout_s
-        self.rank, self.world = group.rank(), group.size()
-        self.n_bytes_sent = 0
+        self._members = range(group.size()) if members is None else members
+        self.rank, self.world = self._members.index(group.rank()), len(self._members)
+        self.n_bytes_sent, self._whole = 0, whole  # which counts for its parts, and whose thread they use
         self._by_cpu: ProcessGroupTransport | None = None  # what takes GPU tensors over a group without NCCL
         if device.type == "cuda" and not has_nccl(group):
-            self._by_cpu = ProcessGroupTransport(group, torch.device("cpu"), timeout_s)
-        self._lane = _Lane() if device.type == "cpu" else None
+            self._by_cpu = ProcessGroupTransport(group, torch.device("cpu"), timeout_s, members)
+        self._lane: _Lane | None = None
+        if device.type == "cpu":
+            self._lane = whole._lane if whole else _Lane()
+
+    def among(self, members: Sequence[int]) -> ProcessGroupTransport:
+        """The verbs among some ranks, in ascending order. All ranks of the group are to be in such a part, and to call
+        the same verb at the same time."""
+        return ProcessGroupTransport(self.group, self.device, self.timeout_s, members, self)
 
     def all_to_all(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
         """Row j of inp goes to rank j; row i of out comes from rank i. Both uint8 (world, n), contiguous.
 
         overlap=False, where nothing is to be done before `wait()`, spares CPUs the way over another thread.
         """
-        self.n_bytes_sent += inp.numel() // self.world * (self.world - 1)
+        self._count(inp.numel() // self.world * (self.world - 1))
         if self._by_cpu:
             there = torch.empty_like(out, device="cpu")
             self._by_cpu.all_to_all(there, inp.cpu(), what, overlap=False).wait()
             return self._brought(there, out, what)
         if self._lane:
             return self._on_cpu(lambda: self._steps(out, lambda rank: inp[rank]), what, overlap)
-        return self._pending(self.group.alltoall_base(out.view(-1), inp.view(-1), [], [], AllToAllOptions()), what)
+        return self._pending(self._rows(out, inp), what)
 
     def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
         """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. inp may be row `rank`
         of out. overlap: see above."""
-        self.n_bytes_sent += inp.numel() * (self.world - 1)
+        self._count(inp.numel() * (self.world - 1))
         if self._by_cpu:
             there = torch.empty_like(out, device="cpu")
             self._by_cpu.all_gather(there, inp.cpu(), what, overlap=False).wait()
             return self._brought(there, out, what)
         if self._lane:
             return self._on_cpu(lambda: self._steps(out, lambda rank: inp), what, overlap)
+        if self.world < self.group.size():
+            return self._pending(self._rows(out, inp.expand(self.world, -1).contiguous()), what)
         return self._pending(self.group._allgather_base(out.view(-1), inp, AllgatherOptions()), what)
 
     def all_reduce_native(self, x: Tensor, what: str) -> Pending:
         """The backend's own sum of x, in place; its algorithm and its order of additions."""
-        self.n_bytes_sent += 2 * (self.world - 1) * x.numel() * x.element_size() // self.world
+        self._count(2 * (self.world - 1) * x.numel() * x.element_size() // self.world)
         if self._by_cpu:
             there = x.cpu()
             self._by_cpu.all_reduce_native(there, what).wait()
@@ -117,6 +137,15 @@ class ProcessGroupTransport:
             self._lane.close()
         if self._by_cpu:
             self._by_cpu.close()
+
+    def _count(self, n_bytes: int) -> None:
+        (self._whole or self).n_bytes_sent += n_bytes
+
+    def _rows(self, out: Tensor, inp: Tensor) -> Any:
+        """The all-to-all of rows by the backend's own; ranks that are no members get and give nothing."""
+        n = inp.shape[1]
+        sizes = [n if rank in self._members else 0 for rank in range(self.group.size())]
+        return self.group.alltoall_base(out.view(-1), inp.view(-1), sizes, sizes, AllToAllOptions())
 
     def _brought(self, there: Tensor, out: Tensor, what: str) -> Pending:
         out.copy_(there)
@@ -133,13 +162,13 @@ class ProcessGroupTransport:
 
     def _steps(self, out: Tensor, piece_for: Callable[[int], Tensor]) -> None:
         """The exchange as W-1 matched steps. Raises RuntimeError, from the backend."""
-        limit = timedelta(seconds=self.timeout_s)
+        limit, ranks = timedelta(seconds=self.timeout_s), self._members
         if out[self.rank].data_ptr() != piece_for(self.rank).data_ptr():
             out[self.rank].copy_(piece_for(self.rank))
         for k in range(1, self.world):
             source, target = (self.rank - k) % self.world, (self.rank + k) % self.world
-            received = self.group.recv([out[source]], source, _TAG)
-            sent = self.group.send([piece_for(target)], target, _TAG)
+            received = self.group.recv([out[source]], ranks[source], _TAG)
+            sent = self.group.send([piece_for(target)], ranks[target], _TAG)
             received.wait(limit)
             sent.wait(limit)
 

@@ -11,7 +11,7 @@ On CPU tensors, over `transports.shared`, the same steps run one after the other
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +23,7 @@ from flashcomm.transports import staging_flags as flags
 from flashcomm.transports.staging_flags import AFTER_FETCH, AFTER_PUT, BEFORE_FETCH, BEFORE_PUT
 
 SLOTS = 4
+PLACES = 3  # sets of slots: of all ranks, and of two parts of them
 POLLS_PER_SECOND = 2000  # of a waiting program in the interpreter, roughly
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -54,26 +55,45 @@ class Pending:
 
 
 class StagedTransport:
-    """The two byte verbs over shared host memory, which begins at byte `at` of everybody's.
+    """The two byte verbs over shared host memory, which begins at byte `at` of everybody's. `ranks`: those that take
+    part, if not all.
 
     `n_bytes_sent` counts the payload that others fetch, as for a process group. A slot carries up to slot_bytes at a
     time; exchanges of more go in pieces. Use it from one stream at a time.
     """
 
-    def __init__(self, memory: SharedMemory, at: int, slot_bytes: int, timeout_s: float) -> None:
-        self.rank, self.world, self.device = memory.rank, memory.world, memory.device
+    def __init__(
+        self,
+        memory: SharedMemory,
+        at: int,
+        slot_bytes: int,
+        timeout_s: float,
+        ranks: Sequence[int] | None = None,
+        whole: StagedTransport | None = None,
+        place: int = 0,
+    ) -> None:
+        ranks = range(memory.world) if ranks is None else ranks
+        self.rank, self.world, self.device = ranks.index(memory.rank), len(ranks), memory.device
         self.slot_bytes, self.n_bytes_sent = slot_bytes, 0
-        self._memory, self._next = memory, 0
-        begins = [address + at for address in memory.mappings]
+        self._memory, self._at, self._timeout_s, self._place, self._next = memory, at, timeout_s, place, 0
+        begins = [memory.mappings[rank] + at + place * staging_bytes(slot_bytes) for rank in ranks]
         self._slots = [
             [begin + flags.flag_bytes(SLOTS) + slot * slot_bytes for slot in range(SLOTS)] for begin in begins
         ]
-        self._counts = torch.zeros(1 + 2 * SLOTS, dtype=torch.int32, device=self.device)
-        self._flags = torch.tensor(begins, dtype=torch.int64).to(self.device)
+        if whole is None:
+            self._counts = torch.zeros(1 + 2 * SLOTS * PLACES, dtype=torch.int32, device=self.device)
+        else:  # a wait in vain in one place ends all of them
+            self._counts = whole._counts
+        self._flags = torch.tensor([*begins, *ranks], dtype=torch.int64).to(self.device)
         self._limit = int(timeout_s * (POLLS_PER_SECOND if INTERPRETED else 1e9))
         self._lanes = [_lane(self.device) for _ in range(SLOTS)]
         self._copy = _copier(self.device)
         self._turns = {step: self._launcher(step) for step in (BEFORE_PUT, AFTER_PUT, BEFORE_FETCH, AFTER_FETCH)}
+
+    def among(self, ranks: Sequence[int], place: int) -> StagedTransport:
+        """The verbs among some ranks, in ascending order, through slots of their own: `place`, 1 or 2, times
+        `staging_bytes` behind those of all."""
+        return StagedTransport(self._memory, self._at, self.slot_bytes, self._timeout_s, ranks, self, place)
 
     def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
         """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. inp may be row `rank`
@@ -144,7 +164,7 @@ class StagedTransport:
     def _launcher(self, step: int) -> Callable[[int, Tensor, int], None]:
         """Launch one step of a slot's turn on a stream; out is what the exchange writes."""
         first = (self._counts, self._flags, self._memory.status)
-        numbers = (SLOTS, self.rank, self._limit)
+        numbers = (SLOTS, self._place, self.rank, self._limit)
         constants = {"STEP": step, "WORLD": self.world, "REAL": not INTERPRETED}
         if INTERPRETED:
 

@@ -37,17 +37,18 @@ def _set(flag, value, REAL: tl.constexpr):
         tl.atomic_xchg(flag, value, sem="release", scope="sys")
 
 
-@triton.jit(do_not_specialize=["slot", "slots", "rank", "limit", "n_bytes"])
-def turn(counts, flags, status, out, slot: tl.int32, slots: tl.int32, rank: tl.int32, limit: tl.int64,
+@triton.jit(do_not_specialize=["slot", "slots", "place", "rank", "limit", "n_bytes"])
+def turn(counts, flags, status, out, slot: tl.int32, slots: tl.int32, place: tl.int32, rank: tl.int32, limit: tl.int64,
          n_bytes: tl.int64, STEP: tl.constexpr, WORLD: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
-    """One program, one warp. counts: int32 (1 + 2 * slots,), device memory: whether a wait timed out, how often each
-    slot was put, how often fetched. flags: int64 (WORLD,), addresses of everybody's flags. limit: of a wait, in ns
-    (REAL) or polls. status: int32 (5,), host memory. out: n_bytes that become 0xFF where a wait was in vain: no format
-    has a number for that.
+    """One program, one warp. counts: int32 (1 + 2 * slots * places,), device memory: whether a wait timed out, then, of
+    the slots of all ranks and of those of parts of them (`place`), how often each was put, how often fetched. flags:
+    int64 (2 * WORLD,), addresses of everybody's flags, then what ranks they are. limit: of a wait, in ns (REAL) or
+    polls. status: int32 (5,), host memory. out: n_bytes that become 0xFF where a wait was in vain: no format has a
+    number for that.
     """
     PUT: tl.constexpr = STEP == _BEFORE_PUT or STEP == _AFTER_PUT
     WAITS: tl.constexpr = STEP == _BEFORE_PUT or STEP == _BEFORE_FETCH
-    count = counts + 1 + slot + (0 if PUT else slots)
+    count = counts + 1 + place * 2 * slots + slot + (0 if PUT else slots)
     done = tl.load(count)
     if WAITS:
         want = done + (0 if PUT else 1)
@@ -65,7 +66,7 @@ def turn(counts, flags, status, out, slot: tl.int32, slots: tl.int32, rank: tl.i
                 if seen - want < 0:
                     if tl.atomic_xchg(counts, 1, sem="relaxed", scope="gpu") == 0:
                         tl.store(status + 1, 4 if PUT else 3)
-                        tl.store(status + 2, i)
+                        tl.store(status + 2, tl.load(flags + WORLD + i).to(tl.int32))
                         tl.store(status + 3, want)
                         tl.store(status + 4, seen)
                         _set(status, done * 0 + 1, REAL)

@@ -173,6 +173,11 @@ class WireFormat:
             return replace(a, rotated=True), replace(b, rotated=True)
         return a, b
 
+    @property
+    def again(self) -> WireFormat:
+        """Two reduce steps, one after the other."""
+        return WireFormat(self.reduce, self.reduce)
+
     def __str__(self) -> str:
         return str(self.reduce) if self.reduce == self.gather else f"{self.reduce}/{self.gather}"
 

@@ -1,0 +1,78 @@
+"""All-reduce over nodes: what crosses the slow link between two hosts, or two NUMA nodes, is a part of what else would.
+
+Nodes have equally many, consecutive ranks. In one of L the message is reduce-scattered, each rank exchanges the sum of
+its shard with the ranks that have that shard in the other nodes, and the whole sum is gathered within the node:
+
+    stage 0                stage 1                                   stage 2                            stage 3
+    encode, all-to-all ~   decode_sum, encode, all-gather across ~   decode_sum, encode, all-gather ~   decode shards
+    ~ in flight until the next stage of that chunk; buffers as in `composed`: each is free one stage after it is full
+
+To other nodes, of which there are N-1, a rank sends (N-1)/L of the message, once; in two-shot (N-1)/N of it, twice. The
+price is a third rounding, of nodes' sums (`reference.hierarchical`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flashcomm.collectives.composed import Context, Pending, pipeline, scatter_shards
+from flashcomm.wire.format import Layout, bounds
+
+
+def hierarchical(x: Tensor, out: Tensor, ctx: Context) -> None:
+    """All-reduce x into out (same shape and dtype; out may be x) over the context's nodes. Both contiguous."""
+    assert ctx.nodes is not None
+    inner, across = ctx.nodes
+    reduce_layout, gather_layout = ctx.layout(ctx.fmt.reduce, x), ctx.layout(ctx.fmt.gather, x)
+    part_layout, across_layout = (ctx.layout(step, x) for step in ctx.fmt.again.middle)
+    sum_layout, resend_layout = (ctx.layout(step, x) for step in ctx.fmt.middle)
+    chunks = ctx.chunks(x, ctx.fmt.unit)
+    shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, inner.world) for start, stop in chunks]
+    flat_x, flat_out, within = x.view(-1), out.view(-1), replace(ctx, transport=inner)
+    flying: dict[int, tuple[Pending, Tensor]] = {}  # of a chunk only the last exchange
+
+    def arrived(c: int) -> Tensor:
+        pending, wires = flying.pop(c)
+        pending.wait()
+        return wires
+
+    def scatter(c: int) -> None:
+        pieces = [(i, *span) for i, span in enumerate(pairwise(shards[c]))]
+        flying[c] = scatter_shards(within, reduce_layout, flat_x, pieces, (c, len(chunks)), "hierarchical reduce")
+
+    def summed(c: int, decoded_as: Layout, coded_as: Layout, wire: Tensor) -> None:
+        start, stop = shards[c][inner.rank : inner.rank + 2]
+        dtype = x.dtype if coded_as.step.lossless else torch.float32
+        total = ctx.workspace.take("sum", 0, (stop - start) * dtype.itemsize).view(dtype)
+        wires = arrived(c)
+        if stop > start:
+            ctx.codec.decode_sum(wires, decoded_as, start, stop, total, x.dtype)
+            ctx.codec.encode(total, coded_as, start, stop, wire)
+
+    def cross(c: int) -> None:
+        size = max(reduce_layout.nbytes(*span) for span in pairwise(shards[c]))
+        everybodys = ctx.workspace.take("across-recv", c, across.world * size).view(across.world, size)
+        wire = everybodys[across.rank]
+        summed(c, part_layout, across_layout, wire)
+        what = f"hierarchical exchange across nodes, chunk {c + 1}/{len(chunks)}"
+        flying[c] = across.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys
+
+    def gather(c: int) -> None:
+        size = max(gather_layout.nbytes(*span) for span in pairwise(shards[c]))
+        everybodys = ctx.workspace.take("gather-recv", c, inner.world * size).view(inner.world, size)
+        wire = everybodys[inner.rank]
+        summed(c, sum_layout, resend_layout, wire)
+        what = f"hierarchical gather, chunk {c + 1}/{len(chunks)}"
+        flying[c] = inner.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys
+
+    def finish(c: int) -> None:
+        wires = arrived(c)
+        for i, (start, stop) in enumerate(pairwise(shards[c])):
+            if stop > start:
+                ctx.codec.decode_sum(wires[i : i + 1], gather_layout, start, stop, flat_out[start:stop], x.dtype)
+
+    pipeline(len(chunks), scatter, cross, gather, finish)
