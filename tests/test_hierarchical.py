@@ -220,3 +220,27 @@ def test_a_rank_that_is_gone_is_named_by_its_place_among_all() -> None:
     told: list[Any] = []
     run(a_rank_is_gone, 4, on_event=told.append, timeout_s=200)
     assert dict(told)[0] == dict(told)[3] == 2
+
+
+# --------------------------------------------------------------------------------------------------------- on four GPUs
+
+
+def on_gpus(ctx: RankContext, transport: str) -> None:
+    """Twice as they are, then as one graph launch a call; small messages go the same way."""
+    shapes: list[tuple[int, ...]] = [(700, 4096), (5, 600), (3, 64), (0, 64)]
+    for fmt in ("int4", "int6-had/int7-had", "bf16"):
+        with make(None, fmt, 2, device="cuda", transport=transport, timeout_s=30) as comm:
+            for turn in range(5):
+                for i, shape in enumerate(shapes):
+                    everybody = [tough(shape, BF16, 100 * turn + 10 * i + r) for r in range(ctx.world)]
+                    got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
+                    want = reference.hierarchical(everybody, comm.format, 2)
+                    assert same_bits(got, want), (fmt, shape, turn)
+            assert set(comm.calls) == {"all_reduce/hierarchical", "all_reduce/copy"}
+            assert comm.explain((700, 4096), BF16).route.transport == transport
+
+
+@pytest.mark.skipif(N_GPUS < 4, reason=f"{N_GPUS} CUDA devices, 4 are needed")
+@pytest.mark.parametrize("transport", ["host", "process_group"])
+def test_on_four_gpus(transport: str) -> None:
+    run(on_gpus, 4, (transport,), device="cuda")
