@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import pytest
 import torch.distributed as dist
 
+from flashcomm import Communicator
 from flashcomm.wire import torch_codec
 
 T = TypeVar("T")
@@ -96,6 +97,11 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory:
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))  # no tables of this machine's own
     torch.manual_seed(0)
+
+
+def over_cuda(fmt: str, **settings: Any) -> Communicator:
+    """A Communicator of all ranks for GPU tensors, also where they share a GPU and so have no NCCL."""
+    return Communicator(None, fmt, device="cuda", **settings)
 
 
 DTYPES = torch_codec.DTYPES

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DTYPES, N_GPUS, NCCL, same_bits, tough
+from conftest import DTYPES, N_GPUS, NCCL, over_cuda, same_bits, tough
 from test_codec import FORMATS, SHAPES
 
 from flashcomm import Communicator, WireFormat, reference
@@ -94,7 +94,7 @@ def test_the_c10d_backend_on_cuda(tmp_path: object, monkeypatch: pytest.MonkeyPa
 def graphs(ctx: RankContext) -> None:
     """One graph of several calls, replayed with inputs that change, eager calls in between."""
     shapes = [(1, 4096), (64, 4096), (700, 4096), (3, 600)]
-    with Communicator(None, "int4", min_bytes=0) as comm:
+    with over_cuda("int4", min_bytes=0) as comm:
         static = [torch.empty(shape, dtype=torch.bfloat16, device=ctx.device) for shape in shapes]
         sets = [
             [[tough(shape, torch.bfloat16, 10 * turn + r) for r in range(ctx.world)] for shape in shapes]
@@ -127,7 +127,7 @@ def test_a_graph_replayed_a_thousand_times_with_changing_inputs() -> None:
 
 
 def capture_first(ctx: RankContext) -> None:
-    with Communicator(None, "int5", min_bytes=0) as comm:
+    with over_cuda("int5", min_bytes=0) as comm:
         x = torch.ones(64, 4096, dtype=torch.bfloat16, device=ctx.device)
         with pytest.raises(ValueError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             comm.all_reduce(x)
@@ -144,7 +144,7 @@ def new_lengths(ctx: RankContext) -> None:
     """After one call no length compiles, allocates device memory beyond the result, or waits for the device."""
     from flashcomm.collectives import fused_kernel
 
-    with Communicator(None, "int6-had/int7-had", min_bytes=0) as comm:
+    with over_cuda("int6-had/int7-had", min_bytes=0) as comm:
         comm.all_reduce(torch.ones(8, 4096, dtype=torch.bfloat16, device=ctx.device))
         assert comm._fused is not None
         before, cached = len(comm._fused._compiled), [dict(v[0]) for v in fused_kernel.fused.device_caches.values()]
@@ -174,7 +174,7 @@ def test_a_new_length_compiles_and_allocates_nothing() -> None:
 def streams(ctx: RankContext) -> None:
     """Calls of one Communicator from two streams, and of two Communicators on two streams at once."""
     others = [torch.cuda.Stream(), torch.cuda.Stream()]
-    one, two = (Communicator(None, fmt, min_bytes=0) for fmt in ("int4", "int8"))
+    one, two = (over_cuda(fmt, min_bytes=0) for fmt in ("int4", "int8"))
     everybody = [[tough((200, 4096), torch.bfloat16, 10 * i + r) for r in range(ctx.world)] for i in range(4)]
     want = {c: [reference.one_shot(xs, c.format) for xs in everybody] for c in (one, two)}
     mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
@@ -203,7 +203,7 @@ def test_streams() -> None:
 def epilogue_graphs(ctx: RankContext) -> None:
     """The epilogue's launches among others in a graph; then new numbers of rows, for which nothing compiles."""
     for fmt, algorithm in (("int4", "one_shot"), ("int6-had/int7-had", "two_shot")):
-        with Communicator(None, fmt, min_bytes=0, algorithm=algorithm) as comm:
+        with over_cuda(fmt, min_bytes=0, algorithm=algorithm) as comm:
             define = getattr(reference, algorithm)
             weight = tough((4096,), torch.bfloat16, 7)
             n_rows = (1, 64, 700, 2000)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import N_GPUS, same_bits, tough
+from conftest import N_GPUS, NCCL, same_bits, tough
 from torch import nn
 from torch.distributed.tensor import Shard, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -18,6 +18,7 @@ from flashcomm.cli.launch import RankContext, run
 from flashcomm.integrations.dtensor import FlashColwiseParallel, FlashRowwiseParallel
 
 needs_two = pytest.mark.skipif(N_GPUS < 2, reason=f"{N_GPUS} CUDA devices, 2 are needed")
+needs_nccl = pytest.mark.skipif(not NCCL, reason="DTensor on GPUs wants NCCL: two CUDA devices of one rank each")
 FMT = WireFormat.parse("int4")
 
 
@@ -101,7 +102,7 @@ def tensor_parallel(ctx: RankContext, sequence: bool) -> None:
                     assert all(torch.equal(other, got) for other in others)
 
 
-@needs_two
+@needs_nccl
 @pytest.mark.parametrize("sequence", [False, True], ids=["all_reduce", "sequence_parallel"])
 def test_a_tensor_parallel_block_in_cuda_graphs(sequence: bool) -> None:
     run(tensor_parallel, 2, (sequence,), device="cuda")

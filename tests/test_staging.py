@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import N_GPUS, same_bits, tough
+from conftest import N_GPUS, over_cuda, same_bits, tough
 
 from flashcomm import Communicator, WireFormat, policy, reference
 from flashcomm.cli.launch import RankContext, run
@@ -146,7 +146,7 @@ def over_host(ctx: RankContext) -> None:
     """Small messages by kernels on mapped memory, large ones by copies, in one graph, replayed with changing inputs."""
     shapes = [(8, 4096), (1500, 4096), (3, 600), (700, 4096)]
     for fmt in ("int4", "bf16", "int6-had/int7-had"):
-        with Communicator(None, fmt, transport="host", min_bytes=0, timeout_s=20) as comm:
+        with over_cuda(fmt, transport="host", min_bytes=0, timeout_s=20) as comm:
             routes = {comm.explain(shape, BF16).route.transport for shape in shapes}
             assert routes == {"mapped", "host"}
             sets = [
@@ -182,14 +182,14 @@ def test_host_memory_in_graphs_and_between_them() -> None:
 
 def host_slices(ctx: RankContext) -> None:
     for fmt in ("int4/int8", "bf16"):
-        with Communicator(None, fmt, transport="host", timeout_s=20) as comm:
+        with over_cuda(fmt, transport="host", timeout_s=20) as comm:
             for rows in (1, 3000):
                 whole = [tough((rows * ctx.world, 576), BF16, r) for r in range(ctx.world)]
                 got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank])
                 got = comm.all_gather(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.all_gather(whole, comm.format))
-        with Communicator(None, fmt, transport="host", algorithm="two_shot", timeout_s=20) as comm:
+        with over_cuda(fmt, transport="host", algorithm="two_shot", timeout_s=20) as comm:
             everybody = [tough((2500, 600), FP32, r) for r in range(ctx.world)]
             got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
             assert same_bits(got, reference.two_shot(everybody, comm.format))
@@ -212,7 +212,7 @@ def _twice(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def gone_on_gpus(ctx: RankContext, shape: tuple[int, int]) -> None:
-    with Communicator(None, "int4", transport="host", min_bytes=0, timeout_s=2) as comm:
+    with over_cuda("int4", transport="host", min_bytes=0, timeout_s=2) as comm:
         x = tough(shape, BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
         if ctx.rank == 1:
@@ -238,8 +238,8 @@ def cannot_pin(ctx: RankContext) -> None:
     with pytest.raises(
         UnavailableError, match=r"rank 1: .* cannot be pinned \(CUDA error 2\): allow more locked memory"
     ):
-        Communicator(None, "int4", transport="host")
-    with Communicator(None, "int4", transport="auto", min_bytes=0) as comm:
+        over_cuda("int4", transport="host")
+    with over_cuda("int4", transport="auto", min_bytes=0) as comm:
         assert comm.machine.transport == "symmetric"
 
 
