@@ -58,6 +58,34 @@ def auto() -> str:
     return table(["format, 2 ranks, one-shot", "bits/value", "rise, %", "KL", "greedy, %"], body)
 
 
+def nodes() -> str:
+    """By format: the rise in two-shot beside that in two nodes, at each number of ranks."""
+    worlds = ("4", "8")
+    flat = {(r["format"], r["world"]): r for r in rows_of("accuracy-smollm2.csv")}
+    rows = [r for w in worlds for r in rows_of(f"accuracy-smollm2-hierarchical-{w}.csv") if r["format"] != "bf16"]
+    found = {(r["format"], r["world"]): r for r in rows}
+    head = [part for w in worlds for part in (f"{w} ranks, two-shot", f"in 2 nodes of {int(w) // 2}")]
+    body = []
+    for fmt in dict.fromkeys(r["format"] for r in rows):
+        pairs = [(flat[fmt, w], found[fmt, w]) for w in worlds]
+        body.append([name_of(found[fmt, worlds[0]]), *(signed(r) for pair in pairs for r in pair)])
+    return table(["format", *head], body)
+
+
+def nodes_times() -> str:
+    """16 MB over 2 hosts of 2 ranks: two-shot and hierarchical beside gloo."""
+    body = []
+    for rate, label in (("200mbit", "200 Mbit/s"), ("1gbit", "1 Gbit/s")):
+        rows = [r for r in rows_of(f"allreduce-2x2ranks-{rate}.csv") if r["size"] == str(16 << 20)]
+        native = next(r for r in rows if r["path"] == "native")
+        for path, name in (("auto", "two_shot"), ("hierarchical", "hierarchical")):
+            coded = [r for r in rows if r["path"] == path]
+            times = [f"{float(r['time_us']) / 1e3:.0f} ms, {float(r['over_native']):.2f}x" for r in coded]
+            body.append([label, f"`{name}`", f"{float(native['time_us']) / 1e3:.0f} ms", *times])
+    formats = [name_of(r) for r in rows if r["path"] == "hierarchical"]
+    return table(["a host's link", "", "bf16, gloo", *formats], body)
+
+
 def real() -> str:
     rows = [r for r in rows_of("accuracy-smollm2-3ranks-real.csv") if r["format"] != "bf16"]
     body = [[r["ranks"], name_of(r), r["bits"], r["perplexity"], signed(r, True), r["kl"]] for r in rows]
@@ -110,7 +138,7 @@ def readme() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (readme, accuracy, auto, real, predicted, needle, generation)
+    f.__name__: f for f in (readme, accuracy, auto, nodes, nodes_times, real, predicted, needle, generation)
 }
 
 
