@@ -98,7 +98,8 @@ def test_what_crosses_and_what_does_not() -> None:
     assert policy.wire_bytes("hierarchical", call, INT4) == message * (3 + 1 + 3) // 4
     assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
     told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world=4)))
-    assert "not hierarchical: a third rounding, so only if asked for" in told
+    crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
+    assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
     assert "hierarchical" not in str(policy.choose(Call(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
 
 

@@ -80,10 +80,8 @@ def connect(group: dist.ProcessGroup, transport: ProcessGroupTransport, settings
 
 def _local_world(transport: ProcessGroupTransport, settings: Settings) -> int:
     """How many consecutive ranks a node has: as the setting says, or as found; 0 where ranks have no such order."""
-    if asked := settings.local_world:
-        if transport.world % asked:
-            raise SettingsError(f"local_world={asked}: {transport.world} ranks do not make nodes of that many")
-        return asked
+    if settings.local_world:
+        return asked_local_world(settings, transport.world)
     mine = [shared.host_name(), host.cpulist(transport.device) if transport.device.type == "cuda" else ""]
     places = agreement.tell(transport, mine, "looking for nodes")
     hosts = [name for name, _ in places]
@@ -97,6 +95,13 @@ def _local_world(transport: ProcessGroupTransport, settings: Settings) -> int:
             f"{', '.join(names)}: order the ranks by node, or set local_world"
         )
     return 0
+
+
+def asked_local_world(settings: Settings, world: int) -> int:
+    """The setting, 0 where it is not set. Raises SettingsError where the world does not have such nodes."""
+    if settings.local_world and world % settings.local_world:
+        raise SettingsError(f"local_world={settings.local_world}: {world} ranks do not make nodes of that many")
+    return settings.local_world
 
 
 def candidates(device_type: str, asked: str) -> list[ModuleType]:

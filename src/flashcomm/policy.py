@@ -149,13 +149,20 @@ def wire_bytes(algorithm: str, call: Call, fmt: WireFormat) -> int:
     w = call.world
     if algorithm == "native":
         return 2 * (w - 1) * call.n_bytes // w
-    reduce = Layout(fmt.reduce, call.row, call.itemsize)
     if algorithm == "one_shot":
-        return (w - 1) * reduce.nbytes(0, call.numel)
-    gather, shards = Layout(fmt.gather, call.row, call.itemsize), w if algorithm == "two_shot" else w // call.nodes
+        return (w - 1) * Layout(fmt.reduce, call.row, call.itemsize).nbytes(0, call.numel)
+    if algorithm == "two_shot":
+        return (w - 1) * sum(_shard(call, fmt, w))
+    local = w // call.nodes
+    return (local - 1) * sum(_shard(call, fmt, local)) + (call.nodes - 1) * _shard(call, fmt, local)[0]
+
+
+def _shard(call: Call, fmt: WireFormat, shards: int) -> tuple[int, int]:
+    """Bytes of the largest of so many shards, as the reduce step and the gather step send it."""
     spans = list(pairwise(bounds(0, call.numel, call.row, fmt.unit, shards)))
-    down, up = max(reduce.nbytes(*s) for s in spans), max(gather.nbytes(*s) for s in spans)
-    return (shards - 1) * (down + up) + (call.nodes - 1 if algorithm == "hierarchical" else 0) * down
+    layouts = [Layout(step, call.row, call.itemsize) for step in (fmt.reduce, fmt.gather)]
+    down, up = (max(layout.nbytes(*span) for span in spans) for layout in layouts)
+    return down, up
 
 
 def admit(call: Call, fmt: WireFormat, min_bytes: int | None) -> str:
@@ -250,7 +257,9 @@ def _choice(
     elif transport == "host" and n_bytes <= MAPPED_BYTES:
         transport = "mapped"
     if algorithm != "hierarchical" and coded and 1 < call.nodes < call.world:
-        more = f"a third rounding, so only if asked for: {wire_bytes('hierarchical', call, fmt)} bytes a rank"
+        crossing = (call.nodes - 1) * _shard(call, fmt, call.local_world)[0]
+        flat = (call.world - call.local_world) * sum(_shard(call, fmt, call.world))
+        more = f"a third rounding, so only if asked for: {crossing} bytes a rank to other nodes, two_shot {flat}"
         others = others | {"hierarchical": more}
     rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]
     rejected += [Rejected(name, why) for name, why in machine.rejected]

@@ -47,7 +47,7 @@ def _found(device: str, world: int, settings: Settings) -> policy.Machine:
     table = tables.find(
         links.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world, name
     )
-    return policy.Machine(name, table, tuple(rejected))
+    return policy.Machine(name, table, tuple(rejected), links.asked_local_world(settings, world))
 
 
 def _machine() -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _cuda_codec() -> str:
 def _choice(
     size: int, row: int, itemsize: int, world: int, settings: Settings, device: str, found: policy.Machine
 ) -> dict[str, Any]:
-    call = policy.Call(size // itemsize, min(row, size // itemsize), itemsize, world, device)
+    call = policy.Call(size // itemsize, min(row, size // itemsize), itemsize, world, device, found.local_world)
     choice = policy.choose(call, settings.format, settings.algorithm, settings.min_bytes, found)
     return {
         "size": size,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -124,7 +124,7 @@ class Reducer:
         comm = self.communicator(group)
         fmt = self.plan.format_of(message.layer, like) if self.plan else comm.format
         route = comm.explain((message.whole // shape[-1], shape[-1]), message.dtype, fmt).route
-        copied = route.algorithm == "copy"
+        copied, call = route.algorithm == "copy", replace(call, local_world=comm.machine.local_world)
         return 0 if copied else policy.wire_bytes(route.algorithm, call, WireFormat.parse(route.fmt))
 
     def communicator(self, group: Any) -> Communicator:
