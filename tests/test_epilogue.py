@@ -224,7 +224,7 @@ def on_ranks(body: object, world: int, *args: object) -> object:
     pytest.importorskip("triton", reason="triton is not installed")
     if ON_GPUS and world > N_GPUS:
         pytest.skip(f"{N_GPUS} CUDA devices, {world} are needed")
-    return run(body, world, args, device=DEVICE, timeout_s=280)  # type: ignore[arg-type]
+    return run(body, world, args, device=DEVICE, timeout_s=1000 if ON_GPUS else 280)  # type: ignore[arg-type]
 
 
 def over_peers_memory(ctx: RankContext, cases: list[tuple[str, torch.dtype, str, list[tuple[int, ...]]]]) -> None:
