@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -308,3 +310,21 @@ def test_sums_run_in_rank_order_in_float32() -> None:
             out = torch.empty(1)
             codec.decode_sum(wires, layout, 0, 1, out, torch.float32)
             assert out.item() == want
+
+
+def test_a_kernel_is_made_once_whatever_threads_ask() -> None:
+    from flashcomm.wire.cpu_jit import once
+
+    made: list[int] = []
+
+    @once
+    def slow(n: int) -> list[int]:
+        made.append(n)
+        time.sleep(0.05)
+        return [n]
+
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(slow, (1, 1, 1, 2)))
+    assert sorted(made) == [1, 2]
+    assert got[0] is got[1] is got[2]
+    assert got[3] == [2]

@@ -13,7 +13,6 @@ several at once, so that a group of 16 costs a value no more than a group of 128
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
@@ -29,7 +28,7 @@ from flashcomm.wire.cpu_groups import (
     round_to_bf16,
 )
 from flashcomm.wire.cpu_hadamard import hadamard
-from flashcomm.wire.cpu_jit import cpu
+from flashcomm.wire.cpu_jit import cpu, once
 from flashcomm.wire.cpu_vector import F16, F32, I8, I16, I32, I64, Function, Variable, Vec
 from flashcomm.wire.format import StepFormat
 from flashcomm.wire.torch_codec import SCALE_NAN
@@ -39,7 +38,7 @@ _TILE = 256 if cpu()[1].get("avx512f", False) else 128
 _QUARTER = 64  # with fewer values than this (ends of rows), quarters of words fill no register: codes are widened
 
 
-@cache
+@once
 def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., None]:
     """kernel(out, scale, zero, plane, plane, plane, stride, ranks, groups to the end of the row, per row, in all).
 
@@ -132,7 +131,7 @@ def _bits(x: Vec, dtype: torch.dtype) -> Vec:
     return x.to(F16).view(I16) if dtype == torch.float16 else x.view(I32)
 
 
-@cache
+@once
 def adder(source: torch.dtype, target: torch.dtype) -> Callable[..., None]:
     """kernel(values, out, stride, ranks, n): the sum of lossless buffers, values of `source`, rounded to `target`."""
     f = Function("add", pointers=2, integers=3)

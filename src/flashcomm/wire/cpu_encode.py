@@ -7,7 +7,6 @@ first of them and kept for the others. The last one leaves codes, which are pack
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from llvmlite import ir
@@ -15,11 +14,12 @@ from llvmlite import ir
 from flashcomm.wire.cpu_grid import Grid
 from flashcomm.wire.cpu_groups import INTEGER, At, for_blocks, padded, plane_bytes, spread
 from flashcomm.wire.cpu_hadamard import hadamard
+from flashcomm.wire.cpu_jit import once
 from flashcomm.wire.cpu_vector import F32, I8, I32, Function, Vec
 from flashcomm.wire.format import StepFormat
 
 
-@cache
+@once
 def encoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., None]:
     """kernel(values, scale, zero, plane, plane, plane, groups to the end of the row, per row, in all).
 

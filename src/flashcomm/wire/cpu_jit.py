@@ -10,12 +10,28 @@ import ctypes
 import platform
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 
-_LOCK = threading.Lock()  # LLVM's global context serves one thread at a time
+_LOCK = threading.RLock()  # LLVM's global context serves one thread at a time
+Made = TypeVar("Made")
+
+
+def once(make: Callable[..., Made]) -> Callable[..., Made]:
+    """make, called once for each list of arguments, also when several threads ask for the same at the same time."""
+    made: dict[Any, Made] = {}
+
+    @wraps(make)
+    def kept(*key: Any) -> Made:
+        if key not in made:
+            with _LOCK:
+                if key not in made:
+                    made[key] = make(*key)
+        return made[key]
+
+    return kept
 
 
 def compile_function(assembly: str, name: str, kinds: Sequence[Any]) -> Callable[..., None]:
