@@ -240,7 +240,7 @@ MUTATIONS = {
         "test_hierarchical.py::test_a_rank_that_is_gone_is_named_by_its_place_among_all",
     ),
     "nodes' sums rounded early": (
-        "collectives/hierarchical.py", "dtype = x.dtype if coded_as.step.lossless else torch.float32", "dtype = x.dtype",
+        "collectives/hierarchical.py", "dtype = x.dtype if again.step.lossless else torch.float32", "dtype = x.dtype",
         "test_hierarchical.py::test_ranks_give_the_bits_of_the_reference",
     ),
     "a column of ranks with other shards": (

@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flashcomm.collectives.composed import Context, Pending, pipeline, scatter_shards
+from flashcomm.collectives.composed import Context, Pending, Transport, pipeline, scatter_shards
 from flashcomm.wire.format import Layout, bounds
 
 
@@ -42,32 +42,27 @@ def hierarchical(x: Tensor, out: Tensor, ctx: Context) -> None:
 
     def scatter(c: int) -> None:
         pieces = [(i, *span) for i, span in enumerate(pairwise(shards[c]))]
-        flying[c] = scatter_shards(within, reduce_layout, flat_x, pieces, (c, len(chunks)), "hierarchical reduce")
+        what = "hierarchical reduce within nodes"
+        flying[c] = scatter_shards(within, reduce_layout, flat_x, pieces, (c, len(chunks)), what)
 
-    def summed(c: int, decoded_as: Layout, coded_as: Layout, wire: Tensor) -> None:
+    def pass_on(c: int, via: Transport, received: Layout, again: Layout, name: str) -> None:
+        """Sum what arrived of this rank's shard, decoded as `received`, and send it on, coded as `again`."""
         start, stop = shards[c][inner.rank : inner.rank + 2]
-        dtype = x.dtype if coded_as.step.lossless else torch.float32
+        dtype = x.dtype if again.step.lossless else torch.float32
         total = ctx.workspace.take("sum", 0, (stop - start) * dtype.itemsize).view(dtype)
-        wires = arrived(c)
+        size, wires = max(again.nbytes(*span) for span in pairwise(shards[c])), arrived(c)
+        everybodys = ctx.workspace.take(name, c, via.world * size).view(via.world, size)
         if stop > start:
-            ctx.codec.decode_sum(wires, decoded_as, start, stop, total, x.dtype)
-            ctx.codec.encode(total, coded_as, start, stop, wire)
+            ctx.codec.decode_sum(wires, received, start, stop, total, x.dtype)
+            ctx.codec.encode(total, again, start, stop, everybodys[via.rank])
+        what = f"hierarchical {name}, chunk {c + 1}/{len(chunks)}"
+        flying[c] = via.all_gather(everybodys, everybodys[via.rank], what, overlap=len(chunks) > 1), everybodys
 
     def cross(c: int) -> None:
-        size = max(reduce_layout.nbytes(*span) for span in pairwise(shards[c]))
-        everybodys = ctx.workspace.take("across-recv", c, across.world * size).view(across.world, size)
-        wire = everybodys[across.rank]
-        summed(c, part_layout, across_layout, wire)
-        what = f"hierarchical exchange across nodes, chunk {c + 1}/{len(chunks)}"
-        flying[c] = across.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys
+        pass_on(c, across, part_layout, across_layout, "exchange across nodes")
 
     def gather(c: int) -> None:
-        size = max(gather_layout.nbytes(*span) for span in pairwise(shards[c]))
-        everybodys = ctx.workspace.take("gather-recv", c, inner.world * size).view(inner.world, size)
-        wire = everybodys[inner.rank]
-        summed(c, sum_layout, resend_layout, wire)
-        what = f"hierarchical gather, chunk {c + 1}/{len(chunks)}"
-        flying[c] = inner.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys
+        pass_on(c, inner, sum_layout, resend_layout, "gather within nodes")
 
     def finish(c: int) -> None:
         wires = arrived(c)
