@@ -163,6 +163,16 @@ class TestBench:
 
     @needs_link
     @pytest.mark.alone
+    def test_nodes_have_a_link_together(self) -> None:
+        given = ("-n", 4, "--local-world", 2, "--algorithm", "hierarchical", "--link", "200mbit", "--formats", "int8")
+        got = as_json(flashcomm(*BENCH, *given, "-b", 400_000, "-e", 400_000, "--row", 500, "--turns", 1, "--json"))
+        rows = {(r["format"], r["path"]): r for r in got["rows"]}
+        assert {r["local_world"] for r in got["rows"]} == {2}
+        assert rows["int8", "hierarchical"]["error"] > rows["int8", "auto"]["error"]
+        assert rows["int8", "hierarchical"]["time_us"] < rows["int8", "auto"]["time_us"]  # half crosses, see policy
+
+    @needs_link
+    @pytest.mark.alone
     def test_a_link_limits_the_rate(self) -> None:
         """1 MB over 50 Mbit/s takes 168 ms and the frame headers uncompressed, a quarter as int4."""
         rows = as_json(flashcomm(*BENCH, "--formats", "int4", "-b", "1M", "-e", "1M", "--turns", 3,
@@ -448,6 +458,9 @@ class TestAccuracy:
         both = ("--model", MODEL, "--text", pages)
         refused(here("eval", *both, "--context", 512, "--windows", 9), "pages.txt has", "windows of 512 need 4608")
         refused(here("eval", *both, "--worlds", "2,x"), "--worlds 2,x: give numbers of at least 1")
+        refused(here("eval", *both, "--local-world", 4), "--local-world 4: not all of --worlds 2,4,8 are several nodes")
+        refused(here("eval", *both, "--algorithm", "hierarchical"), "go together: give both or neither")
+        refused(here("probe", *both, "--algorithm", "hierarchical"), "go together: give both or neither")
         refused(here("eval", *both, "--worlds", "5", "--windows", 1), "5 ranks cannot share the inputs of")
         refused(here("eval", *both, "--plan", tmp_path / "no.json"), "no plan at")
         (tmp_path / "other.json").write_text('{"flashcomm_plan": 1, "format": "int8", "layers": {"h.*": "int4"}}')

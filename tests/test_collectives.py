@@ -251,6 +251,11 @@ def test_the_way_over_the_cpu_that_gpu_tensors_take_without_nccl() -> None:
         outer.all_gather(gathered, mine[0], "gather").wait()
         outer.all_reduce_native(total, "sum").wait()
         outer.close()
+        if rank != 1:
+            pair = ProcessGroupTransport(group, torch.device("cpu"), 30, [0, 2])  # type: ignore[arg-type]
+            pair._by_cpu, of_two = pair.among([0, 2]), torch.zeros(2, 2, dtype=torch.uint8)
+            pair.all_gather(of_two, mine[1], "gather of two").wait()
+            assert of_two.tolist() == [[2, 3], [22, 23]]
         return exchanged.flatten().tolist(), gathered.flatten().tolist(), total.tolist(), outer.n_bytes_sent
 
     for rank, got in enumerate(raise_first(run_ranks(3, body))):

@@ -45,7 +45,8 @@ class Communicator:
     """Low-bit collectives over one process group. Making one is collective: every rank of the group must.
 
     group: a torch.distributed process group; None is the default group. device: "cpu" or "cuda", where the tensors
-    will be; None is CUDA where the group's backend is NCCL, else the CPU.
+    will be; None is CUDA where the group's backend is NCCL, else the CPU. GPU tensors over a group without NCCL go
+    through peers' or host memory where that can be had, and else, slowly, by way of the CPU.
     format: a wire format or its text ("int4", "int4-g32", "int4/int8", "bf16"). The other arguments are those of
     `flashcomm.settings`, which also come from FLASHCOMM_* variables. plan: the `Plan.digest` of the plan that the
     caller follows; it is only compared. Use one Communicator from one thread and, on GPUs, one stream at a time.
@@ -247,7 +248,7 @@ class Communicator:
         self._closed, self._fused, self._staged, self._replayed, self._norm = True, None, None, None, None
         self._launches.clear()
         self.transport.close()
-        self._context.workspace = composed.Workspace(self.device)
+        self._context.workspace, self._context.nodes = composed.Workspace(self.device), None
 
     def __enter__(self) -> Communicator:
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.policy import Machine
 from flashcomm.settings import Settings
 from flashcomm.transports import host, shared, symmetric
-from flashcomm.transports.process_group import ProcessGroupTransport
+from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 
 if TYPE_CHECKING:
     from flashcomm.collectives.composed import Transport
@@ -53,14 +53,14 @@ def connect(group: dist.ProcessGroup, transport: ProcessGroupTransport, settings
     fused, staged = None, None
     nodes: tuple[Transport, Transport] | None = None
     local_world = _local_world(transport, settings)
-    if settings.algorithm == "hierarchical" and 1 < local_world < transport.world:
+    if settings.algorithm == "hierarchical" and policy.worth_nodes(transport.world, local_world):
         begin = transport.rank // local_world * local_world
         parts = range(begin, begin + local_world), range(transport.rank % local_world, transport.world, local_world)
         nodes = transport.among(parts[0]), transport.among(parts[1])
     rejected: tuple[tuple[str, str], ...] = ()
     name = "process_group"
     for kind in candidates(device.type, asked) if transport.world > 1 else ():
-        region, why = _join(group, transport, settings, kind)
+        region, why = _join(group, transport, settings, kind, nodes is not None)
         if region is not None:
             name = kind.NAME
             fused, staged = _over(region, settings, staged=kind is host)
@@ -70,6 +70,8 @@ def connect(group: dist.ProcessGroup, transport: ProcessGroupTransport, settings
         if asked != "auto":
             raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
         rejected += ((kind.NAME, why),)
+    if device.type == "cuda" and name == "process_group" and transport.world > 1 and not has_nccl(group):
+        rejected += (("nccl", "the group has another backend, so that messages go by way of the CPU, slowly"),)
     if rejected and transport.rank == 0:
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
     table = tables.find(machine_name(device), transport.world, name) if transport.rank == 0 else None
@@ -82,26 +84,38 @@ def _local_world(transport: ProcessGroupTransport, settings: Settings) -> int:
     """How many consecutive ranks a node has: as the setting says, or as found; 0 where ranks have no such order."""
     if settings.local_world:
         return asked_local_world(settings, transport.world)
-    mine = [shared.host_name(), host.cpulist(transport.device) if transport.device.type == "cuda" else ""]
-    places = agreement.tell(transport, mine, "looking for nodes")
-    hosts = [name for name, _ in places]
-    names = hosts if len(set(hosts)) > 1 else [near for _, near in places]
-    lengths = [len(list(same)) for _, same in itertools.groupby(names)]
-    if len(lengths) == len(set(names)) and len(set(lengths)) == 1:
-        return lengths[0]
-    if settings.algorithm == "hierarchical":
+    places = agreement.tell(transport, near(transport.device), "looking for nodes")
+    found = grouped(places)
+    if not found and settings.algorithm == "hierarchical":
         raise UnavailableError(
-            f"algorithm='hierarchical' needs nodes of equally many, consecutive ranks; these are at "
-            f"{', '.join(names)}: order the ranks by node, or set local_world"
+            "algorithm='hierarchical' needs nodes of equally many, consecutive ranks; these are at "
+            f"{', '.join(' '.join(place).strip() for place in places)}: order the ranks by node, or set local_world"
         )
-    return 0
+    return found
 
 
 def asked_local_world(settings: Settings, world: int) -> int:
-    """The setting, 0 where it is not set. Raises SettingsError where the world does not have such nodes."""
-    if settings.local_world and world % settings.local_world:
-        raise SettingsError(f"local_world={settings.local_world}: {world} ranks do not make nodes of that many")
-    return settings.local_world
+    """The setting, for groups that fit into a node their size; 0 where it is not set or does not divide the world.
+    Raises SettingsError in the latter case if nodes are asked for."""
+    asked = min(settings.local_world, world)
+    if asked and world % asked:
+        if settings.algorithm == "hierarchical":
+            raise SettingsError(f"local_world={asked}: {world} ranks do not make nodes of that many")
+        return 0
+    return asked
+
+
+def near(device: torch.device) -> list[str]:
+    """What ranks of one node have in common: the host, and on one host the CPUs near to their GPUs."""
+    return [shared.host_name(), host.cpulist(device) if device.type == "cuda" else ""]
+
+
+def grouped(places: Sequence[Sequence[str]]) -> int:
+    """How many consecutive ranks a node has, of ranks that are `near` to these; 0 where they have no such order."""
+    hosts = [name for name, _ in places]
+    names = hosts if len(set(hosts)) > 1 else [cpus for _, cpus in places]
+    lengths = [len(list(same)) for _, same in itertools.groupby(names)]
+    return lengths[0] if len(lengths) == len(set(names)) and len(set(lengths)) == 1 else 0
 
 
 def candidates(device_type: str, asked: str) -> list[ModuleType]:
@@ -138,21 +152,20 @@ def _slot_bytes(settings: Settings) -> int:
     return min(settings.workspace_bytes // 8, policy.STAGED_CHUNK_BYTES * 9 // 8) // 64 * 64
 
 
-def _sizes(settings: Settings, kind: ModuleType) -> tuple[int, ...]:
-    """Bytes of a region, and of what staging takes besides."""
+def _sizes(settings: Settings, kind: ModuleType, nodes: bool) -> tuple[int, ...]:
+    """Bytes of a region, and of what staging takes besides, more of it with nodes."""
     from flashcomm.collectives.fused import region_bytes
 
     if kind is not host:
         return (region_bytes(settings.workspace_bytes),)
     from flashcomm.transports.staging import PLACES, staging_bytes
 
-    places = PLACES if settings.algorithm == "hierarchical" else 1
-    staging = places * staging_bytes(_slot_bytes(settings))
+    staging = (PLACES if nodes else 1) * staging_bytes(_slot_bytes(settings))
     return region_bytes(min(settings.workspace_bytes, MAPPED_WORKSPACE)), staging
 
 
 def _join(
-    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType
+    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType, nodes: bool
 ) -> tuple[Any, str]:
     """A region of this kind that all ranks have joined, or why not."""
     facts = kind.facts(transport.device)
@@ -167,7 +180,7 @@ def _join(
 
         if transport.world > MAX_RANKS:
             raise UnavailableError(f"{transport.world} ranks; {MAX_RANKS} are supported")
-        made = kind.make(transport.device, *_sizes(settings, kind))
+        made = kind.make(transport.device, *_sizes(settings, kind, nodes))
         place = made.place
     except (UnavailableError, ImportError) as error:  # of this rank alone, perhaps: the others hear of it
         mine = str(error)

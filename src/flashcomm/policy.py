@@ -5,7 +5,7 @@ Nothing here touches a tensor, a group or a clock, so every rank decides alike. 
     native     the backend's own all-reduce, not compressed
     one_shot   everybody sends all to everybody: one hop, one rounding
     two_shot   reduce-scatter and all-gather: two hops, two roundings, the fewest bytes
-    hierarchical  the same within nodes, and one hop across them: three roundings, the fewest bytes between nodes
+    hierarchical  the same within nodes, one hop across them: three roundings, fewer bytes between nodes; only if asked
     copy       a world of one, or no values
 
 `admit` says whether a way can be taken at all, `choose` takes the fastest of those that can: by the times measured for
@@ -165,6 +165,11 @@ def _shard(call: Call, fmt: WireFormat, shards: int) -> tuple[int, int]:
     return down, up
 
 
+def worth_nodes(world: int, local_world: int) -> bool:
+    """Whether less crosses between N nodes of L ranks than in two-shot: (N-1)/L of the message against 2(N-1)/N."""
+    return local_world > 1 and 1 < world // local_world < 2 * local_world
+
+
 def admit(call: Call, fmt: WireFormat, min_bytes: int | None) -> str:
     """Why a message should not be coded whatever the machine, or ""."""
     if fmt.lossless:
@@ -181,25 +186,30 @@ def admit(call: Call, fmt: WireFormat, min_bytes: int | None) -> str:
 def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, machine: Machine = Machine()) -> Choice:
     """The route of an all-reduce, and why the other ways were passed over.
 
-    An explicit `algorithm` wins over everything but a world of one; `min_bytes` (None: not set) decides whether to
-    code. Otherwise the fastest way by the machine's table; without one, what is too small or gains nothing goes
-    uncoded, the rest one-shot where that sends no more bytes than two-shot or so few that latency rules.
+    An explicit `algorithm` wins over everything but a world of one, `hierarchical` only from `min_bytes` on and where
+    there are nodes that gain by it. Otherwise `min_bytes` (None: not set) decides whether to code, and the table which
+    way is fastest; without one, what is too small or gains nothing goes uncoded, the rest one-shot where that sends no
+    more bytes than two-shot or so few that latency rules.
     """
     if call.world == 1 or call.numel == 0:
         why = "a world of one" if call.world == 1 else "no values"
         return _choice(call, fmt, machine, "copy", f"{why}: nothing travels, nothing is coded", {})
     if algorithm != "auto":
         asked = f"algorithm={algorithm} was asked for"
-        if algorithm == "hierarchical" and not 1 < call.nodes < call.world:
-            asked += ", and " + ("there is one node" if call.nodes == 1 else "nodes have one rank each")
-            algorithm = "two_shot" if call.nodes == 1 else "one_shot"
+        if algorithm == "hierarchical":
+            least = _least(call, machine) if min_bytes is None else min_bytes
+            if call.n_bytes < least:
+                small = f"{call.n_bytes} message bytes are fewer than min_bytes={least}"
+                return _choice(call, fmt, machine, "native", small, {"hierarchical": small})
+            if not worth_nodes(call.world, call.local_world):
+                asked += f", and {call.nodes} nodes of {call.world // call.nodes} ranks gain nothing by it"
+                algorithm = "two_shot"
         return _choice(call, fmt, machine, algorithm, asked, dict.fromkeys(CHOSEN, asked))
     uncoded = admit(call, fmt, min_bytes)
     if machine.table is not None:
         return _measured(call, fmt, machine, machine.table, uncoded, min_bytes is not None)
     if not uncoded and min_bytes is None:
-        least = MIN_BYTES.get(machine.transport, MIN_BYTES.get(call.device_type, 0))
-        uncoded = admit(call, fmt, least)
+        uncoded = admit(call, fmt, _least(call, machine))
     lossless, because = WireFormat.parse(LOSSLESS), ""
     if uncoded and machine.transport == "host":
         fmt, because, uncoded = lossless, f"{uncoded}; ", ""
@@ -220,6 +230,11 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, m
     return _choice(
         call, fmt, machine, "two_shot", f"{because}fewest bytes", saved | {"one_shot": f"would send {one} bytes a rank"}
     )
+
+
+def _least(call: Call, machine: Machine) -> int:
+    """Below how many bytes messages are not coded where nothing was set or measured."""
+    return MIN_BYTES.get(machine.transport, MIN_BYTES.get(call.device_type, 0))
 
 
 def _measured(call: Call, fmt: WireFormat, machine: Machine, table: Table, uncoded: str, forced: bool) -> Choice:
@@ -256,7 +271,7 @@ def _choice(
         transport = "host" if transport == "host" else "process_group"
     elif transport == "host" and n_bytes <= MAPPED_BYTES:
         transport = "mapped"
-    if algorithm != "hierarchical" and coded and 1 < call.nodes < call.world:
+    if algorithm != "hierarchical" and coded and worth_nodes(call.world, call.local_world):
         crossing = (call.nodes - 1) * _shard(call, fmt, call.local_world)[0]
         flat = (call.world - call.local_world) * sum(_shard(call, fmt, call.world))
         more = f"a third rounding, so only if asked for: {crossing} bytes a rank to other nodes, two_shot {flat}"

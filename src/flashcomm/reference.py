@@ -2,7 +2,8 @@
 
 No ranks, shards or chunks appear here: a group of values is coded by itself, so how a message is cut cannot matter.
 With a world of one nothing travels and nothing is coded. `fmt.reduce` codes what goes to the sum, `fmt.gather` what
-comes back; sums run in float32 in rank order and are rounded to the tensors' dtype once, at the very end.
+comes back; sums run in float32 in the order of ranks, or of nodes, and are rounded to the tensors' dtype at the end,
+and where a step that carries sums is lossless.
 
 `codec`: another module with `encode` and `decode_sum`, all of which give the same bits as the definition.
 """
@@ -15,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from flashcomm.errors import InputError
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout, StepFormat, WireFormat
 
@@ -39,11 +41,11 @@ def hierarchical(
     """All-reduce over nodes of `local_world` consecutive ranks: summed within nodes, those sums summed in the order of
     nodes, and that gathered. Three roundings: values and nodes' sums as `fmt.reduce`, the sum of all as `fmt.gather`.
 
-    Nodes of one rank are `one_shot`, one node of all ranks is `two_shot`.
+    Raises InputError where the ranks do not make such nodes.
     """
     first, world = tensors[0], len(tensors)
-    if local_world in (1, world):
-        return (one_shot if local_world == 1 else two_shot)(tensors, fmt, codec)
+    if local_world < 1 or world % local_world:
+        raise InputError(f"{world} ranks do not make nodes of {local_world}")
     within, across = fmt.again.middle
     wires = []
     for begin in range(0, world, local_world):

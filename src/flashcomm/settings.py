@@ -9,7 +9,7 @@
                            host (pinned host memory, GPUs of one host),         then host; on CPUs process_group
                            shared (CPUs, in Triton's interpreter)
     FLASHCOMM_WORKSPACE_BYTES  peers' memory a rank gives; larger messages go in parts   256M
-                           (host: at most 68M of it)
+                           (host: at most 68M of it, with nodes 140M)
     FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time (process_group)  4M on CPUs, 32M on GPUs
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs

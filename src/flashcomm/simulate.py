@@ -77,8 +77,8 @@ class TensorParallel:
         self.algorithm, self.min_bytes, self.observer, self.local_world = algorithm, min_bytes, observer, local_world
         if world < 1:
             raise InputError(f"{world} ranks asked for: at least 1 is needed")
-        if local_world and world % local_world:
-            raise InputError(f"nodes of {local_world} ranks asked for: {world} ranks do not make such")
+        if (local_world and world % local_world) or (algorithm == "hierarchical" and not local_world):
+            raise InputError(f"nodes of local_world={local_world} ranks asked for: {world} ranks do not make such")
         self.layers = row_parallel_layers(model)
         self._before: dict[torch.nn.Module, Any] = {}
         indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world]

@@ -71,8 +71,8 @@ def evaluate(
             "--layers prices formats, one at a time: give one in --formats that is neither a plan nor bf16"
         )
     settings: dict[str, Any] = {"algorithm": algorithm} | ({"local_world": local_world} if local_world else {})
-    if any(world % (local_world or 1) for world in counts):
-        raise SettingsError(f"--local-world {local_world}: nodes of that many do not make all --worlds {worlds}")
+    if local_world and any(world % local_world or world == local_world for world in counts):
+        raise SettingsError(f"--local-world {local_world}: not all of --worlds {worlds} are several nodes of that many")
     loaded, tokenizer, where = _load(model, device, dtype, algorithm, max(counts) if real else 1, local_world)
     ids = read_windows(text, tokenizer, context, windows)
     n_bytes, ids = bytes_in(ids, tokenizer), ids.to(where)
@@ -98,6 +98,7 @@ def evaluate(
         if layers:
             priced = _layers(loaded, ids, counts[0], plans, on)
     same = {"model": model.name, "text": text.name, "context": context, "algorithm": algorithm, "dtype": dtype}
+    same |= {"local_world": local_world} if local_world else {}
     same["ranks"] = "real" if real else "simulated"
     rows = [same | row for row in rows]
     if csv:
@@ -200,7 +201,7 @@ def probe(
     prompts: Annotated[int, typer.Option(min=0, help="Prompts of the generation probe; 0: leave it out.")] = 200,
     tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens from each prompt.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 50,
-    algorithm: Simulated = "auto",
+    algorithm: Annotated[str, typer.Option(help="auto (as a Communicator would), one_shot or two_shot.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "fp32",
     csv: Csv = None,

@@ -47,7 +47,11 @@ def _found(device: str, world: int, settings: Settings) -> policy.Machine:
     table = tables.find(
         links.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world, name
     )
-    return policy.Machine(name, table, tuple(rejected), links.asked_local_world(settings, world))
+    local_world = links.asked_local_world(settings, world)
+    if not settings.local_world:
+        here = torch.cuda.device_count() if device == "cuda" else 1
+        local_world = links.grouped([links.near(torch.device(device, rank % here)) for rank in range(world)])
+    return policy.Machine(name, table, tuple(rejected), local_world)
 
 
 def _machine() -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Context:
     transport: Transport
     workspace: Workspace
     chunk_bytes: int
-    nodes: tuple[Transport, Transport] | None = None  # for `hierarchical`: this rank's node; its likes in all nodes
+    nodes: tuple[Transport, Transport] | None = None  # for `hierarchical`: its node; those of its place in each
 
     @property
     def world(self) -> int:

@@ -1,4 +1,4 @@
-"""All-reduce over nodes: what crosses the slow link between two hosts, or two NUMA nodes, is a part of what else would.
+"""All-reduce over nodes: less crosses the slow link between hosts, or NUMA nodes.
 
 Nodes have equally many, consecutive ranks. In one of L the message is reduce-scattered, each rank exchanges the sum of
 its shard with the ranks that have that shard in the other nodes, and the whole sum is gathered within the node:

@@ -42,7 +42,8 @@ class Replayed:
                 "a graph is being captured and the kernels for this dtype and format are not there yet: make one such "
                 "call before capturing"
             )
-        self._compiled.add((collective, x.dtype, context.fmt))
+        if x.numel() >= 2 * context.world * context.fmt.unit:  # every rank has a shard, and so compiles all there is
+            self._compiled.add((collective, x.dtype, context.fmt))
         if x.dim() == 0 or x.shape[-1] * x.element_size() % 16:  # of the shape, so that all ranks go one way
             collective(x, out, context)
             return

@@ -143,8 +143,8 @@ class ProcessGroupTransport:
 
     def _rows(self, out: Tensor, inp: Tensor) -> Any:
         """The all-to-all of rows by the backend's own; ranks that are no members get and give nothing."""
-        n = inp.shape[1]
-        sizes = [n if rank in self._members else 0 for rank in range(self.group.size())]
+        n, everybody = inp.shape[1], range(self.group.size())
+        sizes = [n if r in self._members else 0 for r in everybody] if self.world < len(everybody) else []
         return self.group.alltoall_base(out.view(-1), inp.view(-1), sizes, sizes, AllToAllOptions())
 
     def _brought(self, there: Tensor, out: Tensor, what: str) -> Pending:

@@ -23,7 +23,7 @@ from flashcomm.transports import staging_flags as flags
 from flashcomm.transports.staging_flags import AFTER_FETCH, AFTER_PUT, BEFORE_FETCH, BEFORE_PUT
 
 SLOTS = 4
-PLACES = 3  # sets of slots: of all ranks, and of two parts of them
+PLACES = 3  # sets of slots at most: of all ranks, and of two parts of them
 POLLS_PER_SECOND = 2000  # of a waiting program in the interpreter, roughly
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -58,8 +58,7 @@ class StagedTransport:
     """The two byte verbs over shared host memory, which begins at byte `at` of everybody's. `ranks`: those that take
     part, if not all.
 
-    `n_bytes_sent` counts the payload that others fetch, as for a process group. A slot carries up to slot_bytes at a
-    time; exchanges of more go in pieces. Use it from one stream at a time.
+    A slot carries up to slot_bytes at a time; exchanges of more go in pieces. Use it from one stream at a time.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class StagedTransport:
     ) -> None:
         ranks = range(memory.world) if ranks is None else ranks
         self.rank, self.world, self.device = ranks.index(memory.rank), len(ranks), memory.device
-        self.slot_bytes, self.n_bytes_sent = slot_bytes, 0
+        self.slot_bytes = slot_bytes
         self._memory, self._at, self._timeout_s, self._place, self._next = memory, at, timeout_s, place, 0
         begins = [memory.mappings[rank] + at + place * staging_bytes(slot_bytes) for rank in ranks]
         self._slots = [
@@ -99,7 +98,6 @@ class StagedTransport:
         """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. inp may be row `rank`
         of out. what, overlap: as for `ProcessGroupTransport`, of no use here."""
         n, source, target = inp.numel(), inp.data_ptr(), out.data_ptr()
-        self.n_bytes_sent += n * (self.world - 1)
         if source != target + self.rank * n:
             out[self.rank].copy_(inp)
 
@@ -114,7 +112,6 @@ class StagedTransport:
     def all_to_all(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
         """Row j of inp goes to rank j; row i of out comes from rank i. Both uint8 (world, n), contiguous."""
         n, source, target = inp.shape[1], inp.data_ptr(), out.data_ptr()
-        self.n_bytes_sent += n * (self.world - 1)
         out[self.rank].copy_(inp[self.rank])
 
         def put(slot: int, start: int, size: int, stream: int) -> None:
