@@ -36,15 +36,17 @@ class Replayed:
 
     def run(self, collective: Collective, x: Tensor, out: Tensor, context: composed.Context) -> None:
         """The collective of x into out, both contiguous. Raises InputError where a user's capture lacks kernels."""
-        capturing = torch.cuda.is_current_stream_capturing()
-        if capturing and (collective, x.dtype, context.fmt) not in self._compiled:
+        plain = x.dim() == 0 or bool(x.shape[-1] * x.element_size() % 16)  # of the shape, so that all ranks go one way
+        capturing, kind = torch.cuda.is_current_stream_capturing(), (collective, x.dtype, context.fmt, plain)
+        # Where every rank has a shard, all compile all there is; of less only this very shape is known to be there.
+        called = kind if x.numel() >= 2 * context.world * context.fmt.unit else (*kind, x.shape)
+        if capturing and not {kind, called} & self._compiled:
             raise InputError(
                 "a graph is being captured and the kernels for this dtype and format are not there yet: make one such "
                 "call before capturing"
             )
-        if x.numel() >= 2 * context.world * context.fmt.unit:  # every rank has a shard, and so compiles all there is
-            self._compiled.add((collective, x.dtype, context.fmt))
-        if x.dim() == 0 or x.shape[-1] * x.element_size() % 16:  # of the shape, so that all ranks go one way
+        self._compiled.add(called)
+        if plain:
             collective(x, out, context)
             return
         # Alignment is a rank's own affair: it takes a copy, and not another way, whose slots would not be the peers'.
