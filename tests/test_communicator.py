@@ -347,7 +347,7 @@ class TestPolicy:
         assert seen == {"copy", "native", "one_shot", "two_shot"}
 
     def test_explicit_wins(self) -> None:
-        for algorithm in policy.ALGORITHMS:
+        for algorithm in policy.CHOSEN:
             assert self.choose(576, 3, algorithm=algorithm).route.algorithm == algorithm
         assert self.choose(576, 3, min_bytes=0).route.algorithm == "one_shot"
 
@@ -355,7 +355,7 @@ class TestPolicy:
         for world in (2, 3):
             for n in (1, 80, 512):
                 choice = self.choose(n * 576, world)
-                assert {choice.route.algorithm, *(r.algorithm for r in choice.rejected)} == set(policy.ALGORITHMS)
+                assert {choice.route.algorithm, *(r.algorithm for r in choice.rejected)} == set(policy.CHOSEN)
                 assert all(r.reason for r in choice.rejected)
                 assert choice.route.reason
                 assert f"{choice.route.wire_bytes} bytes a rank" in str(choice)
