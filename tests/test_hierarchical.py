@@ -230,7 +230,7 @@ def over_shared_memory(ctx: RankContext, local_world: int) -> None:
     context, status = staged(ctx, local_world, 60)
     for seed, (fmt, dtype) in enumerate((("int4", BF16), ("int6-had/int7-had", BF16), ("bf16/int4", FP32))):
         context.fmt = WireFormat.parse(fmt)
-        for shape in ((5, 600), (1, 7)):
+        for shape in ((5, 600), (1, 7)) if ctx.world == 4 else ((5, 600),):
             everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
             out = torch.empty(shape, dtype=dtype)
             hierarchical.hierarchical(everybody[ctx.rank], out, context)
