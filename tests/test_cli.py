@@ -190,6 +190,7 @@ class TestBench:
         refused(here(*BENCH, "--dtype", "int8"), "allowed are bf16, fp16, fp32")
         refused(here(*BENCH, "--device", "tpu"), "allowed are auto, cpu and cuda")
         refused(here(*BENCH, "--device", "cuda"), "no CUDA device")
+        refused(here("doctor", "--device", "cuda"), "no CUDA device")
         refused(here(*BENCH, "--link", "fast"), "fast")
         refused(here(*BENCH, "--mode", "slow"), "allowed are eager, graph, both")
         refused(here(*BENCH, "--mode", "graph", "--device", "cpu"), "CUDA graphs need --device cuda")

@@ -69,6 +69,13 @@ def total(ctx: RankContext, factor: int) -> dict[str, Any]:
     }
 
 
+def networks(ctx: RankContext) -> list[int] | None:
+    """Of every rank the network namespace it is in."""
+    everybodys: list[int] = [0] * ctx.world
+    dist.all_gather_object(everybodys, os.stat("/proc/self/ns/net").st_ino)
+    return everybodys
+
+
 def fail(ctx: RankContext, how: str) -> None:
     """Rank 1 fails and rank 0 waits for it."""
     if how == "same":
@@ -400,6 +407,14 @@ def test_joins_torchrun() -> None:
     assert first["events"] == [["rank", 0]]
     assert second == {"result": None, "events": []}
     assert "printed by a rank" in err0
+
+
+def test_ranks_of_a_node_have_a_link_together() -> None:
+    skip_if_it_cannot_be_had("1gbit")
+    a, b, c, d = run(networks, 4, link="1gbit", local_world=2)  # type: ignore[misc]
+    assert (a == b, b == c, c == d) == (True, False, True)
+    with pytest.raises(SettingsError, match="local_world=3: 4 ranks do not make nodes of that many"):
+        run(networks, 4, link="1gbit", local_world=3)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

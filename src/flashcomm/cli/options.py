@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from flashcomm.errors import SettingsError
+from flashcomm.errors import SettingsError, UnavailableError
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
 World = Annotated[int, typer.Option("--world", "-n", min=1, help="Number of ranks.")]
@@ -34,6 +34,8 @@ def device_for(asked: str, world: int) -> str:
 
     if asked not in ("auto", "cpu", "cuda"):
         raise SettingsError(f"--device {asked}: allowed are auto, cpu and cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("--device cuda: torch finds no CUDA device; use --device cpu")
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world else "cpu"
     return asked
