@@ -15,8 +15,8 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 
-from flashcomm.cli import link
 from flashcomm.cli.report import human
+from flashcomm.ranks import link
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".assets" / "smollm2-135m-instruct"

@@ -8,10 +8,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import gloo_group, raise_first, run_ranks, same_bits
+from support import gloo_group, raise_first, run_ranks, same_bits
 
-from flashcomm import Communicator, FlashcommError, WireFormat, policy, reference
+from flashcomm import Communicator, FlashcommError, WireFormat, reference
 from flashcomm.errors import ClosedError, CommunicationError, FormatError, InputError, SettingsError
+from flashcomm.routing import policy
 from flashcomm.settings import Settings, parse_size
 
 

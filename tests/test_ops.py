@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 import flashcomm
 from flashcomm import WireFormat, ops, reference
-from flashcomm.cli.launch import RankContext, run
 from flashcomm.errors import SettingsError
+from flashcomm.ranks.launch import RankContext, run
 
 
 def inputs(rows: int, world: int, seed: int = 0) -> list[torch.Tensor]:

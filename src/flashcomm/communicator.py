@@ -22,18 +22,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcomm import agreement, epilogue, links, policy
-from flashcomm.collectives import composed
+from flashcomm.codecs import codec_for
+from flashcomm.collectives import pipelined
+from flashcomm.collectives.add_rms_norm import add_rms_norm
 from flashcomm.collectives.hierarchical import hierarchical
 from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
+from flashcomm.routing import policy
 from flashcomm.settings import Settings
+from flashcomm.setup import consistency, discovery
 from flashcomm.transports.process_group import ProcessGroupTransport
-from flashcomm.wire import codec_for
 from flashcomm.wire.format import Layout, WireFormat
 
 if TYPE_CHECKING:
-    from flashcomm.collectives.fused_norm import FusedNorm
-    from flashcomm.collectives.replayed import Replayed
+    from flashcomm.collectives.graph_cache import Replayed
 
 KINDS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collectives.fused_kernel` numbers them
 MAX_KEPT = 4096  # shapes whose launches a Communicator remembers
@@ -82,40 +83,35 @@ class Communicator:
             )
         self.group = group
         try:
-            self.device = agreement.group_device(group, device)
+            self.device = consistency.group_device(group, device)
             given: dict[str, Any] = {"format": format, "algorithm": algorithm, "min_bytes": min_bytes}
             given |= {"transport": transport, "workspace_bytes": workspace_bytes, "chunk_bytes": chunk_bytes}
             given |= {"timeout_s": timeout_s, "check": check, "debug": debug, "local_world": local_world}
             mine: Settings | FlashcommError = replace(Settings.resolve(self.device.type, **given), plan=plan)
         except FlashcommError as why:
-            self.device = agreement.group_device(group, None)
+            self.device = consistency.group_device(group, None)
             mine = why  # raised below, once every rank knows of it
         probe_timeout = mine.timeout_s if isinstance(mine, Settings) else 60.0
         self.transport = ProcessGroupTransport(group, self.device, probe_timeout)
-        self.settings = agreement.agree_on_settings(self.transport, mine)
+        self.settings = consistency.agree_on_settings(self.transport, mine)
         self.format = self.settings.format
         self.calls: Counter[str] = Counter()  # by way ("all_reduce/two_shot"); graph replays are not seen
         self.sent: Counter[str] = Counter()  # payload bytes to other ranks, by way
-        self._context = composed.Context(
+        self._context = pipelined.Context(
             self.format,
             codec_for(self.device.type),
             self.transport,
-            composed.Workspace(self.device),
+            pipelined.Workspace(self.device),
             self.settings.chunk_bytes,
         )
-        found = links.connect(group, self.transport, self.settings)
+        found = discovery.connect(group, self.transport, self.settings)
         self.machine, self._fused, self._staged = found.machine, found.fused, found.staged
         self._context.nodes = found.nodes
         self._replayed: Replayed | None = None
         if self._staged is not None:
-            from flashcomm.collectives.replayed import Replayed
+            from flashcomm.collectives.graph_cache import Replayed
 
             self._replayed = Replayed(self.device)
-        self._norm: FusedNorm | None = None
-        if self._fused is not None:
-            from flashcomm.collectives.fused_norm import FusedNorm
-
-            self._norm = FusedNorm(self._fused)
         self._launches: dict[Any, Any] = {}  # of this Communicator's messages so far, by shape, dtype and format
         self._stream: torch.cuda.Stream | None = None
         self._n_calls = 0
@@ -158,7 +154,7 @@ class Communicator:
             fmt = self.format if format is None else WireFormat.parse(format)
         except FormatError as why:
             unknown = why  # raised below, once every rank knows of it
-        problem = agreement.problem_with("all_reduce", x, self.device, self.world, out)
+        problem = consistency.problem_with("all_reduce", x, self.device, self.world, out)
         call = self._enter("all_reduce", x, problem, fmt, unknown, whole)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
@@ -176,7 +172,7 @@ class Communicator:
         """(normed, new residual): `reference.add_rms_norm` of `all_reduce(x)`, as layers have it. Both are new.
 
         x, residual: (..., hidden), bf16, fp16 or fp32, of one dtype; residual and weight (hidden,) are to be equal on
-        all ranks, and then results are. Over peers' memory all of it is one launch where `fused_norm` can take it.
+        all ranks, and then results are.
         Raises as `all_reduce`.
         """
         fmt, unknown = self.format, None
@@ -185,19 +181,14 @@ class Communicator:
         except FormatError as why:
             unknown = why
         eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
-        problem = agreement.problem_beside(x, residual, weight, eps, self.device, self.world)
+        problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world)
         call = self._enter("all_reduce_add_rms_norm", x, problem, fmt, unknown, eps)
         route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
-        coded, way = WireFormat.parse(route.fmt), route.algorithm
-        over_peers = route.transport in policy.FUSED
-        if over_peers and self._norm is not None and self._norm.fits(KINDS.index(way), x, coded):
-            self._count(f"all_reduce_add_rms_norm/fused {way}", x, route.wire_bytes)
-            return self._run_norm(way, x, residual, weight, eps, coded)
-        self._count(f"all_reduce_add_rms_norm/{way}", x, route.wire_bytes)
+        self._count(f"all_reduce_add_rms_norm/{route.algorithm}", x, route.wire_bytes)
         total = torch.empty_like(x, memory_format=torch.contiguous_format)
         if x.numel():
             self._reduce(route, x, total, call.row, None)
-        return epilogue.add_rms_norm(total, residual, weight, eps)
+        return add_rms_norm(total, residual, weight, eps)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """This rank's slice, along dimension 0, of the sum of x over all ranks; coded once, as `format.reduce`.
@@ -245,10 +236,10 @@ class Communicator:
             self._replayed.close()
         if self._fused is not None and not self._closed:
             self._fused.close()
-        self._closed, self._fused, self._staged, self._replayed, self._norm = True, None, None, None, None
+        self._closed, self._fused, self._staged, self._replayed = True, None, None, None
         self._launches.clear()
         self.transport.close()
-        self._context.workspace, self._context.nodes = composed.Workspace(self.device), None
+        self._context.workspace, self._context.nodes = pipelined.Workspace(self.device), None
 
     def __enter__(self) -> Communicator:
         return self
@@ -296,7 +287,7 @@ class Communicator:
 
     def _quick(self, x: Any, out: Any, format: Any, whole: int | None) -> Tensor | None:
         """The result of a message like an earlier one, with as little as possible done on the host; None: not so."""
-        if out is not None or not self._launches or type(x) not in agreement.PLAIN:
+        if out is not None or not self._launches or type(x) not in consistency.PLAIN:
             return None
         if format is not None and not isinstance(format, (str, WireFormat)):
             return None
@@ -326,7 +317,7 @@ class Communicator:
         with self._on_device():
             if self._fused is not None:
                 self._order()
-            run = hierarchical if name == "hierarchical" else getattr(composed, name)
+            run = hierarchical if name == "hierarchical" else getattr(pipelined, name)
             if self._replayed is not None:
                 self._replayed.run(run, x.resolve_neg().contiguous(), out, context)
             else:
@@ -360,20 +351,6 @@ class Communicator:
             (format, whole), n_bytes = keep
             self._launches[given.shape, given.dtype, format, whole] = (launch, f"all_reduce/{name}", n_bytes)
 
-    def _run_norm(
-        self, name: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float, fmt: WireFormat
-    ) -> tuple[Tensor, Tensor]:
-        """The all-reduce and its epilogue in one launch, or a few for messages larger than the workspace."""
-        assert self._norm is not None
-        with self._on_device():
-            self._order()
-            x, residual, weight = _plain(x), _plain(residual), _plain(weight)
-            normed, summed = torch.empty_like(x), torch.empty_like(x)
-            launch = self._norm.plan(KINDS.index(name), x, fmt)
-            results = normed.data_ptr(), summed.data_ptr()
-            launch(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), *results, eps)
-        return normed, summed
-
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
@@ -393,7 +370,7 @@ class Communicator:
         self,
         name: str,
         x: Tensor,
-        problem: agreement.Problem | None = None,
+        problem: consistency.Problem | None = None,
         fmt: WireFormat | None = None,
         unknown: FormatError | None = None,
         more: object = None,
@@ -403,12 +380,12 @@ class Communicator:
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
         if problem is None:
-            problem = agreement.problem_with(name, x, self.device, self.world)
+            problem = consistency.problem_with(name, x, self.device, self.world)
         if unknown and not problem:
-            problem = agreement.Problem.FORMAT
+            problem = consistency.Problem.FORMAT
         if self.settings.check and self.world > 1:
-            agreement.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt, more))
-        elif problem == agreement.Problem.FORMAT and unknown:
+            consistency.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt, more))
+        elif problem == consistency.Problem.FORMAT and unknown:
             raise unknown
         elif problem:
             raise InputError(f"{name}: {problem.text(x, self.device, self.world)}")

@@ -28,8 +28,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashcomm import policy
 from flashcomm.errors import SettingsError
+from flashcomm.routing import policy
 from flashcomm.wire.format import WireFormat
 
 DEFAULT_FORMAT = "int6-had/int7-had"  # the fewest bits with at most 1 % loss (docs/accuracy.md)

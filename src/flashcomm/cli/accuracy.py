@@ -28,7 +28,7 @@ from flashcomm.errors import InputError, SettingsError
 from flashcomm.settings import DEFAULT_FORMAT
 
 if TYPE_CHECKING:
-    from flashcomm.cli.tune import Progress
+    from flashcomm.accuracy.tune import Progress
     from flashcomm.plan import Plan
 
 Text = Annotated[Path, typer.Option(help="UTF-8 text to run through the model.")]
@@ -58,11 +58,12 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """What each format costs the model: perplexity, divergence, agreement. Ranks are simulated in one process."""
-    from flashcomm.cli import evaluate as command
-    from flashcomm.cli import launch, report
-    from flashcomm.cli.models import check_model
-    from flashcomm.cli.texts import bytes_in, read_windows
-    from flashcomm.simulate import TensorParallel
+    from flashcomm.accuracy import evaluate as command
+    from flashcomm.accuracy.models import check_model
+    from flashcomm.accuracy.simulate import TensorParallel
+    from flashcomm.accuracy.texts import bytes_in, read_windows
+    from flashcomm.cli import report
+    from flashcomm.ranks import launch
 
     counts = _numbers("--worlds", worlds)
     plans = _plans([*formats_of(formats, plans=True), *map(str, plan or [])])
@@ -134,11 +135,11 @@ def tune(
 
     Several budgets, separated by commas, are priced once; then {} in --output stands for the budget.
     """
+    from flashcomm.accuracy import tune as command
+    from flashcomm.accuracy.evaluate import evaluate as run
+    from flashcomm.accuracy.simulate import TensorParallel
+    from flashcomm.accuracy.texts import read_windows
     from flashcomm.cli import report
-    from flashcomm.cli import tune as command
-    from flashcomm.cli.evaluate import evaluate as run
-    from flashcomm.cli.texts import read_windows
-    from flashcomm.simulate import TensorParallel
     from flashcomm.wire.format import WireFormat
 
     budgets = _budgets(budget, bits)
@@ -208,9 +209,9 @@ def probe(
     json: Json = False,
 ) -> None:
     """Look for failures that perplexity hides: a needle in a long context, and greedy text from many prompts."""
-    from flashcomm.cli import probe as command
+    from flashcomm.accuracy import probe as command
+    from flashcomm.accuracy.texts import read_windows
     from flashcomm.cli import report
-    from flashcomm.cli.texts import read_windows
 
     plans = _plans(formats_of(formats, plans=True))
     lengths = _numbers("--contexts", contexts) if contexts else []
@@ -246,7 +247,7 @@ def probe(
 def _load(
     path: Path, device: str, dtype: str, algorithm: str, ranks: int = 1, local_world: int | None = None
 ) -> tuple[Any, Any, str]:
-    from flashcomm.cli.models import check_model, load_model
+    from flashcomm.accuracy.models import check_model, load_model
     from flashcomm.settings import ALGORITHMS
 
     if algorithm not in ALGORITHMS:
@@ -274,7 +275,7 @@ def _plans(names: Sequence[str]) -> dict[str, Plan]:
 
 def _check(model: Any, plans: dict[str, Plan], worlds: Sequence[int]) -> None:
     """Refuse a plan for another model, or a number of ranks that cannot share it, before the long work."""
-    from flashcomm.simulate import TensorParallel
+    from flashcomm.accuracy.simulate import TensorParallel
 
     for world in worlds:
         for plan in plans.values():
@@ -283,8 +284,8 @@ def _check(model: Any, plans: dict[str, Plan], worlds: Sequence[int]) -> None:
 
 def _layers(model: Any, ids: Any, world: int, plans: dict[str, Plan], on: Progress) -> list[dict[str, Any]]:
     """Rows by layer and uniform format: KL divergence and signal-to-noise of the reduce and the gather step."""
-    from flashcomm import sensitivity
-    from flashcomm.simulate import row_parallel_layers
+    from flashcomm.accuracy import sensitivity
+    from flashcomm.accuracy.simulate import row_parallel_layers
 
     formats = {name: plan.format for name, plan in plans.items() if not plan.layers and not plan.format.lossless}
     steps = list(dict.fromkeys(step for fmt in formats.values() for step in (fmt.reduce, fmt.gather)))

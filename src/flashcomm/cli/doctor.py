@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm import links, policy, tables
-from flashcomm.cli import link
 from flashcomm.cli.report import cpu_name
+from flashcomm.ranks import link
+from flashcomm.routing import policy, timings
 from flashcomm.settings import Settings
+from flashcomm.setup import discovery
 
 SIZES = tuple(1 << k for k in range(12, 28, 3))
 PACKAGES = ("torch", "numpy", "llvmlite", "transformers", "triton", "pyroute2", "vllm", "sglang")
@@ -35,7 +36,7 @@ def examine(world: int, row: int, itemsize: int, settings: Settings, device: str
 def _found(device: str, world: int, settings: Settings) -> policy.Machine:
     """What ranks 0 to world-1, one for each GPU, would find; see `links.connect`."""
     name, rejected = "process_group", []
-    for kind in links.candidates(device, settings.transport):
+    for kind in discovery.candidates(device, settings.transport):
         here = min(world, torch.cuda.device_count()) if device == "cuda" else world
         facts = [kind.facts(torch.device(device, rank)) for rank in range(here)]
         missing = f"{world} ranks and {here} GPUs here" if here < world else ""
@@ -44,13 +45,13 @@ def _found(device: str, world: int, settings: Settings) -> policy.Machine:
         else:
             name = kind.NAME
             break
-    table = tables.find(
-        links.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world, name
+    table = timings.find(
+        discovery.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world, name
     )
-    local_world = links.asked_local_world(settings, world)
+    local_world = discovery.asked_local_world(settings, world)
     if not settings.local_world:
         here = torch.cuda.device_count() if device == "cuda" else 1
-        local_world = links.grouped([links.near(torch.device(device, rank % here)) for rank in range(world)])
+        local_world = discovery.grouped([discovery.near(torch.device(device, rank % here)) for rank in range(world)])
     return policy.Machine(name, table, tuple(rejected), local_world)
 
 

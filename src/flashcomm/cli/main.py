@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flashcomm.cli import accuracy, epilogue, ttft_command
+from flashcomm.cli import accuracy, ttft
 from flashcomm.cli.options import (
     Algorithm,
     Csv,
@@ -46,8 +46,7 @@ bench_app = typer.Typer(help="Measure collectives, each verified before it is ti
 app.add_typer(bench_app, name="bench")
 for _name, _command in (("eval", accuracy.evaluate), ("tune", accuracy.tune), ("probe", accuracy.probe)):
     app.command(_name)(_command)
-app.command("ttft")(ttft_command.ttft)
-bench_app.command("epilogue")(epilogue.bench)
+app.command("ttft")(ttft.ttft)
 
 
 @app.command()
@@ -100,9 +99,9 @@ def generate(
     json: Json = False,
 ) -> None:
     """Generate greedily with a tensor-parallel model; starts its ranks itself, or joins under torchrun."""
-    from flashcomm.cli import generate as command
+    from flashcomm.accuracy import generate as command
+    from flashcomm.accuracy.models import check_model
     from flashcomm.cli import report
-    from flashcomm.cli.models import check_model
 
     where, settings = prepare(format, device, world, min_bytes, algorithm)
     check_model(model, world)
@@ -146,10 +145,10 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Measure this machine once: `auto` then decides by its own times which way messages go."""
-    from flashcomm import tables
-    from flashcomm.cli import calibrate as command
+    from flashcomm.bench import calibrate as command
+    from flashcomm.bench.all_reduce import sizes_between
     from flashcomm.cli import report
-    from flashcomm.cli.bench import sizes_between
+    from flashcomm.routing import timings
     from flashcomm.settings import parse_size
 
     if world < 2:
@@ -169,8 +168,8 @@ def calibrate(
         )
     if found is None:
         return
-    path = output or tables.own_directory() / tables.file_name(found["machine"], world, found["transport"])
-    tables.save(path, tables.from_dict(found["table"]))
+    path = output or timings.own_directory() / timings.file_name(found["machine"], world, found["transport"])
+    timings.save(path, timings.from_dict(found["table"]))
     if json:
         report.print_json({"file": str(path), **found})
         return
@@ -207,7 +206,7 @@ def bench_all_reduce(
     json: Json = False,
 ) -> None:
     """All-reduce by size and format: nccl-tests columns, wire bytes, error, speed-up over the best lossless path."""
-    from flashcomm.cli import bench as command
+    from flashcomm.bench import all_reduce as command
     from flashcomm.cli import report
     from flashcomm.settings import parse_size
 
@@ -269,8 +268,9 @@ def bench_codec(
     json: Json = False,
 ) -> None:
     """Speed of the codec beside a plain copy of the same bytes (GB/s)."""
-    from flashcomm.cli import codec_bench, report
-    from flashcomm.cli.bench import sizes_between
+    from flashcomm.bench import codec as codec_bench
+    from flashcomm.bench.all_reduce import sizes_between
+    from flashcomm.cli import report
     from flashcomm.settings import parse_size
 
     where = device_for(device, 1)
@@ -306,8 +306,8 @@ def plot(
     json: Json = False,
 ) -> None:
     """Draw a CSV of bench, ttft or eval."""
+    from flashcomm.bench.plot import plot as draw
     from flashcomm.cli import report
-    from flashcomm.cli.plot import plot as draw
 
     draw(sources, output)
     if json:
@@ -315,7 +315,7 @@ def plot(
 
 
 def _run(target: Callable[..., object], world: int, args: tuple[Any, ...], **options: Any) -> Any:
-    from flashcomm.cli import launch
+    from flashcomm.ranks import launch
 
     options["timeout_s"] = options.pop("timeout")
     return launch.run(target, world, args, **options)

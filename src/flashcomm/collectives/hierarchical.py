@@ -19,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flashcomm.collectives.composed import Context, Pending, Transport, pipeline, scatter_shards
+from flashcomm.collectives.pipelined import Context, Pending, Transport, pipeline, scatter_shards
 from flashcomm.wire.format import Layout, bounds
 
 

@@ -34,7 +34,7 @@ from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, St
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError
 from flashcomm.plan import Plan, is_decode
-from flashcomm.policy import MIN_BYTES
+from flashcomm.routing.policy import MIN_BYTES
 from flashcomm.settings import Settings
 from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES

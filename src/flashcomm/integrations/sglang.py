@@ -28,9 +28,9 @@ from torch.distributed import distributed_c10d
 import flashcomm
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, UnavailableError
-from flashcomm.integrations.presence import roll_call
+from flashcomm.integrations.rendezvous import roll_call
 from flashcomm.plan import Plan
-from flashcomm.policy import FUSED
+from flashcomm.routing.policy import FUSED
 from flashcomm.settings import Settings
 from flashcomm.wire.torch_codec import DTYPES
 

@@ -23,12 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from flashcomm import policy
 from flashcomm.communicator import Communicator
 from flashcomm.errors import UnavailableError
-from flashcomm.integrations.halves import current as running
+from flashcomm.integrations.interleave import current as running
 from flashcomm.integrations.transformers_overlap import overlap as overlap  # a part of this seam
 from flashcomm.plan import Plan
+from flashcomm.routing import policy
 from flashcomm.settings import Settings
 from flashcomm.wire.format import LOSSLESS, WireFormat
 

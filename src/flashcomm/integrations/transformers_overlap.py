@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from flashcomm.errors import InputError
-from flashcomm.integrations.halves import Halves
+from flashcomm.integrations.interleave import Halves
 
 MIN_TOKENS = 2  # of a batch that is cut
 _STYLES = {"colwise", "rowwise", "rowwise_rep", "rowwise_split_input", "replicated_with_grad_allreduce"}

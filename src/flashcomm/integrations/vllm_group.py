@@ -24,9 +24,9 @@ import flashcomm
 from flashcomm import ops
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, PlanError, SettingsError
-from flashcomm.integrations.presence import roll_call
+from flashcomm.integrations.rendezvous import roll_call
 from flashcomm.plan import Plan, is_decode
-from flashcomm.policy import Route
+from flashcomm.routing.policy import Route
 from flashcomm.settings import Settings
 from flashcomm.wire.format import WireFormat
 

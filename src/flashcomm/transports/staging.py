@@ -19,8 +19,8 @@ import triton
 from torch import Tensor
 
 from flashcomm.errors import CommunicationError
-from flashcomm.transports import staging_flags as flags
-from flashcomm.transports.staging_flags import AFTER_FETCH, AFTER_PUT, BEFORE_FETCH, BEFORE_PUT
+from flashcomm.gpu import staging_flags as flags
+from flashcomm.gpu.staging_flags import AFTER_FETCH, AFTER_PUT, BEFORE_FETCH, BEFORE_PUT
 
 SLOTS = 4
 PLACES = 3  # sets of slots at most: of all ranks, and of two parts of them

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flashcomm.errors import UnavailableError
-from flashcomm.transports import shared
+from flashcomm.transports import cpu_shared
 
 NAME = "symmetric"
 
@@ -29,12 +29,12 @@ def facts(device: torch.device) -> dict[str, Any]:
         why = "TRITON_INTERPRET=1 keeps kernels on the CPU"
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     blind = [i for i in range(count) if i != device.index and not torch.cuda.can_device_access_peer(device.index, i)]
-    return {"host": shared.host_name(), "device": device.index, "blind": blind, "why": why}
+    return {"host": cpu_shared.host_name(), "device": device.index, "blind": blind, "why": why}
 
 
 def verdict(everybody: Sequence[dict[str, Any]]) -> str:
     """Why ranks of these facts cannot use each other's memory, or ""."""
-    if why := shared.verdict(everybody):  # that much is asked of any memory
+    if why := cpu_shared.verdict(everybody):  # that much is asked of any memory
         return why
     for rank, mine in enumerate(everybody):
         for other, theirs in enumerate(everybody):

@@ -1,0 +1,1 @@
+"""What a format costs a model: simulation, sensitivity, plans, perplexity."""

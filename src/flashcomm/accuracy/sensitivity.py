@@ -1,0 +1,176 @@
+"""What each layer's rounding costs a model, from one backward pass instead of a run per layer and format.
+
+A layer's all-reduce returns its sum plus an error e (a vector per token) that the wire format alone determines. With g
+the gradient of a token's log-likelihood with respect to that output, for tokens drawn from the model itself, the
+divergence of the model's next-token distribution from its uncompressed self is, to second order,
+
+    KL = 1/2 E[(g . e)^2]   nats per token           (the Fisher information is the Hessian of KL)
+
+and errors of different layers and steps add up, being independent. So the reduce step and the gather step of every
+layer can be priced for every format by encoding what the layer really sends, and a plan's price is a sum. How near
+prices come to measured divergences on SmolLM2-135M: docs/accuracy.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcomm import reference
+from flashcomm.accuracy.simulate import TensorParallel
+from flashcomm.codecs import codec_for
+from flashcomm.plan import LayerPlan, Plan
+from flashcomm.wire.format import StepFormat, WireFormat
+
+LOSSLESS = WireFormat.parse("bf16")
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+STEPS = ("reduce", "gather")
+
+
+@dataclass
+class Costs:
+    """KL divergence in nats per token by (layer, step, format), each alone; `snr_db` is signal over error."""
+
+    kl: dict[tuple[str, str, StepFormat], float] = field(default_factory=dict)
+    snr_db: dict[tuple[str, str, StepFormat], float] = field(default_factory=dict)
+
+    def of(self, layer: str, fmt: WireFormat) -> float:
+        """The price of a layer in a two-shot all-reduce."""
+        steps = zip(STEPS, (fmt.reduce, fmt.gather), strict=True)
+        return sum(0.0 if step.lossless else self.kl[layer, name, step] for name, step in steps)
+
+
+@dataclass
+class _Seen:
+    """A layer's partial sums, their total and the gradient with respect to it, in one batch: (tokens, row) each."""
+
+    partials: list[Tensor]
+    total: Tensor
+    gradient: Tensor
+
+
+def measure(
+    model: Any,
+    windows: Tensor,
+    world: int,
+    steps: Sequence[StepFormat],
+    conditioning: dict[str, LayerPlan] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Costs:
+    """Price `steps` in every row-parallel layer of `model` as `world` ranks.
+
+    windows: token ids (n, length); a few thousand tokens are enough. conditioning: the vectors of layers that have
+    them (their formats do not matter). progress(what, done, total) is called along the way.
+    """
+    plan = Plan(LOSSLESS, layers={k: LayerPlan(LOSSLESS, v.shift, v.offset) for k, v in (conditioning or {}).items()})
+    squares: dict[tuple[str, str, StepFormat], Tensor | float] = {}  # sums stay on the device: reading one waits for it
+    noise: dict[tuple[str, str, StepFormat], Tensor | float] = {}
+    signal: dict[str, Tensor | float] = {}
+    for seen in _batches(model, windows, world, "pricing formats", progress):
+        for name, part in seen.items():
+            signal[name] = signal.get(name, 0.0) + part.total.square().sum(dtype=torch.float64)
+            for step in steps:
+                for which, error in zip(STEPS, _errors(plan, name, part, world, step), strict=True):
+                    key = (name, which, step)
+                    squares[key] = squares.get(key, 0.0) + (part.gradient * error).sum(1).square().sum(
+                        dtype=torch.float64
+                    )
+                    noise[key] = noise.get(key, 0.0) + error.square().sum(dtype=torch.float64)
+    costs = Costs()
+    for key, square in squares.items():
+        costs.kl[key] = 0.5 * float(square) / windows.numel()
+        costs.snr_db[key] = 10 * math.log10(max(float(signal[key[0]]), 1e-300) / max(float(noise[key]), 1e-300))
+    return costs
+
+
+def condition(
+    model: Any,
+    windows: Tensor,
+    world: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, LayerPlan]:
+    """Conditioning vectors by layer, from the outputs and gradients on `windows`, token ids (n, length).
+
+    offset: each channel's mean over tokens, those left out whose values are more than four times as large as the
+    usual token's (the first of a text, often). shift: the power of 2 next to sqrt(g / s), g the root mean square of
+    the gradient and s^2 the mean square of the output less offset^2; errors spread evenly over scaled channels then
+    cost the least.
+    """
+    count: dict[str, float] = {}
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    gradient: dict[str, Tensor] = {}
+    usual: dict[str, float] = {}
+    for seen in _batches(model, windows, world, "conditioning", progress):
+        for name, part in seen.items():
+            size = part.total.norm(dim=1)
+            usual[name] = usual.get(name) or size.median().item()
+            kept = part.total[size <= 4 * usual[name]].double()
+            zero = torch.zeros_like(part.total[0], dtype=torch.float64)
+            count[name] = count.get(name, 0) + kept.shape[0]
+            first[name] = first.get(name, zero) + kept.sum(0)
+            second[name] = second.get(name, zero) + part.total.double().square().sum(0)
+            gradient[name] = gradient.get(name, zero) + part.gradient.double().square().sum(0)
+    out = {}
+    for name, n in count.items():
+        offset = first[name] / max(n, 1)
+        spread = (second[name] / windows.numel() - offset.square()).clamp_min(1e-30)
+        wanted = (gradient[name] / windows.numel()).clamp_min(1e-30).log2() / 4 - spread.log2() / 4
+        shift = (wanted - wanted.median()).round().clamp(-20, 20)
+        out[name] = LayerPlan(LOSSLESS, shift.to(torch.int8).cpu(), offset.to(torch.bfloat16).cpu())
+    return out
+
+
+def _errors(plan: Plan, name: str, seen: _Seen, world: int, step: StepFormat) -> tuple[Tensor, Tensor]:
+    """What the reduce step and the gather step, coded as `step`, add to the layer's output: (tokens, row) each."""
+    codec = codec_for(seen.total.device.type)
+    sent = [plan.send(name, p, world) for p in seen.partials]
+    exact = sum(sent[1:], sent[0])
+    dtype = exact.dtype
+    back = plan.receive(name, exact, world, dtype)
+    reduced = reference.coded_sum(sent, step, codec).view(exact.shape)
+    gathered = reference.coded_sum([exact], step, codec).view(exact.shape)
+    return plan.receive(name, reduced, world, dtype) - back, plan.receive(name, gathered, world, dtype) - back
+
+
+def _batches(
+    model: Any, windows: Tensor, world: int, what: str, progress: Callable[[str, int, int], None]
+) -> Iterator[dict[str, _Seen]]:
+    """Batch by batch what every layer sent and felt: forward, labels drawn from the model's own output, backward."""
+    found: dict[str, tuple[list[Tensor], Tensor]] = {}
+
+    def observe(name: str, partials: list[Tensor], total: Tensor) -> None:
+        total.retain_grad()
+        found[name] = [p.detach() for p in partials], total
+
+    generator = torch.Generator(windows.device).manual_seed(0)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        batches = torch.split(windows, max(1, BATCH_TOKENS[windows.device.type] // windows.shape[1]))
+        for i, batch in enumerate(batches):
+            progress(what, i, len(batches))
+            found.clear()
+            with TensorParallel(model, world, LOSSLESS, observer=observe), torch.enable_grad():
+                embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+                logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).float()
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            seen = {}
+            for name, (partials, total) in found.items():
+                assert total.grad is not None
+                rows = total.shape[-1]
+                tensors = [p.reshape(-1, rows).float() for p in (*partials, total.detach(), total.grad)]
+                seen[name] = _Seen(tensors[:-2], *tensors[-2:])
+            with torch.no_grad():
+                yield seen
+        progress(what, len(batches), len(batches))
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)

@@ -1,0 +1,170 @@
+"""Tensor parallelism of any degree in one process: what a wire format does to a model, without the ranks.
+
+    with TensorParallel(model, world=8, plan="int4-had") as ranks:      # any transformers causal LM with a tp_plan
+        logits = model(ids).logits                                     # as 8 ranks would compute them
+        print(ranks.bits_per_value)
+
+Row-parallel weights are split along their input and column-parallel ones along their output, as the model's own
+tensor-parallel plan says; each partial sum goes through the real codec, in the order of the real collective. On equal
+kernels the results are those of ranks, bit for bit (`native` sums excepted, which are summed here in rank order).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flashcomm import reference
+from flashcomm.codecs import codec_for
+from flashcomm.errors import InputError
+from flashcomm.plan import Plan
+from flashcomm.routing import policy
+from flashcomm.wire.format import WireFormat
+
+ROWWISE = ("rowwise", "rowwise_rep", "rowwise_split_input")
+COLWISE = ("colwise", "colwise_rep", "colwise_gather_output")
+
+Observer = Callable[[str, list[Tensor], Tensor], None]
+
+
+def parallel_layers(model: Any, styles: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
+    """The Linear layers, by module name, that the model's tensor-parallel plan gives one of these styles."""
+    plan = getattr(model, "tp_plan", None) or {}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) in styles:
+            found[name] = module
+    return found
+
+
+def row_parallel_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """The layers that end in an all-reduce. Raises InputError where there are none."""
+    found = parallel_layers(model, ROWWISE)
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no row-parallel Linear layers in its tensor-parallel plan "
+            "(model.tp_plan): nothing to simulate"
+        )
+    return found
+
+
+class TensorParallel:
+    """Runs `model` as `world` ranks would, from entering the context to leaving it.
+
+    plan: a Plan, a format or a `.json` file; it may be set anew at any time. algorithm, local_world, min_bytes: as in
+    `flashcomm.settings`, here with one node and every message coded by default. observer: called after each all-reduce
+    with the layer's name, the ranks' partial sums and the result.
+    Raises InputError where world does not divide a layer, PlanError where the plan does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        world: int,
+        plan: Plan | WireFormat | str = "bf16",
+        *,
+        algorithm: str = "auto",
+        local_world: int = 0,
+        min_bytes: int = 0,
+        observer: Observer | None = None,
+    ) -> None:
+        self.model, self.world = model, world
+        self.algorithm, self.min_bytes, self.observer, self.local_world = algorithm, min_bytes, observer, local_world
+        if world < 1:
+            raise InputError(f"{world} ranks asked for: at least 1 is needed")
+        if (local_world and world % local_world) or (algorithm == "hierarchical" and not local_world):
+            raise InputError(f"nodes of local_world={local_world} ranks asked for: {world} ranks do not make such")
+        self.layers = row_parallel_layers(model)
+        self._before: dict[torch.nn.Module, Any] = {}
+        indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world]
+        if indivisible:
+            raise InputError(f"{world} ranks cannot share the inputs of {', '.join(indivisible[:3])}")
+        self.plan = plan
+        self._columns = parallel_layers(model, COLWISE)
+        self._sent = self._values = 0.0
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @plan.setter
+    def plan(self, given: Plan | WireFormat | str) -> None:
+        self._plan = Plan.of(given)
+        self._plan.check(list(self.layers), getattr(self.model, "config", None))
+        self._sent = self._values = 0.0
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits a value took on the wire, all included, in messages since the plan was set; a bf16 ring sends 16."""
+        return self._sent * 8 / self._values if self._values else 0.0
+
+    def __enter__(self) -> TensorParallel:
+        modules = (*self.layers.values(), *self._columns.values())
+        self._before = {module: vars(module).get("forward") for module in modules}
+        for name, module in self.layers.items():
+            vars(module)["forward"] = self._row_parallel(name, module)
+        for module in self._columns.values():
+            if module.out_features % self.world == 0:
+                vars(module)["forward"] = self._column_parallel(module)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None) -> None:
+        for module, forward in self._before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:  # another wrapper's
+                vars(module)["forward"] = forward
+
+    def _row_parallel(self, name: str, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+        shards = [w.contiguous() for w in module.weight.detach().chunk(self.world, 1)]
+
+        def forward(x: Tensor) -> Tensor:
+            pieces = x.chunk(self.world, -1)
+            partials = [linear(piece.contiguous(), shard) for piece, shard in zip(pieces, shards, strict=True)]
+            total = self._all_reduce(name, partials)
+            if self.observer:
+                self.observer(name, partials, total)
+            return total if module.bias is None else total + module.bias
+
+        return forward
+
+    def _column_parallel(self, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            weights = module.weight.chunk(self.world)
+            biases = [None] * self.world if module.bias is None else module.bias.chunk(self.world)
+            return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+
+        return forward
+
+    def _all_reduce(self, name: str, partials: list[Tensor]) -> Tensor:
+        fmt = self._plan.format_of(name, partials[0])
+        if not self._route(partials[0], fmt).coded:
+            return self.reduce(partials, fmt)
+        total = self.reduce([self._plan.send(name, p, self.world) for p in partials], fmt)
+        return self._plan.receive(name, total, self.world, partials[0].dtype)
+
+    def _route(self, x: Tensor, fmt: WireFormat) -> policy.Route:
+        return policy.choose(self._call(x, x.element_size()), fmt, self.algorithm, self.min_bytes).route
+
+    def _call(self, x: Tensor, itemsize: int) -> policy.Call:
+        row = x.shape[-1] if x.dim() else 1
+        return policy.Call(x.numel(), row, itemsize, self.world, "cpu", self.local_world)
+
+    def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
+        """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""
+        x = tensors[0]
+        way = self._route(x, fmt).algorithm
+        if way != "copy":
+            self._sent += policy.wire_bytes(way, self._call(x, 2), fmt)  # as of bf16
+            self._values += 2 * (self.world - 1) / self.world * x.numel()
+        if way in ("copy", "native"):
+            total = x.float()
+            for tensor in tensors[1:]:
+                total = total + tensor.float()
+            return total.to(x.dtype)
+        return reference.all_reduce(way, tensors, fmt, self.local_world, codec_for(x.device.type))

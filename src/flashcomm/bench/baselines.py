@@ -1,0 +1,287 @@
+"""What our all-reduces are measured against: the backend itself, and the all-reduces of others.
+
+    native           torch.distributed.all_reduce in place: NCCL or gloo itself
+    symm one-shot    torch.ops.symm_mem.one_shot_all_reduce: every rank reads all of every peer's memory
+    symm two-shot    torch.ops.symm_mem.two_shot_all_reduce_: the same in two steps, in place
+    vllm custom      vLLM's CustomAllreduce, where vllm is installed
+    flashinfer fp8   flashinfer.comm.quantized_all_reduce, where flashinfer is installed: low-bit, no lossless baseline
+
+Each is timed at the interface that favours it: inputs lie where it wants them, copies to there are not timed (`note`
+says what is). None of them uses NVLink multicast, and torch is told not to set it up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashcomm.ranks.launch import RankContext
+
+SMALL = 2.0**-8  # inputs are timed at this scale, so that sums in place have room to grow
+NAMES = ("native", "symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8")
+
+
+class Way:
+    """A way to all-reduce: `load` its inputs once per size; then, as often as wanted, `refill` and `run`."""
+
+    path = ""
+    format = "bf16"  # the lossless ones; others are named by what they send
+    transport = ""
+    note = "new output"  # what the time includes
+    in_place = False
+    equal = False  # it promises the same bits on every rank, which is checked
+
+    inputs: Sequence[Tensor] = ()
+
+    def load(self, inputs: Sequence[Tensor]) -> None:
+        """Take this rank's inputs: contiguous, of one shape and dtype."""
+        self.inputs = inputs
+
+    def refill(self, scale: float = 1.0) -> None:
+        """Make every input `scale` times what was loaded, for ways that keep copies or reduce in place."""
+
+    def run(self, i: int) -> Tensor:
+        """Reduce input i. In place the next run of i starts from the sum."""
+        raise NotImplementedError
+
+    def capture(self) -> contextlib.AbstractContextManager[object]:
+        """What must surround the capture of a CUDA graph of runs."""
+        return contextlib.nullcontext()
+
+    def refuses(self, x: Tensor, world: int) -> str | None:
+        """Why messages like x cannot go this way: a function of what is equal on every rank."""
+        return None
+
+    def wire_bytes(self, n_bytes: int, world: int) -> int | None:
+        """Payload a rank sends (or has read from it) for a message of n_bytes; None where it is not known."""
+        return 2 * (world - 1) * n_bytes // world
+
+    def expected(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The exact bits of the sum of all ranks' tensors, where they are defined."""
+        return None
+
+
+def growth(dtype: torch.dtype, world: int) -> int:
+    """How often inputs below 32, scaled by SMALL, can be summed in place before the largest value is not finite."""
+    return max(1, int(math.log(torch.finfo(dtype).max / (32 * SMALL)) / math.log(world)))
+
+
+class Native(Way):
+    path = "native"
+    note = "in place"
+    in_place = True
+    equal = True
+
+    def load(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = inputs
+        self.buffers = [torch.empty_like(x) for x in inputs]
+
+    def refill(self, scale: float = 1.0) -> None:
+        for buffer, x in zip(self.buffers, self.inputs, strict=True):
+            torch.mul(x, scale, out=buffer)
+
+    def run(self, i: int) -> Tensor:
+        dist.all_reduce(self.buffers[i])
+        return self.buffers[i]
+
+
+class SymmOneShot(Native):
+    """`pool` (flat, symmetric memory) is shared with the two-shot: whoever runs refills it first."""
+
+    path = "symm one-shot"
+    transport = "symmetric"
+    note = "input lies in symmetric memory, no copy timed; new output"
+    in_place = False
+    equal = False  # each rank adds in an order of its own
+
+    def __init__(self, pool: Tensor) -> None:
+        self.pool, self.group_name = pool, dist.group.WORLD.group_name  # type: ignore[union-attr]
+
+    def load(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = inputs
+        step = padded(inputs[0].numel())
+        self.buffers = [self.pool[i * step :][: x.numel()].view(x.shape) for i, x in enumerate(inputs)]
+
+    def run(self, i: int) -> Tensor:
+        out: Tensor = torch.ops.symm_mem.one_shot_all_reduce(self.buffers[i], "sum", self.group_name)
+        return out
+
+    def refuses(self, x: Tensor, world: int) -> str | None:
+        return "takes multiples of 4 bytes" if x.nbytes % 4 else None
+
+    def wire_bytes(self, n_bytes: int, world: int) -> int:
+        return (world - 1) * n_bytes
+
+
+class SymmTwoShot(SymmOneShot):
+    path = "symm two-shot"
+    note = "in place in symmetric memory, no copy timed"
+    in_place = True
+
+    def run(self, i: int) -> Tensor:
+        out: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(self.buffers[i], "sum", self.group_name)
+        return out
+
+    def wire_bytes(self, n_bytes: int, world: int) -> int:
+        return 2 * (world - 1) * n_bytes // world
+
+
+class VllmCustom(Way):
+    """vLLM's own choice of kernel by size, for messages up to `most_bytes` (vLLM itself stops at 8 MiB)."""
+
+    path = "vllm custom"
+    transport = "ipc"
+    note = "new output; eager: with its copy into a registered buffer, graph: without"
+
+    def __init__(self, ctx: RankContext, most_bytes: int) -> None:
+        os.environ.setdefault("VLLM_SKIP_P2P_CHECK", "1")  # the check wants vLLM's own process groups
+        module = importlib.import_module("vllm.distributed.device_communicators.custom_all_reduce")
+        gloo = dist.new_group(backend="gloo")
+        self.comm: Any = module.CustomAllreduce(group=gloo, device=ctx.device, max_size=most_bytes + 16)
+        getattr(self.comm, "finalize_p2p", lambda: None)()  # newer versions begin in two steps
+        if self.comm.disabled:
+            raise RuntimeError("vLLM disables it on these GPUs or for this world size")
+
+    def run(self, i: int) -> Tensor:
+        out: Tensor = self.comm.custom_all_reduce(self.inputs[i])
+        return out
+
+    def capture(self) -> contextlib.AbstractContextManager[object]:
+        context: contextlib.AbstractContextManager[object] = self.comm.capture()
+        return context
+
+    def refuses(self, x: Tensor, world: int) -> str | None:
+        return None if self.comm.should_custom_ar(x) else "takes multiples of 16 bytes"
+
+    def wire_bytes(self, n_bytes: int, world: int) -> None:
+        return None
+
+
+class FlashinferFp8(Way):
+    """FP8 (e4m3), a float32 scale for every 256 values; compiles anew for every size."""
+
+    path = "flashinfer fp8"
+    format = "fp8"
+    transport = "symmetric"
+
+    def __init__(self, ctx: RankContext, most_bytes: int) -> None:
+        self.all_reduce = importlib.import_module("flashinfer.comm").quantized_all_reduce
+        largest = torch.ones(max(4096, most_bytes // 16 * 8), dtype=torch.bfloat16, device=ctx.device)
+        self.all_reduce(largest, dist.group.WORLD)  # allocates symmetric memory for the largest message
+
+    def run(self, i: int) -> Tensor:
+        out: Tensor = self.all_reduce(self.inputs[i], dist.group.WORLD)
+        return out
+
+    def refuses(self, x: Tensor, world: int) -> str | None:
+        return "takes multiples of 8 values, from 4096 on" if x.numel() % 8 or x.numel() < 4096 else None
+
+    def wire_bytes(self, n_bytes: int, world: int) -> int:
+        return 2 * (world - 1) * (n_bytes // 2 + n_bytes // 512 * 4) // world
+
+
+def padded(numel: int) -> int:
+    """Values from one input to the next in the pool: 16 bytes or more of alignment."""
+    return -(-numel // 8) * 8
+
+
+def peers(ctx: RankContext, dtype: torch.dtype, most_bytes: int, pool_numel: int) -> tuple[list[Way], dict[str, str]]:
+    """The ways that every rank can go, `native` first, and by name why the others cannot be gone. Collective.
+
+    most_bytes: the largest message. pool_numel: values of symmetric memory, for all inputs of a size at once.
+    """
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here uses it
+    ways: list[Way] = [Native()]
+    missing: dict[str, str] = {}
+
+    def symm() -> list[Way]:
+        pool = _symmetric(ctx, pool_numel, dtype)
+        return [SymmOneShot(pool), SymmTwoShot(pool)]
+
+    candidates: list[tuple[tuple[str, ...], Callable[[], str | None], Callable[[], list[Way]]]] = [
+        (NAMES[1:3], lambda: _no_symm(ctx, dtype), symm),
+        (NAMES[3:4], lambda: _no_vllm(ctx), lambda: [VllmCustom(ctx, most_bytes)]),
+        (NAMES[4:5], lambda: _no_flashinfer(ctx, dtype), lambda: [FlashinferFp8(ctx, most_bytes)]),
+    ]
+    for names, problem, make in candidates:
+        why = agreed(problem())
+        if why is None:
+            made: list[Way] = []
+            try:
+                made = make()
+            except Exception as error:  # whatever another project raises: it is told, and this path left out
+                why = first_line(error)
+            why = agreed(why)
+            ways += made if why is None else []
+        if why is not None:
+            missing |= dict.fromkeys(names, why)
+    return ways, missing
+
+
+def agreed(mine: str | None) -> str | None:
+    """The first rank's reason that has one, the same on every rank; None if no rank has any. Collective."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, mine)
+    return next((why for why in reasons if why is not None), None)
+
+
+def first_line(error: Exception) -> str:
+    """The kind and the first line of an error: CUDA's go on for pages."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _no_peer_access(ctx: RankContext) -> str | None:
+    if ctx.device.type != "cuda":
+        return "for CUDA tensors only"
+    if os.environ.get("LOCAL_WORLD_SIZE", str(ctx.world)) != str(ctx.world):
+        return "ranks are on several hosts"
+    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+        return "NCCL_P2P_DISABLE is set: this run is to do without peer access"
+    others = [i for i in range(ctx.world) if i != ctx.device.index]
+    if not all(torch.cuda.can_device_access_peer(ctx.device, i) for i in others):
+        return "a GPU has no access to the memory of another"
+    return None
+
+
+def _no_symm(ctx: RankContext, dtype: torch.dtype) -> str | None:
+    if why := _no_peer_access(ctx):
+        return why
+    return None if dtype in (torch.bfloat16, torch.float32) else "for bf16 and fp32 only"
+
+
+def _no_vllm(ctx: RankContext) -> str | None:
+    return _no_peer_access(ctx) or _not_installed("vllm")
+
+
+def _no_flashinfer(ctx: RankContext, dtype: torch.dtype) -> str | None:
+    if why := _no_peer_access(ctx) or _not_installed("flashinfer"):
+        return why
+    if dtype != torch.bfloat16:
+        return "for bf16 only"
+    if ctx.world & (ctx.world - 1) or ctx.world > 16:
+        return "for 2, 4, 8 or 16 ranks only"
+    return None if torch.cuda.get_device_capability(ctx.device) >= (9, 0) else "for compute capability 9.0 and up only"
+
+
+def _not_installed(package: str) -> str | None:
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+def _symmetric(ctx: RankContext, numel: int, dtype: torch.dtype) -> Tensor:
+    """Symmetric memory for the group, flat. At least 32 MB: smaller tensors may lie inside a block of torch's pool, and
+    torch's all-reduces count from the block's beginning."""
+    module = importlib.import_module("torch.distributed._symmetric_memory")
+    pool: Tensor = module.empty(max(numel, (32 << 20) // dtype.itemsize), dtype=dtype, device=ctx.device)
+    handle = module.rendezvous(pool, dist.group.WORLD)
+    if getattr(handle, "offset", 0):
+        raise RuntimeError("torch's pool gave memory inside a block")
+    return pool

@@ -1,0 +1,148 @@
+"""`flashcomm bench codec`: how fast this machine encodes and decodes, beside a plain copy of the same bytes.
+
+Per format: `encode` of a message, in GB/s of message bytes, and `decode_sum` of the buffers of W ranks, in GB/s of wire
+bytes; each also as a share of `Tensor.copy_` of the message, measured in the same turn. `encode_traffic_share` and
+`decode_traffic_share` count all bytes read and written, of the copy too: 1 is as fast as the memory lets a copy be.
+
+Every case is compared with the plain torch codec on the CPU first. The operations take turns; the median of the turns
+counts. On CPUs each works on data that it has just touched; on GPUs N calls between two CUDA events rotate over buffers
+that exceed three times the L2 cache together, as far as 16 of them can.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcomm.bench import timing
+from flashcomm.codecs import codec_for
+from flashcomm.errors import FlashcommError, UnavailableError
+from flashcomm.wire import torch_codec
+from flashcomm.wire.format import Layout, WireFormat
+
+Operation = Callable[[int], object]  # on buffers number i
+
+
+def codec(
+    formats: Sequence[str],
+    sizes: Sequence[int],
+    row: int,
+    dtype: torch.dtype,
+    threads: int,
+    turns: int,
+    device: str = "cpu",
+    ranks: int = 4,
+) -> Iterator[dict[str, Any]]:
+    """Rows of size (bytes), format, threads, copy, encode and decode_sum (GB/s), and their shares of the copy.
+
+    Raises UnavailableError without the device, FlashcommError where the codec is wrong.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for size in sizes:
+            n_rows = max(1, size // dtype.itemsize // row)
+            x = torch.randn(n_rows * row, generator=torch.Generator().manual_seed(0)).to(dtype)
+            for fmt in formats:
+                measured = _measure(fmt, x, row, turns, torch.device(device), ranks)
+                yield measured | {"threads": threads if device == "cpu" else None}
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(fmt: str, x: Tensor, row: int, turns: int, device: torch.device, ranks: int) -> dict[str, Any]:
+    """One row. x: the message, flat, on the CPU."""
+    dtype, n = x.dtype, x.numel()
+    step, fast = WireFormat.parse(fmt).reduce, codec_for(device.type)
+    layout = Layout(step, row, dtype.itemsize)
+    n_sets = 1 if device.type == "cpu" else timing.sets_for(x.nbytes, device)
+    inputs = [x.to(device, copy=True) for _ in range(n_sets)]
+    wires = [torch.empty(ranks, layout.nbytes(0, n), dtype=torch.uint8, device=device) for _ in range(n_sets)]
+    for of_ranks in wires:
+        for wire in of_ranks:
+            fast.encode(inputs[0], layout, 0, n, wire)
+    copied, out = ([torch.empty_like(inputs[0]) for _ in range(n_sets)] for _ in range(2))
+    _verify(x, wires[0], layout)
+    wire_bytes = layout.nbytes(0, n)
+    cases: dict[str, tuple[Operation, int, int]] = {  # what it does, bytes that it handles, bytes read and written
+        "copy": (lambda i: copied[i].copy_(inputs[i]), x.nbytes, 2 * x.nbytes),
+        "encode": (lambda i: fast.encode(inputs[i], layout, 0, n, wires[i][0]), x.nbytes, x.nbytes + wire_bytes),
+        "decode_sum": (
+            lambda i: fast.decode_sum(wires[i], layout, 0, n, out[i], dtype),
+            ranks * wire_bytes,
+            ranks * wire_bytes + x.nbytes,
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(turns + 1):  # the first warms up
+        for name, (run, _, _) in cases.items():
+            taken = _by_the_clock(run) if device.type == "cpu" else _by_events(run, x.nbytes, n_sets)
+            if turn:
+                seconds[name].append(taken)
+    gb_s = {name: statistics.median(cases[name][1] / s / 1e9 for s in taken) for name, taken in seconds.items()}
+    traffic = {name: gb_s[name] * moved / handled for name, (_, handled, moved) in cases.items()}
+    return {
+        "size": x.nbytes,
+        "type": str(dtype).removeprefix("torch."),
+        "format": fmt,
+        "threads": None,
+        **{name: float(f"{value:.4g}") for name, value in gb_s.items()},
+        "encode_share": round(gb_s["encode"] / gb_s["copy"], 3),
+        "decode_share": round(gb_s["decode_sum"] / gb_s["copy"], 3),
+        "device": device.type,
+        "ranks": ranks,
+        "encode_us": round(statistics.median(seconds["encode"]) * 1e6, 1),
+        "decode_us": round(statistics.median(seconds["decode_sum"]) * 1e6, 1),
+        "encode_traffic_share": round(traffic["encode"] / traffic["copy"], 3),
+        "decode_traffic_share": round(traffic["decode_sum"] / traffic["copy"], 3),
+    }
+
+
+def _by_the_clock(run: Operation) -> float:
+    """Seconds of one call by the host's clock."""
+    run(0)  # brings its own data into the caches, whatever ran before
+    begin = time.perf_counter()
+    run(0)
+    return time.perf_counter() - begin
+
+
+def _by_events(run: Operation, n_bytes: int, n_sets: int) -> float:
+    """Seconds of one of N calls that are queued on the GPU, over all sets in turn."""
+    n_calls = timing.calls_for(n_bytes, n_sets)
+
+    def calls() -> None:
+        for k in range(n_calls):
+            run(k % n_sets)
+
+    begin = time.perf_counter()
+    calls()
+    lead_s = 2 * (time.perf_counter() - begin)
+    return timing.device_seconds(calls, lead_s) / n_calls
+
+
+def _verify(x: Tensor, wires: Tensor, layout: Layout) -> None:
+    """Raise FlashcommError unless the first rows' wire bytes, and the sums of the first and of the last rows, are those
+    of the plain torch codec on the CPU. x: the message, on the CPU; wires: (ranks, nbytes) of it, on the device."""
+    n, fast, plain = min(x.numel(), 64 * layout.row), codec_for(wires.device.type), torch_codec
+    want = torch.empty(layout.nbytes(0, n), dtype=torch.uint8)
+    plain.encode(x[:n], layout, 0, n, want)
+    got = torch.empty_like(want, device=wires.device)
+    fast.encode(x[:n].to(wires.device), layout, 0, n, got)
+    whole = torch.empty_like(x, device=wires.device)
+    fast.decode_sum(wires, layout, 0, x.numel(), whole, x.dtype)
+    right = torch.equal(got.cpu(), want)
+    for part, of_whole in ((x[:n], whole[:n]), (x[-n:], whole[-n:])):
+        plain.encode(part, layout, 0, n, want)
+        total = torch.empty_like(part)
+        plain.decode_sum(torch.stack([want] * len(wires)), layout, 0, n, total, x.dtype)
+        right = right and torch.equal(total, of_whole.cpu())
+    if not right:
+        where = wires.device.type
+        raise FlashcommError(f"{layout.step}: the codec for {where} differs from the plain one: nothing was timed")

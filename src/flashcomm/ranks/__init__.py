@@ -1,0 +1,1 @@
+"""Start ranks, emulate slow links."""

@@ -1,0 +1,193 @@
+"""`run`: call a function on every rank, and bring back what rank 0 returns.
+
+A rank is a process in a process group. `run` starts the ranks here, and what happens to them is the business of
+`processes`: events and errors come back, and no rank outlives the run. There are three ways to have ranks:
+
+    alone        fresh processes, joined over the loopback
+    `link`       the same, each in a network namespace of its own: a process in between builds the network (see
+                 `link.py`) and watches over the ranks; the caller's process watches over that one, with the same loop
+    torchrun     the ranks exist already, this process is one of them, and `run` joins in
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from flashcomm.errors import SettingsError, UnavailableError
+from flashcomm.ranks import link as links
+from flashcomm.ranks import processes
+from flashcomm.ranks.processes import Emit
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+_SHARES_GPUS = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own name for it
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a target knows of its place: `emit(obj)` hands a picklable object to the caller's `on_event`."""
+
+    rank: int
+    world: int
+    device: torch.device
+    emit: Emit
+
+
+def run(
+    target: Callable[..., object],
+    world: int,
+    args: Sequence[object] = (),
+    *,
+    device: str = "cpu",
+    link: int | str | None = None,
+    local_world: int = 1,
+    on_event: Emit | None = None,
+    timeout_s: float = 600,
+) -> object:
+    """Run `target(ctx, *args)` on `world` ranks and return what rank 0's returns.
+
+    `target` is a module-level function; the default process group (gloo for device "cpu", nccl for "cuda", gloo where
+    ranks share GPUs) is ready when it is called. `link` is a rate in bits per second, or a text for `link.parse_rate`:
+    every rank then has a network link of that rate to itself, or `local_world` consecutive ones have one together, as
+    ranks of one host do. `on_event` is called in this process with what any rank emits, in order. What ranks print goes
+    to stderr. A run takes at most `timeout_s` seconds, starting the ranks included.
+
+    Under torchrun `target` runs in this process; `on_event` is called and the result returned on rank 0 only (None
+    elsewhere), and `timeout_s` holds for each collective.
+
+    Raises SettingsError or UnavailableError for a request that cannot be met; the flashcomm error that a rank
+    raised, with "rank N: " before its message unless all ranks raised the same; FlashcommError when a rank raised
+    something else or died; CommunicationError past `timeout_s`. `__cause__` has the rank's traceback.
+    """
+    if world < 1 or device not in ("cpu", "cuda"):
+        raise SettingsError(f"world={world}, device={device!r}: world is 1 or more, device is 'cpu' or 'cuda'")
+    rate = links.parse_rate(link) if isinstance(link, str) else link
+    if rate is not None and device == "cuda":
+        raise SettingsError("a link limits TCP between CPU ranks, and nccl would bypass it: drop link or device='cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
+    on_event = on_event or (lambda event: None)
+    job = _Job(target, tuple(args), world, device, timeout_s, local_world)
+    if world % local_world:
+        raise SettingsError(f"local_world={local_world}: {world} ranks do not make nodes of that many")
+    if all(name in os.environ for name in _TORCHRUN):
+        return _join(job, rate, on_event)
+    if device == "cuda" and world > torch.cuda.device_count() and not shares_gpus():
+        raise SettingsError(
+            f"world={world} needs a GPU for each rank and {torch.cuda.device_count()} can be seen; ranks may "
+            f"share one, for tests of bits and never for timing, with {_SHARES_GPUS}=1"
+        )
+    if rate is None:
+        return _run_ranks(job, on_event)
+    with processes.children(3 * processes.GRACE_S) as children:  # the one child has children to stop itself
+        # Forked, because a fork has one thread whatever torch has started here: see link.py.
+        with links.forking():
+            children.start("fork", "the link's switch process", _switch_body, job, rate)
+        return children.watch(on_event, timeout_s + 15)[0]  # the child keeps the time; 15 s to build and to stop
+
+
+def shares_gpus() -> bool:
+    """Whether several ranks may sit on one GPU. NCCL refuses that: their group is gloo's."""
+    return os.environ.get(_SHARES_GPUS) == "1"
+
+
+@dataclass(frozen=True)
+class _Job:
+    target: Callable[..., object]
+    args: tuple[object, ...]
+    world: int
+    device: str
+    timeout_s: float
+    local_world: int
+
+
+def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
+    """Be the process in between: build the network, and watch over the ranks in it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the forked copies of the caller's handlers end here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the ranks warn that these addresses have no names
+    return _run_ranks(job, emit, links.Network(job.world // job.local_world, rate))
+
+
+def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) -> object:
+    """Start the ranks, in their namespaces if there is a network, and watch them to the end."""
+    with processes.children() as children:
+        if network is None:
+            # The port is chosen by the kernel and never let go, so no other run can take it; and the store, which
+            # trusts whoever connects, listens on the loopback only.
+            listener = socket.create_server(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            store = TCPStore(  # noqa: F841  (serves as long as it is referenced)
+                "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        else:  # rank 0 hosts the store, and in its namespace every port is free
+            common = {"MASTER_ADDR": links.address(0), "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": links.INTERFACE}
+        common |= {"WORLD_SIZE": str(job.world), "LOCAL_WORLD_SIZE": str(job.world)}
+        if job.device == "cpu":
+            common["CUDA_VISIBLE_DEVICES"] = ""  # transformers would otherwise give every rank a GPU
+        for rank in range(job.world):
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            hosts_store = network is not None and rank == 0
+            with network.inside(rank // job.local_world) if network else contextlib.nullcontext():
+                children.start("spawn", f"rank {rank}", _rank_body, job, env, hosts_store)
+        return children.watch(on_event, job.timeout_s)[0]
+
+
+def _rank_body(emit: Emit, job: _Job, env: dict[str, str], hosts_store: bool) -> object:
+    """Be a rank in a process that `_run_ranks` started."""
+    os.environ.update(env)
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    store = TCPStore(host, port, job.world, hosts_store, timedelta(seconds=job.timeout_s))
+    return _run_target(job, emit, store)
+
+
+def _join(job: _Job, rate: int | None, on_event: Emit) -> object:
+    """Be the rank that torchrun says this process is."""
+    size, rank, stdout = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), sys.stdout
+    if job.world != size:
+        raise SettingsError(f"world={job.world} was asked for under a torchrun of {size} ranks: ask for {size}")
+    if rate is not None:
+        raise SettingsError("a link needs ranks that flashcomm starts itself: drop link, or run without torchrun")
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+    def emit(event: object) -> None:
+        if rank == 0:
+            with contextlib.redirect_stdout(stdout):
+                on_event(event)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return _run_target(job, emit, store=None)
+
+
+def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
+    """Call the target inside a process group, as the rank that the environment names; the result if that is 0."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda, where = job.device == "cuda", torch.device("cpu")
+    if cuda:
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        where = torch.device("cuda", local % torch.cuda.device_count() if shares_gpus() else local)
+        torch.cuda.set_device(where)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    nccl = cuda and not shares_gpus()
+    group: dict[str, Any] = {"backend": "nccl", "device_id": where} if nccl else {"backend": "gloo"}
+    timeout = timedelta(seconds=job.timeout_s)
+    dist.init_process_group(**group, store=store, rank=rank, world_size=world, timeout=timeout)
+    result = job.target(RankContext(rank, world, where, emit), *job.args)
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves, and takes a connection or the store along, while another rank needs it
+        dist.destroy_process_group()
+    return result if rank == 0 else None

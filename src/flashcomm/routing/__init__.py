@@ -1,0 +1,1 @@
+"""Which route a message takes: pure functions of what all ranks know."""

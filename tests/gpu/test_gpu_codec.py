@@ -1,0 +1,146 @@
+"""The Triton codec writes and reads the bytes of the torch codec, in Triton's interpreter; on GPUs see test_gpu.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import DTYPES, N_GPUS, same_bits, tough
+
+from flashcomm.wire import torch_codec
+from flashcomm.wire.format import Layout, StepFormat
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(N_GPUS > 0, reason="kernels are not interpreted where there is a GPU: test_gpu.py")
+
+FORMATS = [
+    "int8",
+    "int7-g16",
+    "int6-had",
+    "int5-g128-had",
+    "int4",
+    "int4-had",
+    "int3-g32-had",
+    "int3-g256",
+    "int2-g16-had",
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_bytes_of_the_torch_codec(name: str) -> None:
+    """Rows of whole groups, with tails, shorter than a group; a span of the message; codes of 3 ranks summed."""
+    from flashcomm.gpu import codec as gpu_codec
+
+    step = StepFormat.parse(name)
+    for i, row in enumerate((2 * step.group, 600, 21, 1, 96)):
+        dtype = DTYPES[i % 3]
+        rotated = replace(step, rotated=True) if step.hadamard and i % 2 else step
+        layout, n = Layout(rotated, row, dtype.itemsize), 5 * row
+        x = tough((5, row), dtype, i)
+        x[1, 0], x[2, -1], x[3] = float("inf"), float("nan"), -x[3].abs()
+        for start, stop in ((0, n), (row, 3 * row)):
+            wires = []
+            for rank in range(3):
+                values = x.roll(rank, 0).reshape(-1)[start:stop].contiguous()
+                pair = [torch.full((layout.nbytes(start, stop),), 0xEE, dtype=torch.uint8) for _ in range(2)]
+                torch_codec.encode(values, layout, start, stop, pair[0])
+                gpu_codec.encode(values, layout, start, stop, pair[1])
+                assert torch.equal(*pair), (row, dtype, start, stop)
+                wires.append(pair[0])
+            outs = [torch.full((stop - start,), 7, dtype=dtype) for _ in range(2)]
+            for codec, out in zip((torch_codec, gpu_codec), outs, strict=True):
+                codec.decode_sum(torch.stack(wires), layout, start, stop, out, dtype)  # type: ignore[attr-defined]
+            assert same_bits(*outs), (row, dtype, start, stop)
+
+
+def test_sums_run_in_rank_order() -> None:
+    """Float32 sums of ranks whose values are of very different size: another order gives other bits."""
+    from flashcomm.gpu import codec as gpu_codec
+
+    layout, n = Layout(StepFormat.parse("int8"), 192, 4), 4 * 192
+    wires = torch.empty(4, layout.nbytes(0, n), dtype=torch.uint8)
+    for rank, wire in enumerate(wires):
+        torch_codec.encode(torch.randn(n) * 10.0 ** (rank % 3 - 4 * (rank == 1)), layout, 0, n, wire)
+    outs = [torch.empty(n) for _ in range(3)]
+    torch_codec.decode_sum(wires, layout, 0, n, outs[0], torch.float32)
+    gpu_codec.decode_sum(wires, layout, 0, n, outs[1], torch.float32)
+    assert same_bits(outs[0], outs[1])
+    torch_codec.decode_sum(wires.flip(0).contiguous(), layout, 0, n, outs[2], torch.float32)
+    assert not same_bits(outs[0], outs[2])
+
+
+def test_transforms_have_a_smaller_limit() -> None:
+    """Between 2^126 / n and 2^126 a value is too large for a -had group of n, and fine for a plain one."""
+    from flashcomm.gpu import codec as gpu_codec
+
+    x = torch.randn(3, 64)
+    x[1, 5] = 2.0**121
+    for name, finite in (("int4", True), ("int4-had", False)):
+        layout, out = Layout(StepFormat.parse(name), 64, 4), torch.empty(192)
+        wires = torch.zeros(2, layout.nbytes(0, 192), dtype=torch.uint8)
+        torch_codec.encode(x, layout, 0, 192, wires[0])
+        gpu_codec.encode(x, layout, 0, 192, wires[1])
+        assert torch.equal(wires[0], wires[1])
+        gpu_codec.decode_sum(wires[1:], layout, 0, 192, out, torch.float32)
+        assert out.isfinite().view(3, 64).all(1).tolist() == [True, finite, True]
+
+
+def test_a_new_length_is_no_new_kernel() -> None:
+    """Everything that follows from a message's length is a run-time value, to which kernels are not specialised."""
+    from flashcomm.gpu import all_reduce
+    from flashcomm.gpu import codec as gpu_codec
+
+    kernels = {
+        all_reduce.fused: ("row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "lag"),
+        gpu_codec._encode: ("count", "first", "start", "first_group", "plane1", "scales", "before0", "row0"),
+        gpu_codec._decode_sum: ("stride", "count", "first", "start", "first_group", "plane1", "scales"),
+    }
+    for kernel, names in kernels.items():
+        fixed = kernel.kwargs["do_not_specialize"]
+        assert set(names) <= set(fixed), kernel
+        constants = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
+        assert not constants & set(names)
+
+
+def test_kernels_refuse_what_they_must_not_touch() -> None:
+    from flashcomm.gpu import codec as gpu_codec
+
+    layout, out = Layout(StepFormat.parse("int4"), 64, 2), torch.empty(4096, dtype=torch.uint8)
+    x = torch.randn(4, 64).bfloat16()
+    with pytest.raises(ValueError, match="256 contiguous values on a GPU are needed"):
+        gpu_codec.encode(x.t(), layout, 0, 256, out)
+    with pytest.raises(ValueError, match="contiguous wire bytes"):
+        gpu_codec.encode(x, layout, 0, 256, out[:100])
+    with pytest.raises(ValueError, match="wire bytes"):
+        gpu_codec.decode_sum(out[:100].view(1, -1), layout, 0, 256, x, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["int4", "int6-had", "bf16"])
+def test_a_message_whose_address_is_looked_up(name: str) -> None:
+    """The same bytes and values as by tensors, of a message and of a part of it."""
+    from flashcomm.gpu import codec as gpu_codec
+    from flashcomm.gpu.indirect import Indirect
+
+    step, shape = StepFormat.parse(name), (6, 640)
+    for i, dtype in enumerate(DTYPES):
+        x = tough(shape, dtype, i).contiguous()
+        layout, n = Layout(step, shape[-1], dtype.itemsize), x.numel()
+        out = torch.full_like(x, 7)
+        cells = [torch.tensor([t.data_ptr()]) for t in (x, out)]
+        source, target = (Indirect(cell, shape, dtype) for cell in cells)
+        for start, stop in ((0, n), (2 * 640, 5 * 640)):
+            pair = [torch.full((layout.nbytes(start, stop),), 0xEE, dtype=torch.uint8) for _ in range(2)]
+            torch_codec.encode(x.view(-1)[start:stop], layout, start, stop, pair[0])
+            gpu_codec.encode(source.view(-1)[start:stop], layout, start, stop, pair[1])
+            assert torch.equal(*pair), (dtype, start)
+            want = torch.empty(stop - start, dtype=dtype)
+            wires = torch.stack([pair[0]] * 3)
+            torch_codec.decode_sum(wires, layout, start, stop, want, dtype)
+            gpu_codec.decode_sum(wires, layout, start, stop, target.view(-1)[start:stop], dtype)
+            assert same_bits(out.view(-1)[start:stop], want), (dtype, start)
+            scratch = torch.empty(stop - start)  # what a gather step codes again
+            torch_codec.decode_sum(wires, layout, start, stop, scratch, dtype)
+            ours = torch.empty_like(scratch)
+            gpu_codec.decode_sum(wires, layout, start, stop, ours, dtype)
+            assert same_bits(ours, scratch), (dtype, start)

@@ -1,0 +1,411 @@
+"""The fused kernels, over peers' memory: on GPUs where there are two, else in Triton's interpreter, in real processes.
+
+One body serves both. What the interpreter cannot show (graphs, streams, thousands of calls) is in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor
+from support import N_GPUS, raise_first, run_ranks, same_bits, tough
+
+from flashcomm import Communicator, WireFormat, reference
+from flashcomm.errors import CommunicationError, FlashcommError, InputError, SettingsError, UnavailableError
+from flashcomm.gpu import all_reduce, launch
+from flashcomm.ranks import processes
+from flashcomm.ranks.launch import RankContext, run
+from flashcomm.routing import policy
+from flashcomm.transports import cpu_shared, symmetric
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+ON_GPUS = N_GPUS >= 2
+DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "shared")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def on_ranks(body: object, world: int, *args: object) -> object:
+    if ON_GPUS and world > N_GPUS:
+        pytest.skip(f"{N_GPUS} CUDA devices, {world} are needed")
+    limit_s = 1000 if ON_GPUS else 250  # there kernels are compiled, some 40 for the longest of these
+    return run(body, world, args, device=DEVICE, timeout_s=limit_s)  # type: ignore[arg-type]
+
+
+def make(fmt: str, algorithm: str = "auto", **more: object) -> Communicator:
+    settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60} | more
+    return Communicator(None, fmt, device=DEVICE, algorithm=algorithm, **settings)  # type: ignore[arg-type]
+
+
+def epochs_inside(comm: Communicator, ll: bool) -> None:
+    """Cut messages up for words that carry the epoch from now on, or for flags."""
+    assert comm._fused is not None
+    comm._fused.tuning = lambda *_: launch.LL if ll else launch.SMALL  # type: ignore[method-assign]
+
+
+def same_as_reference(comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device) -> None:
+    got = comm.all_reduce(everybody[comm.rank].to(device)).cpu()
+    want = getattr(reference, algorithm)(everybody, comm.format)
+    assert same_bits(got, want), (str(comm.format), algorithm, tuple(want.shape), want.dtype, comm.rank)
+
+
+def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes: list[tuple[int, ...]]) -> None:
+    for fmt, dtype in formats:
+        for algorithm in ("one_shot", "two_shot"):
+            with make(fmt, algorithm) as comm:
+                for seed, shape in enumerate(shapes):
+                    epochs_inside(comm, (seed % 2 == 0) == (algorithm == "one_shot"))
+                    everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
+                    if seed % 2 and everybody[1].numel():
+                        everybody[1].view(-1)[-1] = float("inf")
+                    same_as_reference(comm, everybody, algorithm, ctx.device)
+                assert set(comm.calls) <= {f"all_reduce/{algorithm}"}
+                assert comm.machine.transport == TRANSPORT
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_all_reduce_equals_the_reference(world: int) -> None:
+    """Widths and both metadata layouts, transformed or not, mixed groups, lossless steps; tails, a scalar, nothing."""
+    formats = {
+        2: [("int4", BF16), ("int8/int5", FP32), ("int6-had/int7-had", BF16), ("bf16", BF16), ("bf16/int2-had", FP16)],
+        3: [("int4-g32/int8-g128", FP16), ("int3-g32-had/int4-g64-had", BF16), ("bf16", FP32)],
+        4: [("int6-had/int7-had", BF16), ("int4/bf16", FP32)],
+        8: [("int4", BF16)],
+    }
+    shapes: list[tuple[int, ...]] = [(5, 600), (2, 3, 640), (7,), (), (0, 64), (3, 1), (1, 1)]
+    on_ranks(all_reduces, world, formats[world], shapes if world < 8 else [(9, 512), (1, 1)])
+
+
+def slices(ctx: RankContext) -> None:
+    for fmt in ("int4/int8", "int3-g32-had/int6-had", "bf16"):
+        with make(fmt) as comm:
+            for i, shape in enumerate(((2, 576), (1, 7), (3,), (2, 0), (1, 640))):
+                epochs_inside(comm, i % 2 == 0)
+                whole = [tough((shape[0] * ctx.world, *shape[1:]), BF16, r) for r in range(ctx.world)]
+                parts = [tough(shape, BF16, 99 + r) for r in range(ctx.world)]
+                got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
+                assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank]), (fmt, shape)
+                got = comm.all_gather(parts[ctx.rank].to(ctx.device)).cpu()
+                assert same_bits(got, reference.all_gather(parts, comm.format)), (fmt, shape)
+            assert set(comm.calls) == {"reduce_scatter/fused", "all_gather/fused"}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_reduce_scatter_and_all_gather_equal_the_reference(world: int) -> None:
+    on_ranks(slices, world)
+
+
+def make_kernels(ctx: RankContext, workspace: int) -> launch.FusedCollectives:
+    region = (symmetric if ON_GPUS else cpu_shared).make(ctx.device, launch.region_bytes(workspace))
+    places: list[str] = [""] * ctx.world
+    dist.all_gather_object(places, region.place)
+    region.join(dist.group.WORLD, places)
+    dist.barrier()
+    return launch.FusedCollectives(region, 60)
+
+
+def cut_up(ctx: RankContext, tunings: list[launch.Tuning], workspace: int) -> None:
+    """However a message is cut into tiles, blocks, launches: the same bits. A workspace of a few tiles only."""
+    kernels = make_kernels(ctx, workspace)
+    kinds = {all_reduce.ONE_SHOT: reference.one_shot, all_reduce.TWO_SHOT: reference.two_shot}
+    for fmt in (WireFormat.parse("int4"), WireFormat.parse("int6-had/int7-had")):
+        for how in tunings if str(fmt) == "int4" else tunings[1:2]:
+            for shape in ((12, 512), (3, 600), (1, 4001)):
+                everybody = [tough(shape, BF16, rank) for rank in range(ctx.world)]
+                x = everybody[ctx.rank].to(ctx.device)
+                for kind, define in kinds.items():
+                    target = torch.full_like(x, 7)
+                    kernels.plan(kind, x, shape[-1], fmt, how)(x.data_ptr(), target.data_ptr())
+                    assert same_bits(target.cpu(), define(everybody, fmt)), (str(fmt), how, shape, kind)
+    kernels.check()
+    kernels.close()
+
+
+@pytest.mark.parametrize("ll", [False, True])
+def test_how_a_message_is_cut_changes_no_bit(ll: bool) -> None:
+    flags = [launch.Tuning(1024, 1, 0), launch.Tuning(512, 3, 2), launch.Tuning(1024, 2, 0)]
+    inside = [launch.Tuning(2048, 1, 0, True), launch.Tuning(2048, 2, 1, True), launch.Tuning(4096, 1, 0, True)]
+    on_ranks(cut_up, 2, *((inside, 250_000) if ll else (flags, 40_000)))
+
+
+def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
+    """Kinds, sizes, dtypes and both protocols follow each other in one region, every second rank being slow."""
+    kernels, fmts = make_kernels(ctx, 1 << 20), [WireFormat.parse(f) for f in ("int4", "bf16", "int8-g128/int5-g16")]
+    kernels.delay = delay if ctx.rank % 2 else 0
+    define = (reference.one_shot, reference.two_shot, reference.reduce_scatter, reference.all_gather)
+    for call in range(calls):
+        kind, fmt, dtype = call * 7 // 2 % 4, fmts[call // 2 % 3], (BF16, FP32, FP16)[call % 3]
+        shape = ((2, 256), (6, 512), (4, 130))[call * 5 // 3 % 3]
+        if kind == all_reduce.REDUCE_SCATTER:
+            shape = (shape[0] * ctx.world, shape[1])
+        everybody = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world)]
+        x, want = everybody[ctx.rank].to(ctx.device), define[kind](everybody, fmt)
+        want = want[ctx.rank] if kind == all_reduce.REDUCE_SCATTER else want
+        out = torch.empty(want.shape, dtype=dtype, device=ctx.device)
+        how = launch.LL if call * 3 // 2 % 2 else launch.SMALL
+        kernels.plan(kind, x, shape[-1], fmt, how)(x.data_ptr(), out.data_ptr())
+        assert same_bits(out.cpu(), want), (call, kind, str(fmt), dtype, shape, how)
+    kernels.check()
+    kernels.close()
+
+
+def test_calls_of_all_kinds_with_and_without_flags_take_turns() -> None:
+    on_ranks(turn_by_turn, 2, 300 if ON_GPUS else 48, 5000 if ON_GPUS else 100)
+
+
+def in_turn(ctx: RankContext, calls: int) -> None:
+    """Shapes, dtypes and kinds alternate call by call, without a pause; each result is looked at."""
+    shapes, seen = [(1, 64), (9, 576), (2, 600), (1, 2048), (3, 1)], 0
+    with make("int4-had", "one_shot") as comm:
+        everybody = [
+            [tough(s, (BF16, FP32)[i % 2], i + 50 * r) for r in range(ctx.world)] for i, s in enumerate(shapes)
+        ]
+        want = [reference.one_shot(xs, comm.format) for xs in everybody]
+        mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
+        want = [w.to(ctx.device) for w in want]
+        for call in range(calls):
+            i = (call * call + call // 3) % len(shapes)
+            got = comm.all_reduce(mine[i])
+            if call % 7 == 0 or calls < 1000:
+                assert same_bits(got, want[i]), call
+                seen += 1
+        assert sum(comm.calls.values()) == calls
+        assert seen > calls // 8
+
+
+def test_calls_of_alternating_shapes() -> None:
+    on_ranks(in_turn, 2, 50_000 if ON_GPUS else 40)
+
+
+def slow_reader(ctx: RankContext, delay: int, how: launch.Tuning) -> None:
+    """Rank 0 is slow between its wait and its read; nobody may overwrite what it is going to read."""
+    with make("int8", timeout_s=15) as comm:
+        assert comm._fused is not None
+        comm._fused.delay = delay if ctx.rank == 0 else 0
+        for call in range(8):
+            everybody = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world)]
+            algorithm = ("one_shot", "two_shot")[call % 2]
+            same_as_reference_by(comm, everybody, algorithm, ctx.device, how)
+
+
+def same_as_reference_by(
+    comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device, how: launch.Tuning
+) -> None:
+    x = everybody[comm.rank].to(device)
+    out = torch.empty_like(x)
+    assert comm._fused is not None
+    kind = all_reduce.ONE_SHOT if algorithm == "one_shot" else all_reduce.TWO_SHOT
+    comm._fused.plan(kind, x, x.shape[-1], comm.format, how)(x.data_ptr(), out.data_ptr())
+    assert same_bits(out.cpu(), getattr(reference, algorithm)(everybody, comm.format)), algorithm
+
+
+@pytest.mark.parametrize("how", [launch.SMALL, launch.LL], ids=["flags", "ll"])
+def test_a_slow_reader_reads_what_was_meant_for_it(how: launch.Tuning) -> None:
+    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 1500, how)
+
+
+def _calls(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
+    for _ in range(2):  # the second one, if not the first, finds that the first one waited in vain
+        comm.all_reduce(x, out)
+        comm.synchronize()
+
+
+def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
+    with make(fmt, "one_shot", check=False, timeout_s=2) as comm:
+        epochs_inside(comm, ll)
+        x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
+        comm.all_reduce(x)
+        if ctx.rank == ctx.world - 1:
+            if ON_GPUS:
+                time.sleep(8)  # its memory must stay; on CPUs it goes with the last that maps it
+            return
+        out = torch.zeros_like(x)
+        begin = time.monotonic()
+        with pytest.raises(CommunicationError, match=rf"rank {ctx.world - 1}: expected call 2, saw 1") as raised:
+            _calls(comm, x, out)
+        assert str(raised.value).startswith(f"rank {ctx.rank} of {ctx.world}: waited 2 s")
+        assert out.isnan().all()
+        assert comm._fused is not None
+        assert set(comm._fused.region.peers.tolist()) == {comm._fused.local}  # it disturbs nobody from now on
+        assert time.monotonic() - begin < 30
+        with pytest.raises(CommunicationError, match="Make a new Communicator"):
+            comm.all_reduce(x)
+
+
+@pytest.mark.parametrize(("fmt", "ll"), [("int4", False), ("int4", True), ("bf16", True)])
+def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str, ll: bool) -> None:
+    on_ranks(a_rank_is_gone, 2, fmt, ll)
+
+
+def test_small_messages_carry_their_epochs_and_fit() -> None:
+    for world in (2, 16):
+        region = SimpleNamespace(rank=0, world=world, n_bytes=launch.region_bytes(256 << 20), mapped=False)
+        region.peers, region.status = torch.zeros(world, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+        kernels = launch.FusedCollectives(region, 1)
+        for name, kind in itertools.product(("int4", "bf16", "int8-g16/int5-g16"), range(4)):
+            fmt = WireFormat.parse(name)
+            chosen = [kernels.tuning(kind, 1 << n, 1 << min(n, 12), fmt, 2) for n in range(24)]
+            assert chosen[0] == launch.LL
+            assert chosen[23].lag
+            first = [how.ll for how in chosen].index(False)
+            assert not any(how.ll for how in chosen[first:])
+            units = (1 << (first - 1)) // fmt.unit // (world if kind == all_reduce.REDUCE_SCATTER else 1)
+            assert units <= kernels.capacity(kind, fmt.unit, fmt, 2, launch.LL)
+
+
+def killed(ctx: RankContext) -> None:
+    """The last rank is killed between two calls; the others hear of it, and go on in a group of their own."""
+    with make("int4", "one_shot", check=False, timeout_s=2) as comm:
+        x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
+        comm.all_reduce(x)
+        comm.synchronize()
+        if ctx.rank == ctx.world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        out = torch.zeros_like(x)
+        with pytest.raises(CommunicationError, match=rf"rank {ctx.world - 1}: expected call 2, saw 1"):
+            _calls(comm, x, out)
+        assert out.isnan().all()
+    if not ON_GPUS:
+        survivors = dist.new_group(list(range(ctx.world - 1)), use_local_synchronization=True)
+        with Communicator(survivors, "int4", algorithm="one_shot", device=DEVICE, transport=TRANSPORT) as fresh:
+            everybody = [tough((4, 512), BF16, rank) for rank in range(ctx.world - 1)]
+            same_as_reference(fresh, everybody, "one_shot", ctx.device)
+    ctx.emit(("fine", ctx.rank))
+
+
+def test_a_killed_peer_and_a_fresh_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs, where NCCL's groups do not survive a rank, the fresh one is in fresh processes."""
+    monkeypatch.setattr(processes, "GRACE_S", 60.0)  # for what the others do afterwards
+    world, events = 2 if ON_GPUS else 3, []
+    with pytest.raises(FlashcommError, match=f"rank {world - 1} was killed by SIGKILL"):
+        run(killed, world, device=DEVICE, timeout_s=120, on_event=events.append)
+    assert sorted(events) == [("fine", rank) for rank in range(world - 1)]
+    if ON_GPUS:
+        on_ranks(all_reduces, 2, [("int4", BF16)], [(5, 600)])
+
+
+def only_aligned(plan: Callable[..., launch.Launch]) -> Callable[..., launch.Launch]:
+    """The same, of launches that insist on addresses as kernels on GPUs do."""
+
+    def checked(*args: object) -> launch.Launch:
+        launch = plan(*args)
+
+        def run(source: int, target: int) -> None:
+            assert (source % 16, target % 16) == (0, 0)
+            launch(source, target)
+
+        return run
+
+    return checked
+
+
+def odd_tensors(ctx: RankContext) -> None:
+    with make("int4", "one_shot") as comm:
+        assert comm._fused is not None
+        comm._fused.plan = only_aligned(comm._fused.plan)  # type: ignore[method-assign]
+        everybody = [tough((6, 577), BF16, rank) for rank in range(ctx.world)]
+        want = reference.one_shot([x[:, 1:] for x in everybody], comm.format)
+        x = everybody[ctx.rank].to(ctx.device)
+        assert same_bits(comm.all_reduce(x[:, 1:]).cpu(), want)  # neither contiguous nor aligned
+        flat = torch.cat((torch.zeros(1, dtype=BF16, device=ctx.device), x.reshape(-1)))[1:].view(6, 577)
+        assert flat.data_ptr() % 16
+        whole = reference.one_shot(everybody, comm.format)
+        assert same_bits(comm.all_reduce(flat).cpu(), whole)  # contiguous, not aligned
+        assert same_bits(comm.all_reduce(torch._neg_view(-flat)).cpu(), whole)
+        assert comm.all_reduce(flat, out=flat) is flat
+        assert same_bits(flat.cpu(), whole)
+        assert same_bits(comm.all_reduce(x.t()).cpu(), reference.one_shot([t.t() for t in everybody], comm.format))
+        with pytest.raises(InputError, match="dtype must be one of"):
+            comm.all_reduce(x.double())
+        mesh = dist.init_device_mesh(DEVICE, (ctx.world,))
+        with pytest.raises(InputError, match=r"of a DTensor give \.to_local\(\)"):
+            comm.all_reduce(dist.tensor.DTensor.from_local(x, mesh, [dist.tensor.Replicate()]))
+        if ON_GPUS:
+            with pytest.raises(InputError, match="must be on cuda"):
+                comm.all_reduce(x.cpu())
+
+
+def test_strided_misaligned_and_refused_tensors() -> None:
+    on_ranks(odd_tensors, 2)
+
+
+def subgroups(ctx: RankContext) -> None:
+    """Groups of ranks {0, 1} and {0, 2}, several Communicators of each, calls interleaved."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([0, 2])]
+    members = [[0, 1], [0, 2]]
+    mine = [i for i, ranks in enumerate(members) if ctx.rank in ranks]
+    settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0}
+    comms = {(i, f): Communicator(pairs[i], f, device=DEVICE, **settings) for i in mine for f in ("int4", "int8")}  # type: ignore[arg-type]
+    for turn in range(3):
+        for (i, fmt), comm in comms.items():
+            everybody = [tough((3, 192), BF16, turn + 10 * rank) for rank in members[i]]
+            want = reference.one_shot(everybody, WireFormat.parse(fmt))
+            assert same_bits(comm.all_reduce(everybody[comm.rank].to(ctx.device)).cpu(), want)
+    for comm in comms.values():
+        comm.close()
+
+
+def test_subgroups_and_several_communicators() -> None:
+    on_ranks(subgroups, 3)
+
+
+def test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(transport: str) -> list[object]:
+        return run_ranks(2, lambda group, rank: Communicator(group, "int4", transport=transport))
+
+    for got in body("symmetric"):
+        assert isinstance(got, SettingsError)
+        assert "allowed is 'shared'" in str(got)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for got in body("shared"):
+        assert isinstance(got, UnavailableError)
+        assert "rank 0: it is for Triton's interpreter" in str(got)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with monkeypatch.context() as without:  # a Triton that is there and cannot be imported
+        without.delattr("flashcomm.gpu.launch")
+        without.setitem(sys.modules, "flashcomm.gpu.launch", None)
+        for got in body("shared"):
+            assert isinstance(got, UnavailableError)
+            assert "rank 0: " in str(got)
+    monkeypatch.setattr(cpu_shared.os, "posix_fallocate", _full)
+    for got in body("shared"):
+        assert isinstance(got, UnavailableError)
+        assert "of shared memory: No space left on device" in str(got)
+    for comm in raise_first(body("auto")):
+        assert comm.machine == policy.Machine(local_world=2)  # type: ignore[attr-defined]
+        comm.close()  # type: ignore[attr-defined]
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_peers_memory_needs() -> None:
+    fine = {"host": "a", "device": 0, "blind": [], "why": ""}
+    assert symmetric.verdict([fine, fine | {"device": 1}]) == ""
+    assert symmetric.verdict([fine, fine | {"host": "b"}]) == "rank 1 is on another host than rank 0"
+    assert "no peer access to GPU 0 (rank 0)" in symmetric.verdict([fine, fine | {"device": 1, "blind": [0]}])
+    assert symmetric.verdict([fine, fine | {"why": "no triton"}]) == "rank 1: no triton"
+    if not ON_GPUS:
+        assert symmetric.facts(torch.device("cuda", 0))["why"] == "TRITON_INTERPRET=1 keeps kernels on the CPU"
+
+
+def test_messages_are_cut_without_gaps_or_straddling_groups() -> None:
+    for numel, row, unit, capacity in ((4096 * 7, 4096, 64, 100), (600 * 9, 600, 64, 25), (9001, 9001, 64, 10)):
+        at = 0
+        for part in launch.messages(numel, row, unit, capacity):
+            assert part.start == at
+            assert part.start % row % unit == 0
+            assert part.numel % part.row == 0
+            assert part.numel // part.row * -(-part.row // unit) <= capacity
+            at += part.numel
+        assert at == numel

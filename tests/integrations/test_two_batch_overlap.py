@@ -1,0 +1,251 @@
+"""Two halves of a batch in turns: the same bits, the same cache, the same order on all ranks, errors that come out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashcomm.errors import InputError
+from flashcomm.integrations.interleave import Halves, current
+from flashcomm.ranks.launch import RankContext, run
+
+MODEL = Path(__file__).parent.parent.parent / ".assets" / "smollm2-135m-instruct"
+TEXT = Path(__file__).parent.parent.parent / ".assets" / "wikipedia-test.txt"
+CPU = torch.device("cpu")
+
+
+class TestHalves:
+    def test_turns_and_the_order_of_sums(self) -> None:
+        """One half computes at a time, sums come in turns, and a half computes while the other's sum runs."""
+        halves = Halves((1, 2), CPU)
+        log: list[str] = []
+        computing = threading.Lock()
+        met: list[bool] = []
+
+        def half(h: int, n_sums: int) -> str:
+            assert current() is halves
+            computing.acquire(timeout=0.1) or pytest.fail("both compute")
+            for k in range(n_sums):
+                assert halves.whole(10 * halves.sizes[h]) == 30
+                time.sleep(0.02)
+                asked = f"{h}.{k}"
+
+                def work(k: int = k, asked: str = asked) -> torch.Tensor:
+                    assert current() is None
+                    assert torch.is_inference_mode_enabled()
+                    log.append(asked)
+                    deadline = time.monotonic() + 0.2
+                    while not computing.locked() and time.monotonic() < deadline:
+                        time.sleep(0.001)
+                    met.append(computing.locked())
+                    return torch.tensor(k)
+
+                computing.release()
+                assert halves.sum(work).item() == k
+                computing.acquire(timeout=0.1) or pytest.fail("both compute")
+            computing.release()
+            return f"half {h}"
+
+        with torch.inference_mode():
+            got = halves.run((lambda: half(0, 3), lambda: half(1, 4)))
+        assert got == ("half 0", "half 1")
+        assert log == ["0.0", "1.0", "0.1", "1.1", "0.2", "1.2", "1.3"]
+        assert sum(met) >= 5  # all but the last ones have somebody to compute beside them
+        assert current() is None
+
+    @pytest.mark.parametrize("failing", [0, 1])
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_an_error_in_one_half_ends_both(self, failing: int, inside: bool) -> None:
+        halves = Halves((1, 1), CPU)
+        reached: list[int] = []
+
+        def half(h: int) -> None:
+            def work(k: int) -> torch.Tensor:
+                if inside and h == failing and k == 1:
+                    raise InputError("this one")
+                return torch.tensor(0)
+
+            for k in range(3):
+                halves.sum(lambda: work(k))  # noqa: B023  (done before k changes)
+                if not inside and h == failing and k == 1:
+                    raise InputError("this one")
+            reached.append(h)
+
+        with pytest.raises(InputError, match="this one"):
+            halves.run((lambda: half(0), lambda: half(1)))
+        assert reached == []
+        ours = ("flashcomm-half", "flashcomm-sums")
+        assert not [t for t in threading.enumerate() if t.name.startswith(ours)]
+
+    def test_halves_without_sums(self) -> None:
+        assert Halves((1, 1), CPU).run((lambda: 1, lambda: 2)) == (1, 2)
+
+
+def tiny(kind: str = "llama") -> Any:
+    """A sharded model of random weights, the same on every call."""
+    from flashcomm.bench.shapes import build
+
+    return build("tiny" if kind == "llama" else kind, None, dist.get_world_size(), CPU, torch.bfloat16)
+
+
+def overlaps(ctx: RankContext, min_bytes: int) -> None:
+    """Logits, caches given and made, odd batches, padding, decoding on the cache: the same bits."""
+    from transformers import DynamicCache
+
+    from flashcomm.integrations import transformers as seam
+
+    seam.enable("int4", min_bytes=min_bytes)
+    model = seam.overlap(tiny())
+    switch = model.base_model.forward
+    cuts = 0
+    run_halves = Halves.run
+
+    def counted(self: Halves, calls: Any) -> Any:
+        nonlocal cuts
+        cuts += 1
+        return run_halves(self, calls)
+
+    Halves.run = counted  # type: ignore[method-assign]
+
+    def both(**kwargs: Any) -> tuple[Any, Any]:
+        outs = []
+        for switch.enabled in (False, True):
+            more = {"past_key_values": DynamicCache(config=model.config)} if kwargs.get("given") else {}
+            with torch.inference_mode():
+                out = model(**{k: v for k, v in kwargs.items() if k != "given"}, **more)
+                if more:
+                    assert out.past_key_values is more["past_key_values"]
+                nexts = model(kwargs["input_ids"][:, :1], past_key_values=out.past_key_values)
+            outs.append((out, nexts))
+        (plain, then), (cut, then_cut) = outs
+        assert torch.equal(plain.logits, cut.logits)
+        assert torch.equal(then.logits, then_cut.logits)
+        for a, b in zip(plain.past_key_values.layers, cut.past_key_values.layers, strict=True):
+            assert torch.equal(a.keys, b.keys)
+            assert torch.equal(a.values, b.values)
+        return plain, cut
+
+    ids = torch.randint(0, 500, (5, 24), generator=torch.Generator().manual_seed(1))
+    both(input_ids=ids)
+    both(input_ids=ids[:2], logits_to_keep=1, given=True)
+    both(input_ids=ids[:4], use_cache=True, position_ids=torch.arange(24)[None])
+    assert cuts == 3, "decoding is not cut"
+    padded = torch.ones_like(ids)
+    padded[0, :5] = padded[4, :7] = 0
+    both(input_ids=ids, attention_mask=padded)
+    assert cuts == 4
+    padded[0] = 1  # one half needs a mask, the other does not: run as before
+    both(input_ids=ids, attention_mask=padded)
+    both(input_ids=ids[:1])
+    both(input_ids=ids, output_hidden_states=True)
+    assert cuts == 4
+    with torch.inference_mode():
+        out = model.base_model(ids, use_cache=False)
+        assert out.past_key_values is None
+        assert cuts == 5
+    with seam.native_all_reduce(), torch.inference_mode():
+        cut = model(ids).logits
+        switch.enabled = False
+        assert torch.equal(model(ids).logits, cut)
+
+
+def continues(ctx: RankContext) -> None:
+    """A second stretch of prompt on a filled cache, and what the sums were asked for."""
+    from flashcomm.communicator import Communicator
+    from flashcomm.integrations import transformers as seam
+
+    seam.enable("int6-had/int7-had")
+    model = seam.overlap(tiny())
+    asked: list[tuple[int, int | None]] = []
+    reduce = Communicator.all_reduce
+
+    def spy(self: Communicator, x: torch.Tensor, out: Any = None, **more: Any) -> torch.Tensor:
+        asked.append((x.numel(), more.get("whole")))
+        return reduce(self, x, out, **more)
+
+    Communicator.all_reduce = spy  # type: ignore[method-assign]
+    ids = torch.randint(0, 500, (3, 32), generator=torch.Generator().manual_seed(1))
+    results = []
+    for model.base_model.forward.enabled in (False, True):
+        with torch.inference_mode():
+            past = model(ids[:, :16]).past_key_values
+            results.append(model(ids[:, 16:], past_key_values=past).logits)
+    assert torch.equal(*results)
+    n, hidden = 16, model.config.hidden_size
+    plain, cut = asked[: len(asked) // 3], asked[len(asked) // 3 :]
+    assert plain == [(3 * n * hidden, None)] * 2 * 2 * model.config.num_hidden_layers
+    assert cut == [(n * hidden, 3 * n * hidden), (2 * n * hidden, 3 * n * hidden)] * (len(cut) // 2)
+
+
+def refuses(ctx: RankContext) -> None:
+    from flashcomm.integrations import transformers as seam
+
+    model = tiny()
+    model._tp_plan["model.layers.*.mlp.experts"] = "grouped_gemm"
+    with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: leave overlap out"):
+        seam.overlap(model)
+
+
+def fails_in_a_sum(ctx: RankContext) -> None:
+    """A sum that fails in a half is the caller's error, and the model runs on afterwards."""
+    from flashcomm.integrations import transformers as seam
+
+    seam.enable("int4", min_bytes=0)
+    model = seam.overlap(tiny())
+    ids = torch.arange(48).view(2, 24)
+    with torch.inference_mode():
+        want = model(ids).logits
+        summed, calls = seam.Reducer.sum, iter(range(100))
+
+        def failing(self: Any, *args: Any) -> torch.Tensor:
+            if next(calls) == 3:
+                raise InputError("the fourth sum")
+            return summed(self, *args)
+
+        seam.Reducer.sum = failing  # type: ignore[method-assign]
+        with pytest.raises(InputError, match="the fourth sum"):
+            model(ids)
+        seam.Reducer.sum = summed  # type: ignore[method-assign]
+        dist.barrier()
+        assert torch.equal(model(ids).logits, want)
+
+
+def real_text(ctx: RankContext) -> None:
+    from flashcomm.accuracy.models import load_model
+    from flashcomm.integrations import transformers as seam
+
+    seam.enable("int4-had")
+    model, tokenizer = load_model(MODEL, ctx.world, CPU, torch.bfloat16)
+    seam.overlap(model)
+    text = tokenizer(TEXT.read_text()[:4000], return_tensors="pt").input_ids[0, :512].view(2, 256)
+    seen = []
+    for model.base_model.forward.enabled in (False, True):
+        with torch.inference_mode():
+            seen.append(model(text).logits)
+    assert torch.equal(*seen)
+
+
+class TestTransformers:
+    @pytest.mark.parametrize("min_bytes", [0, 1 << 13])
+    def test_bits(self, min_bytes: int) -> None:
+        """With 8 KiB at least some whole messages are coded whose halves by themselves would not be."""
+        run(overlaps, 2, (min_bytes,))
+
+    def test_a_filled_cache_and_the_whole_message(self) -> None:
+        run(continues, 2)
+
+    def test_dense_models_only(self) -> None:
+        run(refuses, 2)
+
+    def test_errors(self) -> None:
+        run(fails_in_a_sum, 2)
+
+    @pytest.mark.skipif(not TEXT.exists(), reason="no model: run scripts/fetch_assets.py")
+    def test_real_text_on_three_ranks(self) -> None:
+        run(real_text, 3)

@@ -1,0 +1,484 @@
+"""The vLLM seam, against a vLLM of one page in real ranks; against vLLM itself if `scripts/test-vllm` asks for it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import vllm_standin as standin
+
+import flashcomm
+from flashcomm import WireFormat, reference
+from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError, UnavailableError
+from flashcomm.plan import LayerPlan, Plan
+from flashcomm.ranks.launch import RankContext, run
+
+ROOT = Path(__file__).parent.parent.parent
+HIDDEN = 192
+INT4, INT6 = WireFormat.parse("int4"), WireFormat.parse("int6-g32")
+
+
+def start(hidden: int = HIDDEN, **setting: str) -> tuple[Any, Any]:
+    """A vLLM with our plugins and these FLASHCOMM_* settings: its platform and config, as its front end makes them."""
+    os.environ.update({f"FLASHCOMM_{name.upper()}": value for name, value in setting.items()})
+    standin.install()
+    from flashcomm.integrations import vllm as seam
+
+    platform, config = standin.start({"flashcomm": seam.platform_plugin}), standin.make_config(hidden)
+    platform.apply_config_platform_defaults(config)
+    seam.layer_plugin()
+    return platform, config
+
+
+def everybody(ctx: RankContext, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """What each rank brings to a sum, known to all."""
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(ctx.world)]
+
+
+# ------------------------------------------------------------------------------------------------------- in real ranks
+
+
+def coded_and_not(ctx: RankContext) -> None:
+    _, config = start(format="int4")
+    group = standin.make_group(config, dist.group.WORLD)
+    flash = group.device_communicator.flash
+    assert isinstance(group.device_communicator, standin.CpuCommunicator), "graph capture asserts the subclass"
+    assert standin.own_sums == []
+    for tokens, way in ((200, "one_shot"), (500, "two_shot"), (200, "one_shot")):
+        given = everybody(ctx, (tokens, HIDDEN))
+        x = given[ctx.rank].clone()
+        assert torch.equal(group.all_reduce(x), getattr(reference, way)(given, INT4))
+        assert torch.equal(x, given[ctx.rank]), "the op contract: inputs stay"
+    strided = torch.empty(HIDDEN, 200, dtype=torch.bfloat16).t().copy_(everybody(ctx, (200, HIDDEN))[ctx.rank])
+    assert torch.equal(group.all_reduce(strided), reference.one_shot(everybody(ctx, (200, HIDDEN)), INT4))
+    assert standin.own_sums == []
+    others = [(8, HIDDEN), (200, 2 * HIDDEN), (200 * HIDDEN,), (2, 100, HIDDEN)]
+    for shape in others:
+        x = torch.full(shape, ctx.rank + 1.0, dtype=torch.bfloat16)
+        assert torch.equal(group.all_reduce(x), torch.full(shape, 6.0, dtype=torch.bfloat16))
+        assert torch.equal(x, torch.full(shape, ctx.rank + 1.0, dtype=torch.bfloat16))
+    for dtype in (torch.float32, torch.int64):
+        assert group.all_reduce(torch.ones(200, HIDDEN, dtype=dtype)).unique().tolist() == [3]
+    assert standin.own_sums == [*others, (200, HIDDEN), (200, HIDDEN)]
+    report = flash.report()["ways"]
+    assert {way: n["calls"] for way, n in report.items()} == {
+        "int4 one_shot": 3,
+        "int4 two_shot": 1,
+        "vllm, not worth coding": 1,
+        "vllm, no hidden states": 5,
+    }
+    for tokens, way, calls in ((200, "one_shot", 3), (500, "two_shot", 1)):
+        route = flash.comm.explain((tokens, HIDDEN), torch.bfloat16).route
+        assert report[f"int4 {way}"]["message_bytes"] == calls * tokens * HIDDEN * 2
+        assert report[f"int4 {way}"]["sent_bytes"] == calls * route.wire_bytes > 0
+    assert flash.comm.settings.workspace_bytes == 4 << 20, "512 tokens need less than the least"
+    assert flash.comm.settings.timeout_s == 600, "a rank may compile the model while the others wait"
+    sums = torch.compile(lambda x: group.all_reduce(x * 2), fullgraph=True, dynamic=True, backend="eager")
+    for tokens, way in ((500, reference.two_shot), (9, None), (200, reference.one_shot)):
+        given = [x * 2 for x in everybody(ctx, (tokens, HIDDEN))]
+        got = sums(everybody(ctx, (tokens, HIDDEN))[ctx.rank])  # which way is decided as it runs, not as it is traced
+        assert torch.equal(got, way(given, INT4)) if way else len(standin.own_sums) == len(others) + 3
+
+
+def other_groups_are_left_alone(ctx: RankContext) -> None:
+    _, config = start(format="int4", min_bytes="0")
+    group = standin.make_group(config, dist.group.WORLD, "dp")
+    given = everybody(ctx, (200, HIDDEN))
+    torch.testing.assert_close(group.all_reduce(given[ctx.rank]), sum(given))  # type: ignore[arg-type]
+    assert group.device_communicator.flash is None
+    alone = dist.new_group([ctx.rank], use_local_synchronization=True)
+    assert standin.make_group(config, alone).all_reduce(given[ctx.rank]) is given[ctx.rank]
+
+
+def a_group_of_some(ctx: RankContext) -> None:
+    """TP 2 of 4 ranks, twice: each group codes its own sums."""
+    _, config = start(format="int4", min_bytes="0")
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = standin.make_group(config, pairs[ctx.rank // 2])
+    given = everybody(ctx, (9, HIDDEN))[ctx.rank // 2 * 2 :][:2]
+    assert torch.equal(group.all_reduce(given[ctx.rank % 2].clone()), reference.one_shot(given, INT4))
+    dist.barrier()
+
+
+def workspace_of_the_config(ctx: RankContext) -> None:
+    _, config = start(4096, format="int4")
+    config.scheduler_config.max_num_batched_tokens = 1000
+    flash = standin.make_group(config, dist.group.WORLD).device_communicator.flash
+    assert flash.comm.settings.workspace_bytes == 2 * 1000 * 4096 * 2
+    config.scheduler_config.max_num_batched_tokens = 1 << 20
+    dist.barrier()
+    standin.make_group(config, dist.new_group([0, 1]), "tp")
+    assert standin._state["tp"].device_communicator.flash.comm.settings.workspace_bytes == 256 << 20
+
+
+class Two(torch.nn.Module):
+    """Two row-parallel layers and one that keeps its partial sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kind = importlib.import_module("vllm.model_executor.layers.linear").RowParallelLinear
+        more = {"params_dtype": torch.bfloat16}
+        self.first = kind(256, HIDDEN, bias=True, prefix="model.layers.0.mlp.down_proj", **more)
+        self.second = kind(256, HIDDEN, bias=False, prefix="model.layers.1.mlp.down_proj", return_bias=False, **more)
+        self.partial = kind(256, HIDDEN, bias=False, reduce_results=False, prefix="model.layers.1.partial", **more)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.first(x)[0], self.second(x), self.partial(x)[0]
+
+
+def a_plan_by_layer(ctx: RankContext, path: str) -> None:
+    _, config = start(format=path, min_bytes="0")
+    group = standin.make_group(config, dist.group.WORLD)
+    torch.manual_seed(0)
+    model = Two()
+    for weight in model.parameters():
+        weight.data.normal_()
+    plan = Plan.load(Path(path))
+    inputs = [torch.randn(40, 128, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ctx.world)]
+    linear = torch.nn.functional.linear
+    first = [linear(x, model.first.weight, model.first.bias if r == 0 else None) for r, x in enumerate(inputs)]
+    second = [linear(x, model.second.weight) for x in inputs]
+    name = "model.layers.1.mlp.down_proj"
+    total = reference.one_shot([plan.send(name, x, ctx.world) for x in second], WireFormat.parse("int8"))
+    want = reference.one_shot(first, INT6), plan.receive(name, total, ctx.world, torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    with torch.inference_mode():
+        for run_it in (model, compiled):
+            got = run_it(inputs[ctx.rank])
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+            assert torch.equal(got[2], linear(inputs[ctx.rank], model.partial.weight))
+        assert torch.equal(compiled(inputs[ctx.rank][:7])[0], want[0][:7]), "another length, the same graph"
+    flash = group.device_communicator.flash
+    assert flash.layers == ["model.layers.0.mlp.down_proj", name]
+    assert model.second.flashcomm_name == f"vllm/tp:0/{name}", "cached graphs hold it: the same in every run"
+    given = everybody(ctx, (40, HIDDEN))
+    assert torch.equal(group.all_reduce(given[ctx.rank]), reference.one_shot(given, INT6)), "a sum without a layer"
+    assert torch.equal(group.all_reduce(given[ctx.rank][:1]), reference.one_shot([x[:1] for x in given], INT4))
+    assert standin.own_sums == []
+
+
+def a_plan_for_other_layers(ctx: RankContext, path: str) -> None:
+    _, config = start(format=path)
+    standin.make_group(config, dist.group.WORLD)
+    with pytest.raises(PlanError, match=r"names layers that the model does not have \(h\.\*\)"):
+        Two()(torch.zeros(4, 128).bfloat16())
+
+
+def a_plan_without_the_layer_plugin(ctx: RankContext, path: str) -> None:
+    standin.install()
+    os.environ["FLASHCOMM_FORMAT"] = path
+    from flashcomm.integrations import vllm as seam
+
+    platform, config = standin.start({"flashcomm": seam.platform_plugin}), standin.make_config(HIDDEN)
+    platform.apply_config_platform_defaults(config)
+    group = standin.make_group(config, dist.group.WORLD)
+    with pytest.raises(PlanError, match="does VLLM_PLUGINS leave us out"):
+        group.all_reduce(torch.zeros(4, HIDDEN).bfloat16())
+
+
+def one_lacks_the_package(ctx: RankContext) -> None:
+    _, config = start(format="int4", timeout_s="2")
+    if ctx.rank == 1:
+        standin._state["platform"] = standin.CpuPlatform()
+        standin.make_group(config, dist.group.WORLD)
+        return
+    with pytest.raises(UnavailableError, match=r"rank 1 of .* did not come .* within 2 s: all workers need"):
+        standin.make_group(config, dist.group.WORLD)
+
+
+def workers_differ(ctx: RankContext, mine: list[str], told: str) -> None:
+    _, config = start(format="int4")
+    os.environ["FLASHCOMM_FORMAT"] = mine[ctx.rank]
+    with pytest.raises(UnavailableError, match=told):
+        standin.make_group(config, dist.group.WORLD)
+
+
+def versions_differ(ctx: RankContext) -> None:
+    _, config = start(format="int4")
+    flashcomm.__version__ = f"0.{ctx.rank}"
+    told = r"give all its workers the same: rank 0: flashcomm 0\.0, plan .*; rank 1: flashcomm 0\.1, plan"
+    with pytest.raises(UnavailableError, match=told):
+        standin.make_group(config, dist.group.WORLD)
+
+
+def debug_says_what_goes_where(ctx: RankContext) -> None:
+    told: list[str] = []
+    logging.getLogger("flashcomm").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    _, config = start(format="int4", debug="info")
+    group = standin.make_group(config, dist.group.WORLD)
+    told.clear()
+    for tokens in [200, *[1] * 99]:
+        group.all_reduce(torch.ones(tokens, HIDDEN, dtype=torch.bfloat16))
+    assert told[0] == f"vLLM, rank {ctx.rank}: first sum that goes int4 one_shot: (200, {HIDDEN}) torch.bfloat16"
+    assert told[1] == f"vLLM, rank {ctx.rank}: first sum that goes vllm, not worth coding: (1, {HIDDEN}) torch.bfloat16"
+    assert told[2].startswith(
+        f"vLLM, rank {ctx.rank}, after 100 sums: {{'int4 one_shot': {{'calls': 1, 'message_bytes': 76800"
+    )
+    assert "'vllm, not worth coding': {'calls': 99, " in told[2]
+    assert len(told) == 3
+
+
+class TestInRanks:
+    def test_hidden_states_are_coded_and_nothing_else(self) -> None:
+        run(coded_and_not, 3)
+
+    def test_other_groups_are_left_alone(self) -> None:
+        run(other_groups_are_left_alone, 2)
+
+    def test_groups_of_some_ranks(self) -> None:
+        run(a_group_of_some, 4)
+
+    def test_the_workspace_is_sized_from_the_config(self) -> None:
+        run(workspace_of_the_config, 2)
+
+    def test_formats_by_layer_eager_and_compiled(self, tmp_path: Path) -> None:
+        torch.manual_seed(1)
+        vectors = torch.randint(-3, 4, (HIDDEN,), dtype=torch.int8), torch.randn(HIDDEN).bfloat16()
+        Plan(INT6, INT4, {"*.1.mlp.down_proj": LayerPlan(WireFormat.parse("int8"), *vectors)}).save(tmp_path / "p.json")
+        run(a_plan_by_layer, 2, (str(tmp_path / "p.json"),))
+
+    def test_plans_that_cannot_be_followed(self, tmp_path: Path) -> None:
+        Plan(INT6, None, {"h.*": LayerPlan(INT4)}).save(tmp_path / "p.json")
+        run(a_plan_for_other_layers, 2, (str(tmp_path / "p.json"),))
+        run(a_plan_without_the_layer_plugin, 2, (str(tmp_path / "p.json"),))
+
+    def test_a_worker_without_the_package(self) -> None:
+        run(one_lacks_the_package, 2)
+
+    def test_workers_that_differ(self) -> None:
+        run(workers_differ, 2, (["int4", "int8"], r"rank 1: this worker's FLASHCOMM_FORMAT='int8' is not what vLLM's"))
+        run(workers_differ, 2, (["int12", "int4"], r"cannot use flashcomm: rank 0: 12 bits asked for"))
+        run(versions_differ, 2)
+
+    def test_debug_info(self) -> None:
+        run(debug_says_what_goes_where, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- at start-up
+
+
+@pytest.fixture
+def seam(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`flashcomm.integrations.vllm` as new, in a process with a stand-in for vLLM."""
+    before = set(sys.modules)
+    standin.install()
+    made = importlib.reload(importlib.import_module("flashcomm.integrations.vllm"))
+    for name in ("FlashPlatform", "FlashDeviceCommunicator"):
+        vars(made).pop(name, None)
+    yield made
+    standin.op_registry_oot.clear()
+    standin.envs.VLLM_BATCH_INVARIANT = False
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] == "vllm":
+            del sys.modules[name]
+
+
+class TestStartUp:
+    def test_nothing_happens_unless_asked(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        for value in (None, "", " "):
+            monkeypatch.delenv("FLASHCOMM_FORMAT", raising=False)
+            if value is not None:
+                monkeypatch.setenv("FLASHCOMM_FORMAT", value)
+            assert seam.platform_plugin() is None
+            seam.layer_plugin()
+        assert standin.op_registry_oot == {}
+        assert type(standin.start({"flashcomm": seam.platform_plugin})) is standin.CpuPlatform
+
+    def test_importing_it_imports_no_vllm(self) -> None:
+        code = (
+            "import sys, torch, flashcomm.integrations.vllm as seam; assert seam.platform_plugin() is None; "
+            "seam.layer_plugin(); assert 'vllm' not in sys.modules; assert not torch.cuda.is_initialized()"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+    def test_the_platform_is_a_subclass_of_vllms(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
+        assert seam.platform_plugin() == "flashcomm.integrations.vllm.FlashPlatform"
+        platform = standin.start({"flashcomm": seam.platform_plugin})
+        assert isinstance(platform, standin.CpuPlatform)
+        assert standin.resolve("flashcomm.integrations.vllm.FlashPlatform") is type(platform)
+        communicator = standin.resolve(platform.get_device_communicator_cls())
+        assert issubclass(communicator, standin.CpuCommunicator)
+        assert "FLASHCOMM_FORMAT" in platform.additional_env_vars
+        assert standin.Platform.additional_env_vars == []
+        with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+            seam.Nonsense  # noqa: B018
+
+    @pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0"])
+    def test_versions_not_tested(
+        self, seam: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
+    ) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "plan.json")  # which is not there, and not even looked for
+        standin.install(version)
+        assert seam.platform_plugin() is None
+        assert seam.platform_plugin() is None
+        seam.layer_plugin()
+        assert [r.message for r in caplog.records] == [
+            f"FLASHCOMM_FORMAT is set, but vLLM {version} is not one of those it was tested with (0.26 to 0.32): "
+            "vLLM's own all-reduce is used"
+        ]
+
+    def test_neither_cuda_nor_cpu(
+        self, seam: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
+        sys.modules["vllm.platforms"].builtin_platform_plugins["cpu"] = lambda: None  # type: ignore[attr-defined]
+        assert seam.platform_plugin() is None
+        assert "neither on CUDA nor on a CPU" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("text", "error"), [("int12", FormatError), ("no.json", PlanError), ("bf16/int4x", FormatError)]
+    )
+    def test_wrong_formats_stop_the_front_end(
+        self, seam: Any, monkeypatch: pytest.MonkeyPatch, text: str, error: type[FlashcommError]
+    ) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", text)
+        platform = standin.start({"flashcomm": seam.platform_plugin})
+        with pytest.raises(error):
+            platform.apply_config_platform_defaults(standin.make_config(HIDDEN))
+
+    def test_other_wrong_settings_stop_it_too(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
+        platform = standin.start({"flashcomm": seam.platform_plugin})
+        config = standin.make_config(HIDDEN)
+        config.additional_config = object()
+        with pytest.raises(SettingsError, match="additional_config must be a dict"):
+            platform.apply_config_platform_defaults(config)
+        monkeypatch.setenv("FLASHCOMM_ALGORITHM", "ring")
+        with pytest.raises(SettingsError, match="algorithm='ring'"):
+            platform.apply_config_platform_defaults(standin.make_config(HIDDEN))
+
+    @pytest.mark.parametrize(
+        ("fmt", "before", "after"), [("int4", None, False), ("int4", True, True), ("bf16", None, None)]
+    )
+    def test_flashinfers_fusion(
+        self,
+        seam: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        fmt: str,
+        before: bool | None,
+        after: bool | None,
+    ) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", fmt)
+        config = standin.make_config(HIDDEN)
+        config.compilation_config.pass_config.fuse_allreduce_rms = before
+        standin.start({"flashcomm": seam.platform_plugin}).apply_config_platform_defaults(config)
+        assert config.compilation_config.pass_config.fuse_allreduce_rms is after
+        assert ("messages that FlashInfer fuses with RMSNorm are not coded" in caplog.text) == bool(before)
+
+    def test_graphs_are_cached_by_format(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        marks = set()
+        for fmt in ("int4", "int8", "int4/int8"):
+            monkeypatch.setenv("FLASHCOMM_FORMAT", fmt)
+            config = standin.make_config(HIDDEN)
+            standin.start({"flashcomm": seam.platform_plugin}).apply_config_platform_defaults(config)
+            marks.add(json.dumps(config.additional_config))  # what vLLM hashes
+        assert len(marks) == 3
+
+    def test_when_vllm_keeps_its_sums(self, seam: Any) -> None:
+        from flashcomm.integrations.vllm_group import why_not
+
+        assert why_not(standin.make_config(HIDDEN)) == ""
+        assert "bfloat16 and float16" in why_not(standin.make_config(HIDDEN, dtype=torch.float32))
+        assert "DBO" in why_not(standin.make_config(HIDDEN, use_ubatching=True))
+        assert "no model config" in why_not(None)
+        standin.envs.VLLM_BATCH_INVARIANT = True
+        assert "batch-invariant mode is on" in why_not(standin.make_config(HIDDEN))
+
+    def test_two_plugins_for_the_layers(self, seam: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        Plan(INT6, None, {"*": LayerPlan(INT4)}).save(tmp_path / "p.json")
+        monkeypatch.setenv("FLASHCOMM_FORMAT", str(tmp_path / "p.json"))
+        seam.layer_plugin()
+        ours = standin.op_registry_oot["RowParallelLinear"]
+        seam.layer_plugin()  # vLLM calls it in every process, sometimes twice
+        assert standin.op_registry_oot == {"RowParallelLinear": ours}
+        standin.op_registry_oot["RowParallelLinear"] = type("Theirs", (standin.RowParallelLinear,), {})
+        with pytest.raises(SettingsError, match=r"another vLLM plugin .* took RowParallelLinear: name the plugins"):
+            seam.layer_plugin()
+
+    def test_two_plugins_for_the_platform(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
+        with pytest.raises(RuntimeError, match=r"Only one platform plugin .*'flashcomm', 'other'"):
+            standin.start({"flashcomm": seam.platform_plugin, "other": lambda: "a.B"})
+
+    def test_entry_points_lead_to_functions(self) -> None:
+        text = (ROOT / "pyproject.toml").read_text()
+        for kind in ("platform_plugins", "general_plugins"):
+            found = re.search(rf'\[project\.entry-points\."vllm\.{kind}"\]\nflashcomm = "([\w.]+):(\w+)"', text)
+            assert found
+            assert callable(getattr(importlib.import_module(found[1]), found[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------- vLLM itself
+
+PYTHON = os.environ.get("TEST_VLLM_PYTHON", "")
+only_asked = pytest.mark.skipif(not PYTHON, reason="vLLM itself, heavy: run scripts/test-vllm")
+
+
+@only_asked
+def test_the_stand_in_has_vllms_signatures() -> None:
+    """Every parameter that the stand-in's classes have, vLLM's have."""
+    wanted = {
+        "vllm.platforms.interface.Platform": standin.Platform,
+        "vllm.distributed.device_communicators.cpu_communicator.CpuCommunicator": standin.CpuCommunicator,
+        "vllm.model_executor.layers.linear.RowParallelLinear": standin.RowParallelLinear,
+        "vllm.model_executor.custom_op.PluggableLayer": standin.PluggableLayer,
+    }
+    methods = {
+        path: {
+            name: list(inspect.signature(method).parameters)
+            for name in ("__init__", "all_reduce", "destroy", "forward", "register_oot", *vars(standin.Platform))
+            if callable(method := getattr(cls, name, None)) and name in vars(cls)
+        }
+        for path, cls in wanted.items()
+    }
+    code = (
+        "import inspect, json, sys\n"
+        "from vllm.utils.import_utils import resolve_obj_by_qualname as get\n"
+        "asked = json.loads(sys.argv[1])\n"
+        "print('RESULT', json.dumps({p: {n: list(inspect.signature(getattr(get(p), n)).parameters) for n in names}"
+        " for p, names in asked.items()}))\n"
+    )
+    done = subprocess.run([PYTHON, "-c", code, json.dumps(methods)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.rpartition("RESULT ")[2]) == methods
+
+
+@only_asked
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_vllm_generates_with_coded_sums(how: str) -> None:
+    command = [PYTHON, str(ROOT / "scripts" / "vllm_run.py"), "--json", "--formats", "bf16,int8"]
+    done = subprocess.run(command + ["--compiled"] * (how == "compiled"), capture_output=True, text=True, timeout=1400)
+    assert done.returncode == 0, done.stderr
+    plain, bf16, int8 = json.loads(done.stdout.strip().splitlines()[-1])
+    print(json.dumps([bf16["report"], int8["report"]], indent=1))
+    assert plain["report"] == {}, "without FLASHCOMM_FORMAT nothing is there"
+    assert bf16["tokens"] == plain["tokens"], "bf16 is vLLM's own"
+    assert set(bf16["report"]["ways"]) == {"vllm, not worth coding"}
+    ways = int8["report"]["ways"]
+    assert ways["int8 one_shot"]["calls"] == 2 * 61, "two a layer and the embedding, for each prompt"
+    assert 0.5 < ways["int8 one_shot"]["sent_bytes"] / ways["int8 one_shot"]["message_bytes"] < 0.54
+    assert ways["vllm, not worth coding"]["calls"] >= 2 * 61 * 31
+    agree = [
+        next((i for i, (a, b) in enumerate(zip(*t, strict=True)) if a != b), len(t[0]))
+        for t in zip(plain["tokens"], int8["tokens"], strict=True)
+    ]
+    print("tokens as without flashcomm:", agree)
+    assert min(agree) >= 1, "greedy texts part at a near tie, but not at once"
+    assert max(agree) == 32
