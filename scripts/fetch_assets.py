@@ -113,12 +113,12 @@ def convert(gguf: Path, target: Path) -> Path:
     transformers.utils.logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    dequantised = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config = dequantised.config
-    if hasattr(config, "quantization_config"):  # the weights are no longer quantised
+    dequantized = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = dequantized.config
+    if hasattr(config, "quantization_config"):  # the weights are no longer quantized
         del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(dequantised.state_dict())
+    model.load_state_dict(dequantized.state_dict())
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target

@@ -27,19 +27,19 @@ T = TypeVar("T")
 
 
 def run_ranks(
-    world: int, body: Callable[[dist.ProcessGroup, int], T], timeout_s: float = 30
+    world_size: int, body: Callable[[dist.ProcessGroup, int], T], timeout_s: float = 30
 ) -> list[T | BaseException]:
     """body(group, rank) on `world` threads, each with a gloo group of its own; per rank its result or its exception."""
     store = dist.HashStore()
-    results: list[Any] = [None] * world
+    results: list[Any] = [None] * world_size
 
     def thread(rank: int) -> None:
         try:
-            results[rank] = body(gloo_group(store, rank, world, timeout_s), rank)
+            results[rank] = body(gloo_group(store, rank, world_size, timeout_s), rank)
         except BaseException as why:  # pytest.fail is no Exception
             results[rank] = why
 
-    threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(world)]
+    threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(world_size)]
     for t in threads:
         t.start()
     for t in threads:
@@ -48,11 +48,11 @@ def run_ranks(
     return results
 
 
-def gloo_group(store: dist.Store, rank: int, world: int, timeout_s: float = 30) -> dist.ProcessGroup:
+def gloo_group(store: dist.Store, rank: int, world_size: int, timeout_s: float = 30) -> dist.ProcessGroup:
     """A process group over gloo that is not registered with torch.distributed, so that threads can have one each."""
-    backend = dist.ProcessGroupGloo(store, rank, world, datetime.timedelta(seconds=timeout_s))
+    backend = dist.ProcessGroupGloo(store, rank, world_size, datetime.timedelta(seconds=timeout_s))
     backend._set_sequence_number_for_group()
-    group = dist.ProcessGroup(store, rank, world)
+    group = dist.ProcessGroup(store, rank, world_size)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     return group
 

@@ -328,9 +328,15 @@ class TestPolicy:
     """choose() is a pure function: no group is needed to ask it."""
 
     def choose(
-        self, numel: int, world: int, fmt: str = "int4", algorithm: str = "auto", row: int = 576, min_bytes: int = 65536
+        self,
+        numel: int,
+        world_size: int,
+        fmt: str = "int4",
+        algorithm: str = "auto",
+        row: int = 576,
+        min_bytes: int = 65536,
     ) -> policy.Choice:
-        call = policy.Call(numel, row, 2, world, "cpu")
+        call = policy.Call(numel, row, 2, world_size, "cpu")
         return policy.choose(call, WireFormat.parse(fmt), algorithm, min_bytes)
 
     def test_auto(self) -> None:
@@ -353,9 +359,9 @@ class TestPolicy:
         assert self.choose(576, 3, min_bytes=0).route.algorithm == "one_shot"
 
     def test_every_way_not_taken_has_a_reason(self) -> None:
-        for world in (2, 3):
+        for world_size in (2, 3):
             for n in (1, 80, 512):
-                choice = self.choose(n * 576, world)
+                choice = self.choose(n * 576, world_size)
                 assert {choice.route.algorithm, *(r.algorithm for r in choice.rejected)} == set(policy.CHOSEN)
                 assert all(r.reason for r in choice.rejected)
                 assert choice.route.reason

@@ -88,7 +88,7 @@ MUTATIONS = {
         "                    flat_out[start:stop] = 0\n                    continue",
         "collectives/test_pipelined.py::test_all_reduce_equals_the_reference[two_shot-3]",
     ),
-    "send each peer its neighbour's piece": (
+    "send each peer its neighbor's piece": (
         "transports/process_group.py", "lambda rank: inp[rank]", "lambda rank: inp[(rank + 1) % self.world]",
         "collectives/test_pipelined.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",
     ),

@@ -14,14 +14,16 @@ from flashcomm.errors import SettingsError
 from flashcomm.ranks.launch import RankContext, run
 
 
-def inputs(rows: int, world: int, seed: int = 0) -> list[torch.Tensor]:
+def inputs(rows: int, world_size: int, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(rows, 1152, generator=generator, dtype=torch.float32).to(torch.bfloat16) for _ in range(world)]
+    return [
+        torch.randn(rows, 1152, generator=generator, dtype=torch.float32).to(torch.bfloat16) for _ in range(world_size)
+    ]
 
 
 def functional(ctx: RankContext) -> None:
     fmt = WireFormat.parse("int4")
-    per_rank = inputs(64, ctx.world)
+    per_rank = inputs(64, ctx.world_size)
     x, kept = per_rank[ctx.rank], per_rank[ctx.rank].clone()
     want = reference.two_shot(per_rank, fmt)  # what the policy picks for this size and three ranks
     assert torch.equal(flashcomm.all_reduce(x, "int4"), want)
@@ -30,7 +32,7 @@ def functional(ctx: RankContext) -> None:
     flashcomm.all_reduce(x, "int4")
     assert len(ops._table) == 1, "the same group and format share a Communicator"
     small = torch.ones(3)
-    assert flashcomm.all_reduce(small).tolist() == [float(ctx.world)] * 3  # default format; below min_bytes: exact
+    assert flashcomm.all_reduce(small).tolist() == [float(ctx.world_size)] * 3  # default format; below min_bytes: exact
 
     pair = dist.new_group([0, 1])
     lonely = dist.new_group([2])
@@ -43,15 +45,15 @@ def functional(ctx: RankContext) -> None:
 
 def halves(ctx: RankContext) -> None:
     fmt = WireFormat.parse("int4/int8")
-    per_rank = inputs(6, ctx.world)
+    per_rank = inputs(6, ctx.world_size)
     x, kept = per_rank[ctx.rank], per_rank[ctx.rank].clone()
-    name, world = ops.op_name("int4/int8"), ctx.world
+    name, world_size = ops.op_name("int4/int8"), ctx.world_size
     part, whole = reference.reduce_scatter(per_rank, fmt)[ctx.rank], reference.all_gather(per_rank, fmt)
     assert not torch.equal(whole, torch.cat(per_rank))
     assert torch.equal(flashcomm.reduce_scatter(x, "int4/int8"), part)
     assert torch.equal(flashcomm.all_gather(x, fmt), whole)
-    assert torch.equal(torch.ops.flashcomm.reduce_scatter(x, name, world), part)
-    assert torch.equal(torch.ops.flashcomm.all_gather(x, name, world), whole)
+    assert torch.equal(torch.ops.flashcomm.reduce_scatter(x, name, world_size), part)
+    assert torch.equal(torch.ops.flashcomm.all_gather(x, name, world_size), whole)
     assert torch.equal(x, kept)
     (comm,) = ops.communicators()
     assert dict(comm.calls) == {"reduce_scatter/composed": 2, "all_gather/composed": 2}
@@ -61,15 +63,15 @@ def halves(ctx: RankContext) -> None:
     group = pair if ctx.rank < 2 else lonely
     assert torch.equal(flashcomm.reduce_scatter(x, fmt, group), part[ctx.rank] if ctx.rank < 2 else x)
     assert torch.equal(flashcomm.all_gather(x, fmt, group), whole if ctx.rank < 2 else x)
-    with pytest.raises(SettingsError, match=r"world=2 was given for group .*, which has 3 ranks: give that"):
+    with pytest.raises(SettingsError, match=r"world_size=2 was given for group .*, which has 3 ranks: give that"):
         torch.ops.flashcomm.all_gather(x, name, 2)
 
 
 def opcheck_halves(ctx: RankContext) -> None:
     name = ops.op_name("int4")
-    for x in (inputs(64, ctx.world)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8), torch.randn(4, 3, 64)):
-        torch.library.opcheck(torch.ops.flashcomm.reduce_scatter.default, (x, name, ctx.world))
-        torch.library.opcheck(torch.ops.flashcomm.all_gather.default, (x, name, ctx.world))
+    for x in (inputs(64, ctx.world_size)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8), torch.randn(4, 3, 64)):
+        torch.library.opcheck(torch.ops.flashcomm.reduce_scatter.default, (x, name, ctx.world_size))
+        torch.library.opcheck(torch.ops.flashcomm.all_gather.default, (x, name, ctx.world_size))
 
 
 def compiled_halves(ctx: RankContext) -> int:
@@ -86,7 +88,7 @@ def compiled_halves(ctx: RankContext) -> int:
         return flashcomm.all_gather(flashcomm.reduce_scatter(x * 2, "int4/int8") + 1, "int4/int8")
 
     for seed, rows in enumerate((64, 66, 100, 332)):
-        per_rank = inputs(rows, ctx.world, seed)
+        per_rank = inputs(rows, ctx.world_size, seed)
         parts = [part + 1 for part in reference.reduce_scatter([t * 2 for t in per_rank], fmt)]
         assert torch.equal(block(per_rank[ctx.rank]), reference.all_gather(parts, fmt))
     return graphs
@@ -94,7 +96,7 @@ def compiled_halves(ctx: RankContext) -> int:
 
 def opcheck(ctx: RankContext) -> None:
     name = ops.op_name("int4")
-    for x in (inputs(64, ctx.world)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8)):
+    for x in (inputs(64, ctx.world_size)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8)):
         torch.library.opcheck(torch.ops.flashcomm.all_reduce.default, (x, name))
 
 
@@ -112,7 +114,7 @@ def compiled(ctx: RankContext) -> int:
         return flashcomm.all_reduce(x * 2, "int4") + 1
 
     for seed, rows in enumerate((64, 65, 100, 333)):
-        per_rank = inputs(rows, ctx.world, seed)
+        per_rank = inputs(rows, ctx.world_size, seed)
         want = reference.one_shot([t * 2 for t in per_rank], fmt)
         assert torch.equal(block(per_rank[ctx.rank]), want + 1)
     return graphs
@@ -120,7 +122,7 @@ def compiled(ctx: RankContext) -> int:
 
 def inductor(ctx: RankContext) -> None:
     """The default backend too: real code is generated around the op."""
-    per_rank = inputs(64, ctx.world)
+    per_rank = inputs(64, ctx.world_size)
 
     @torch.compile(fullgraph=True, dynamic=True)
     def block(x: torch.Tensor) -> torch.Tensor:
@@ -131,10 +133,12 @@ def inductor(ctx: RankContext) -> None:
 
 def remade(ctx: RankContext, path: str) -> None:
     """A group made anew under the name of a destroyed one gets a Communicator of its own."""
-    x = inputs(64, ctx.world)[ctx.rank]
+    x = inputs(64, ctx.world_size)[ctx.rank]
     first = flashcomm.all_reduce(x, "int4")
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.FileStore(path, ctx.world), rank=ctx.rank, world_size=ctx.world)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(path, ctx.world_size), rank=ctx.rank, world_size=ctx.world_size
+    )
     assert torch.equal(flashcomm.all_reduce(x, "int4"), first)
 
 

@@ -140,7 +140,7 @@ GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
         ({"format": "int8"}, "not a plan"),
         ({"flashcomm_plan": 2, "format": "int8"}, "not a plan"),
         ({"flashcomm_plan": 1}, 'no "format"'),
-        (GOOD | {"colour": 1}, "unknown keys colour"),
+        (GOOD | {"color": 1}, "unknown keys color"),
         (GOOD | {"format": "int1"}, "1 bits asked for"),
         (GOOD | {"decode": "int4-g7"}, "a group of 7"),
         (GOOD | {"layers": ["int8"]}, "are objects"),

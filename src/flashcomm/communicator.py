@@ -70,7 +70,7 @@ class Communicator:
         timeout_s: float | None = None,
         check: bool | None = None,
         debug: str | None = None,
-        local_world: int | None = None,
+        local_world_size: int | None = None,
         plan: str = "",
     ) -> None:
         if group is None:
@@ -86,7 +86,7 @@ class Communicator:
             self.device = consistency.group_device(group, device)
             given: dict[str, Any] = {"format": format, "algorithm": algorithm, "min_bytes": min_bytes}
             given |= {"transport": transport, "workspace_bytes": workspace_bytes, "chunk_bytes": chunk_bytes}
-            given |= {"timeout_s": timeout_s, "check": check, "debug": debug, "local_world": local_world}
+            given |= {"timeout_s": timeout_s, "check": check, "debug": debug, "local_world_size": local_world_size}
             mine: Settings | FlashcommError = replace(Settings.resolve(self.device.type, **given), plan=plan)
         except FlashcommError as why:
             self.device = consistency.group_device(group, None)
@@ -126,8 +126,8 @@ class Communicator:
         return self._closed
 
     @property
-    def world(self) -> int:
-        return self.transport.world
+    def world_size(self) -> int:
+        return self.transport.world_size
 
     def all_reduce(
         self,
@@ -139,7 +139,7 @@ class Communicator:
     ) -> Tensor:
         """The sum of x over all ranks, x's shape and dtype, the same bits on every rank.
 
-        x: bf16, fp16 or fp32, any shape and strides, not modified; the last dimension is the row that quantisation
+        x: bf16, fp16 or fp32, any shape and strides, not modified; the last dimension is the row that quantization
         groups do not cross. out: where to put the result (contiguous, x's shape and dtype; may be x); None makes one.
         format: another wire format for this call, equal on all ranks; plans (`flashcomm.plan`) use it layer by layer.
         whole: of how many values the message is that x is some rows of, equal on all ranks: the way is chosen for that
@@ -154,7 +154,7 @@ class Communicator:
             fmt = self.format if format is None else WireFormat.parse(format)
         except FormatError as why:
             unknown = why  # raised below, once every rank knows of it
-        problem = consistency.problem_with("all_reduce", x, self.device, self.world, out)
+        problem = consistency.problem_with("all_reduce", x, self.device, self.world_size, out)
         call = self._enter("all_reduce", x, problem, fmt, unknown, whole)
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if x.numel() == 0:
@@ -181,7 +181,7 @@ class Communicator:
         except FormatError as why:
             unknown = why
         eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
-        problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world)
+        problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world_size)
         call = self._enter("all_reduce_add_rms_norm", x, problem, fmt, unknown, eps)
         route = policy.choose(call, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
         self._count(f"all_reduce_add_rms_norm/{route.algorithm}", x, route.wire_bytes)
@@ -196,7 +196,7 @@ class Communicator:
         x: shape (world * n, ...); returns (n, ...). Raises as `all_reduce`; InputError where world does not divide.
         """
         self._enter("reduce_scatter", x)
-        out = torch.empty((x.shape[0] // self.world, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        out = torch.empty((x.shape[0] // self.world_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return self._exchange("reduce_scatter", x, out)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Communicator:
         x: shape (n, ...); returns (world * n, ...). Raises as `all_reduce`.
         """
         self._enter("all_gather", x)
-        out = torch.empty((x.shape[0] * self.world, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        out = torch.empty((x.shape[0] * self.world_size, *x.shape[1:]), dtype=x.dtype, device=x.device)
         return self._exchange("all_gather", x, out)
 
     def explain(
@@ -249,18 +249,18 @@ class Communicator:
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
-        return f"Communicator(rank {self.rank} of {self.world}, {self.format}, {self.device.type}{state})"
+        return f"Communicator(rank {self.rank} of {self.world_size}, {self.format}, {self.device.type}{state})"
 
     def _exchange(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """Run reduce_scatter or all_gather of x into out."""
         if x.numel() == 0:
             return out
-        if self.world == 1:
+        if self.world_size == 1:
             self._count(f"{name}/copy", x, 0)
             return out.copy_(x)
         row = x.shape[-1] if x.dim() > 1 else min(x.numel(), out.numel())
         step = self.format.reduce if name == "reduce_scatter" else self.format.gather
-        sent = (self.world - 1) * Layout(step, row, x.element_size()).nbytes(0, min(x.numel(), out.numel()))
+        sent = (self.world_size - 1) * Layout(step, row, x.element_size()).nbytes(0, min(x.numel(), out.numel()))
         small = self._staged is None or x.nbytes <= policy.MAPPED_BYTES
         kind, itemsize = KINDS.index(name), x.element_size()
         if self._fused is not None and small and self._fused.fits(kind, x.numel(), row, self.format, itemsize):
@@ -380,22 +380,22 @@ class Communicator:
         if self._closed:
             raise ClosedError(f"{name} on a closed Communicator: make a new one")
         if problem is None:
-            problem = consistency.problem_with(name, x, self.device, self.world)
+            problem = consistency.problem_with(name, x, self.device, self.world_size)
         if unknown and not problem:
             problem = consistency.Problem.FORMAT
-        if self.settings.check and self.world > 1:
+        if self.settings.check and self.world_size > 1:
             consistency.agree_on_call(self.transport, name, x, problem, self._n_calls + 1, (self.settings, fmt, more))
         elif problem == consistency.Problem.FORMAT and unknown:
             raise unknown
         elif problem:
-            raise InputError(f"{name}: {problem.text(x, self.device, self.world)}")
+            raise InputError(f"{name}: {problem.text(x, self.device, self.world_size)}")
         self._n_calls += 1
         return self._call(tuple(x.shape), x.dtype)
 
     def _call(self, shape: tuple[int, ...], dtype: torch.dtype) -> policy.Call:
         row = shape[-1] if shape else 1
         return policy.Call(
-            math.prod(shape), row, dtype.itemsize, self.world, self.device.type, self.machine.local_world
+            math.prod(shape), row, dtype.itemsize, self.world_size, self.device.type, self.machine.local_world_size
         )
 
     def _count(self, way: str, x: Tensor, n_bytes: int) -> None:

@@ -59,14 +59,14 @@ def all_gather(x: Tensor, format: str | WireFormat | None = None, group: dist.Pr
     return call("all_gather", x, op_name(format, group), _size(group))
 
 
-def call(kind: str, x: Tensor, name: str, world: int) -> Tensor:
+def call(kind: str, x: Tensor, name: str, world_size: int) -> Tensor:
     """The collective `kind` of x in the Communicator of that `op_name`: plainly, or as an op where x is being traced.
 
     For seams, which make the name once. world: of the group; not used by "all_reduce".
     """
     if torch.compiler.is_compiling():
         op = getattr(torch.ops.flashcomm, kind)
-        return op(x, name) if kind == "all_reduce" else op(x, name, world)  # type: ignore[no-any-return]
+        return op(x, name) if kind == "all_reduce" else op(x, name, world_size)  # type: ignore[no-any-return]
     return getattr(_kept(name, x), kind)(x)  # type: ignore[no-any-return]
 
 
@@ -157,17 +157,19 @@ def _run_all_reduce(x: Tensor, group: str) -> Tensor:
     return _kept(group, x).all_reduce(x) if served is None else served(x)
 
 
-def _run_reduce_scatter(x: Tensor, group: str, world: int) -> Tensor:
-    return _of_size(_kept(group, x), group, world).reduce_scatter(x)
+def _run_reduce_scatter(x: Tensor, group: str, world_size: int) -> Tensor:
+    return _of_size(_kept(group, x), group, world_size).reduce_scatter(x)
 
 
-def _run_all_gather(x: Tensor, group: str, world: int) -> Tensor:
-    return _of_size(_kept(group, x), group, world).all_gather(x)
+def _run_all_gather(x: Tensor, group: str, world_size: int) -> Tensor:
+    return _of_size(_kept(group, x), group, world_size).all_gather(x)
 
 
-def _of_size(comm: Communicator, group: str, world: int) -> Communicator:
-    if comm.world != world:  # the result would not have the shape that the graph was traced with
-        raise SettingsError(f"world={world} was given for group {group!r}, which has {comm.world} ranks: give that")
+def _of_size(comm: Communicator, group: str, world_size: int) -> Communicator:
+    if comm.world_size != world_size:  # the result would not have the shape that the graph was traced with
+        raise SettingsError(
+            f"world_size={world_size} was given for group {group!r}, which has {comm.world_size} ranks: give that"
+        )
     return comm
 
 
@@ -185,13 +187,13 @@ def _fake_all_reduce(x: Tensor, group: str) -> Tensor:
 
 
 @torch.library.register_fake("flashcomm::reduce_scatter", lib=_library)  # type: ignore[untyped-decorator]
-def _fake_reduce_scatter(x: Tensor, group: str, world: int) -> Tensor:
-    return x.new_empty((x.shape[0] // world, *x.shape[1:]))
+def _fake_reduce_scatter(x: Tensor, group: str, world_size: int) -> Tensor:
+    return x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
 
 
 @torch.library.register_fake("flashcomm::all_gather", lib=_library)  # type: ignore[untyped-decorator]
-def _fake_all_gather(x: Tensor, group: str, world: int) -> Tensor:
-    return x.new_empty((x.shape[0] * world, *x.shape[1:]))
+def _fake_all_gather(x: Tensor, group: str, world_size: int) -> Tensor:
+    return x.new_empty((x.shape[0] * world_size, *x.shape[1:]))
 
 
 _library.define(  # type: ignore[no-untyped-call]

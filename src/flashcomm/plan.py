@@ -147,7 +147,7 @@ class Plan:
         """The format of layer `name`'s all-reduce of x (..., row)."""
         return self.decode if self.decode is not None and is_decode(x) else self.layer(name).format
 
-    def send(self, name: str, x: Tensor, world: int) -> Tensor:
+    def send(self, name: str, x: Tensor, world_size: int) -> Tensor:
         """What a rank of `world` gives to layer `name`'s all-reduce, if that is coded, for its x (..., row).
 
         Raises PlanError where the vectors do not fit the row.
@@ -157,20 +157,22 @@ class Plan:
             return x
         if x.dtype == torch.float16:  # whose range a shift can leave
             x = x.float()
-        up, _, share, _ = self._vectors_for(name, part, x, world)
+        up, _, share, _ = self._vectors_for(name, part, x, world_size)
         return (x - share) * up
 
-    def receive(self, name: str, total: Tensor, world: int, dtype: torch.dtype) -> Tensor:
+    def receive(self, name: str, total: Tensor, world_size: int, dtype: torch.dtype) -> Tensor:
         """The layer's output, of the dtype that x had, out of the sum of what the ranks gave."""
         part = self.layer(name)
         if part.shift is None or (self.decode is not None and is_decode(total)):
             return total
-        _, down, _, whole = self._vectors_for(name, part, total, world)
+        _, down, _, whole = self._vectors_for(name, part, total, world_size)
         return (total * down + whole).to(dtype)
 
-    def _vectors_for(self, name: str, part: LayerPlan, x: Tensor, world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _vectors_for(
+        self, name: str, part: LayerPlan, x: Tensor, world_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """2^shift, 2^-shift, a rank's share of the offset, and `world` times that share, in x's dtype."""
-        key = (name, x.dtype, x.device, world)
+        key = (name, x.dtype, x.device, world_size)
         if key not in self._vectors:
             assert part.shift is not None
             assert part.offset is not None
@@ -181,8 +183,8 @@ class Plan:
                 )
             with torch.inference_mode(False):  # kept: what is made in inference mode cannot be used outside it
                 shift = part.shift.to(x.device, torch.float32)
-                share = (part.offset.to(x.device, torch.float32) / world).to(x.dtype)
-                whole = (share.float() * world).to(x.dtype)
+                share = (part.offset.to(x.device, torch.float32) / world_size).to(x.dtype)
+                whole = (share.float() * world_size).to(x.dtype)
                 self._vectors[key] = shift.exp2().to(x.dtype), (-shift).exp2().to(x.dtype), share, whole
         return self._vectors[key]
 

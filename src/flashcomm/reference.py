@@ -32,34 +32,38 @@ def two_shot(tensors: Sequence[Tensor], fmt: WireFormat, codec: ModuleType = tor
     """All-reduce as reduce-scatter and all-gather: the sum is coded a second time, as `fmt.gather`."""
     if len(tensors) == 1:
         return tensors[0].clone()
-    return _gathered(coded_sum(tensors, fmt.reduce, codec, fmt.middle[0]), tensors[0], fmt, codec)
+    return _gathered(coded_sum(tensors, fmt.reduce, codec, fmt.between_steps[0]), tensors[0], fmt, codec)
 
 
 def hierarchical(
-    tensors: Sequence[Tensor], fmt: WireFormat, local_world: int, codec: ModuleType = torch_codec
+    tensors: Sequence[Tensor], fmt: WireFormat, local_world_size: int, codec: ModuleType = torch_codec
 ) -> Tensor:
     """All-reduce over nodes of `local_world` consecutive ranks: summed within nodes, those sums summed in the order of
     nodes, and that gathered. Three roundings: values and nodes' sums as `fmt.reduce`, the sum of all as `fmt.gather`.
 
     Raises InputError where the ranks do not make such nodes.
     """
-    first, world = tensors[0], len(tensors)
-    if local_world < 1 or world % local_world:
-        raise InputError(f"{world} ranks do not make nodes of {local_world}")
-    within, across = fmt.again.middle
+    first, world_size = tensors[0], len(tensors)
+    if local_world_size < 1 or world_size % local_world_size:
+        raise InputError(f"{world_size} ranks do not make nodes of {local_world_size}")
+    within, across = fmt.twice_reduced.between_steps
     wires = []
-    for begin in range(0, world, local_world):
-        part = coded_sum(tensors[begin : begin + local_world], fmt.reduce, codec, within)
-        wires.append(_encoded(part.to(first.dtype) if across.lossless else part, first, across, codec))
-    return _gathered(_decoded(wires, first, fmt.middle[0], codec), first, fmt, codec)
+    for begin in range(0, world_size, local_world_size):
+        part = coded_sum(tensors[begin : begin + local_world_size], fmt.reduce, codec, within)
+        wires.append(_encoded(part.to(first.dtype) if across.uncompressed else part, first, across, codec))
+    return _gathered(_decoded(wires, first, fmt.between_steps[0], codec), first, fmt, codec)
 
 
 def all_reduce(
-    algorithm: str, tensors: Sequence[Tensor], fmt: WireFormat, local_world: int = 0, codec: ModuleType = torch_codec
+    algorithm: str,
+    tensors: Sequence[Tensor],
+    fmt: WireFormat,
+    local_world_size: int = 0,
+    codec: ModuleType = torch_codec,
 ) -> Tensor:
     """The coded algorithm of that name; local_world is for `hierarchical`."""
     if algorithm == "hierarchical":
-        return hierarchical(tensors, fmt, local_world, codec)
+        return hierarchical(tensors, fmt, local_world_size, codec)
     return {"one_shot": one_shot, "two_shot": two_shot}[algorithm](tensors, fmt, codec)
 
 
@@ -84,7 +88,7 @@ def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     total, residual: (..., hidden), of one dtype; weight: (hidden,), of the same. With every operation in float32 and
     rounded once, `to` being the rounding to the dtype:
 
-        sum = to(total + residual)                           the new residual: what is stored is what is normalised
+        sum = to(total + residual)                           the new residual: what is stored is what is normalized
         inverse = 1 / sqrt(pair_sum(sum * sum) / hidden + eps)
         normed = to(to(sum * inverse) * weight)
     """
@@ -99,8 +103,8 @@ def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 
 def pair_sum(q: Tensor) -> Tensor:
-    """The sum of each row of q (..., n), float32 and not negative, as (..., 1): neighbours are added, then neighbouring
-    sums, and so on; one without a neighbour goes on as it is."""
+    """The sum of each row of q (..., n), float32 and not negative, as (..., 1): neighbors are added, then neighboring
+    sums, and so on; one without a neighbor goes on as it is."""
     while q.shape[-1] > 1:
         if q.shape[-1] % 2:
             q = torch.nn.functional.pad(q, (0, 1))
@@ -110,8 +114,8 @@ def pair_sum(q: Tensor) -> Tensor:
 
 def _gathered(total: Tensor, message: Tensor, fmt: WireFormat, codec: ModuleType) -> Tensor:
     """What comes back of a sum (float32, flat, decoded as `fmt.middle` says) of messages: coded as `fmt.gather`."""
-    resend = fmt.middle[1]
-    wire = _encoded(total.to(message.dtype) if resend.lossless else total, message, resend, codec)
+    resend = fmt.between_steps[1]
+    wire = _encoded(total.to(message.dtype) if resend.uncompressed else total, message, resend, codec)
     return _decoded([wire], message, fmt.gather, codec).to(message.dtype).view(message.shape)
 
 

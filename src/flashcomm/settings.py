@@ -39,6 +39,7 @@ NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
     *("DEBUG", "LOCAL_WORLD"),
 )
+_ARGUMENTS = {name: name.lower() for name in NAMES} | {"LOCAL_WORLD": "local_world_size"}
 _PREFIX = "FLASHCOMM_"
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
@@ -56,7 +57,7 @@ class Settings:
     timeout_s: float
     check: bool
     debug: str
-    local_world: int = 0  # 0: what is found
+    local_world_size: int = 0  # 0: what is found
     plan: str = ""  # the digest of the plan that a seam follows with these settings
 
     @property
@@ -72,27 +73,28 @@ class Settings:
 
         Raises FormatError or SettingsError. Warns of FLASHCOMM_* names it does not know.
         """
-        unknown = sorted(set(given) - {name.lower() for name in NAMES})
+        unknown = sorted(set(given) - set(_ARGUMENTS.values()))
         if unknown:
-            raise SettingsError(f"unknown settings {', '.join(unknown)}: there are {', '.join(NAMES).lower()}")
+            raise SettingsError(f"unknown settings {', '.join(unknown)}: there are {', '.join(_ARGUMENTS.values())}")
         env = os.environ if environ is None else environ
         warn_unknown(env)
 
         def value(name: str, default: Any) -> Any:
-            return given[name] if given.get(name) is not None else env.get(_PREFIX + name.upper(), default)
+            argument = _ARGUMENTS[name]
+            return given[argument] if given.get(argument) is not None else env.get(_PREFIX + name, default)
 
         cpu = device_type == "cpu"
         return cls(
-            fmt=_format(value("format", DEFAULT_FORMAT)),
-            algorithm=_one_of("algorithm", value("algorithm", "auto"), ALGORITHMS),
-            min_bytes=None if (least := value("min_bytes", None)) is None else parse_size("min_bytes", least),
-            transport=_one_of("transport", value("transport", "auto"), TRANSPORTS),
-            workspace_bytes=parse_size("workspace_bytes", value("workspace_bytes", 256 << 20), least=4 << 20),
-            chunk_bytes=parse_size("chunk_bytes", value("chunk_bytes", 4 << 20 if cpu else 32 << 20), least=1),
-            timeout_s=_seconds(value("timeout_s", 60.0)),
-            check=_flag("check", value("check", cpu)),
-            debug=_one_of("debug", value("debug", "off"), ("off", "info")),
-            local_world=_ranks(value("local_world", None)),
+            fmt=_format(value("FORMAT", DEFAULT_FORMAT)),
+            algorithm=_one_of("algorithm", value("ALGORITHM", "auto"), ALGORITHMS),
+            min_bytes=None if (least := value("MIN_BYTES", None)) is None else parse_size("min_bytes", least),
+            transport=_one_of("transport", value("TRANSPORT", "auto"), TRANSPORTS),
+            workspace_bytes=parse_size("workspace_bytes", value("WORKSPACE_BYTES", 256 << 20), least=4 << 20),
+            chunk_bytes=parse_size("chunk_bytes", value("CHUNK_BYTES", 4 << 20 if cpu else 32 << 20), least=1),
+            timeout_s=_seconds(value("TIMEOUT_S", 60.0)),
+            check=_flag("check", value("CHECK", cpu)),
+            debug=_one_of("debug", value("DEBUG", "off"), ("off", "info")),
+            local_world_size=_ranks(value("LOCAL_WORLD", None)),
         )
 
 
@@ -134,7 +136,7 @@ def _seconds(value: float | str) -> float:
 
 def _ranks(value: int | str | None) -> int:
     if value is not None and not (str(value).strip().isdecimal() and int(value) > 0):
-        raise SettingsError(f"local_world={value!r}: give the number of ranks of a node")
+        raise SettingsError(f"local_world_size={value!r}: give the number of ranks of a node")
     return 0 if value is None else int(value)
 
 

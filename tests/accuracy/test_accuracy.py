@@ -145,14 +145,14 @@ def smol_plan() -> Plan:
 
 def real_logits(ctx: RankContext, ids: Tensor, plans: list[Plan], algorithm: str) -> list[Any]:
     from flashcomm.accuracy.models import load_model
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
     torch.set_num_threads(1)
-    seam.enable("bf16", algorithm=algorithm, min_bytes=0)
-    model, _ = load_model(MODEL, ctx.world, ctx.device, torch.float32)
+    integration.enable("bf16", algorithm=algorithm, min_bytes=0)
+    model, _ = load_model(MODEL, ctx.world_size, ctx.device, torch.float32)
     out = []
     for plan in plans:
-        seam.enable(plan, algorithm=algorithm, min_bytes=0)
+        integration.enable(plan, algorithm=algorithm, min_bytes=0)
         with torch.inference_mode():
             out.append(model(ids).logits.tolist())
     return out
@@ -187,7 +187,7 @@ class TestSensitivity:
             assert costs.snr_db[name, which, step] == pytest.approx(snr, abs=0.01)
         both = costs.kl[name, "reduce", step] + costs.kl[name, "gather", step]
         assert costs.of(name, WireFormat(step, step)) == pytest.approx(both)
-        assert costs.of(name, sensitivity.LOSSLESS) == 0.0
+        assert costs.of(name, sensitivity.UNCOMPRESSED) == 0.0
         assert all(p.requires_grad for p in model.parameters())
 
     def test_conditioning_is_the_mean_and_the_balance_of_gradient_and_spread(self) -> None:

@@ -48,16 +48,16 @@ def test_rows(tmp_path: Path) -> None:
         assert {r["note"] for r in mine[3:5]} == {"takes native; new output"}  # below 64K
         assert {r["mode"] for r in mine} == {"eager"}
 
-        lossless, by = mine[:3], {r["path"]: r for r in mine[:3]}
-        best = min(lossless, key=lambda r: r["time_us"])
-        assert [r["speedup"] for r in lossless] == sorted(r["speedup"] for r in lossless)
+        uncompressed, by = mine[:3], {r["path"]: r for r in mine[:3]}
+        best = min(uncompressed, key=lambda r: r["time_us"])
+        assert [r["speedup"] for r in uncompressed] == sorted(r["speedup"] for r in uncompressed)
         assert best["speedup"] == 1.0 == by["native"]["over_native"]
         for row in mine:
             assert row["speedup"] == pytest.approx(best["time_us"] / row["time_us"], rel=1e-2, abs=2e-3)
             assert row["over_native"] == pytest.approx(by["native"]["time_us"] / row["time_us"], rel=1e-2, abs=2e-3)
         assert by["native"]["note"] == "in place"
         assert by["native"]["wire_bytes"] == 4 * size // 3
-        assert all(r["error"] < 0.01 for r in lossless)
+        assert all(r["error"] < 0.01 for r in uncompressed)
         assert mine[-1]["error"] > 0.01
     missing = found["unavailable"]
     assert set(missing) == {"symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8"}
@@ -88,16 +88,16 @@ def grown(ctx: RankContext, dtype: torch.dtype) -> list[float]:
     way = baselines.Native()
     way.load([torch.full((64,), 31.0, dtype=dtype)])
     way.refill(baselines.SMALL)
-    for _ in range(baselines.growth(dtype, ctx.world)):
+    for _ in range(baselines.growth(dtype, ctx.world_size)):
         last = way.run(0)
     most = float(last.max())
     way.run(0)
     return [most, float(way.run(0).max())]
 
 
-@pytest.mark.parametrize(("dtype", "world"), [(BF16, 2), (torch.float16, 2), (torch.float16, 3)])
-def test_sums_in_place_stay_finite(dtype: torch.dtype, world: int) -> None:
-    most, two_more = run(grown, world, (dtype,))  # type: ignore[misc]
+@pytest.mark.parametrize(("dtype", "world_size"), [(BF16, 2), (torch.float16, 2), (torch.float16, 3)])
+def test_sums_in_place_stay_finite(dtype: torch.dtype, world_size: int) -> None:
+    most, two_more = run(grown, world_size, (dtype,))  # type: ignore[misc]
     assert 0 < most < float("inf")
     assert two_more == float("inf")  # so the limit is no lower than it must be
 
@@ -124,9 +124,9 @@ def test_timing_in_place_stays_finite() -> None:
 def differ(ctx: RankContext) -> list[str | None]:
     mine = [None, "no" if ctx.rank == 2 else None, f"rank {ctx.rank}" if ctx.rank else None]
     found = [baselines.agreed(why) for why in mine]
-    everywhere: list[Any] = [None] * ctx.world
+    everywhere: list[Any] = [None] * ctx.world_size
     dist.all_gather_object(everywhere, found)
-    assert everywhere == [found] * ctx.world
+    assert everywhere == [found] * ctx.world_size
     return found
 
 

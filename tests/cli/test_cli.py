@@ -226,12 +226,12 @@ def _processes_with(marker: str) -> int:
 class TestModel:
     PROMPT = "Explain in two sentences why the sky is blue."
 
-    def generate(self, fmt: str, world: int = 3, **env: str) -> dict[str, Any]:
+    def generate(self, fmt: str, world_size: int = 3, **env: str) -> dict[str, Any]:
         args = (
             "--model",
             MODEL,
             "--world",
-            world,
+            world_size,
             "--format",
             fmt,
             "--prompt",
@@ -245,12 +245,12 @@ class TestModel:
 
     def test_three_ranks_say_what_one_says(self) -> None:
         """A real model: lossless and 8-bit all-reduces over 3 ranks give the tokens of a single process."""
-        single, lossless, coded = self.generate("bf16", world=1), self.generate("bf16"), self.generate("int8")
+        single, uncompressed, coded = self.generate("bf16", world_size=1), self.generate("bf16"), self.generate("int8")
         assert single["text"].startswith("The sky is blue")
-        assert lossless["tokens"] == single["tokens"]
+        assert uncompressed["tokens"] == single["tokens"]
         assert coded["tokens"] == single["tokens"]
         assert single["wire_bytes"] == 0
-        assert coded["wire_bytes"] < 0.4 * lossless["wire_bytes"]  # one-shot at 8.3 bits, a ring at 32
+        assert coded["wire_bytes"] < 0.4 * uncompressed["wire_bytes"]  # one-shot at 8.3 bits, a ring at 32
         assert sum(coded["calls"].values()) == 60 * len(coded["tokens"])
         assert set(coded["calls"]) <= {"all_reduce/one_shot", "all_reduce/two_shot"}
 
@@ -264,13 +264,13 @@ class TestModel:
     def test_ttft(self, tmp_path: Path) -> None:
         args = ("ttft", "--model", MODEL, "--world", 3, "--formats", "int4", "--tokens", 128, "--repeats", 1)
         got = as_json(flashcomm(*args, "--csv", tmp_path / "t.csv", "--json"))
-        lossless, coded = got["rows"]
-        assert (lossless["format"], coded["format"]) == ("bf16", "int4")
-        assert lossless["speedup"] == 1.0
-        assert lossless["wire_bytes"] == 60 * 4 * 128 * 576 * 2 // 3
-        assert 3.4 < lossless["wire_bytes"] / coded["wire_bytes"] < 3.8
-        assert 0 < lossless["compute_s"] < lossless["ttft_s"]
-        assert lossless["predicted_s"] is None
+        uncompressed, coded = got["rows"]
+        assert (uncompressed["format"], coded["format"]) == ("bf16", "int4")
+        assert uncompressed["speedup"] == 1.0
+        assert uncompressed["wire_bytes"] == 60 * 4 * 128 * 576 * 2 // 3
+        assert 3.4 < uncompressed["wire_bytes"] / coded["wire_bytes"] < 3.8
+        assert 0 < uncompressed["compute_s"] < uncompressed["ttft_s"]
+        assert uncompressed["predicted_s"] is None
         as_json(flashcomm("plot", tmp_path / "t.csv", "-o", tmp_path / "t.png", "--json"))
 
     @needs_link

@@ -60,7 +60,7 @@ class TestDefinition:
         torch.testing.assert_close(normed.double(), want, rtol=2.1 * torch.finfo(dtype).eps, atol=1e-30)
 
     def test_rounds_before_the_weight(self) -> None:
-        """What is normalised is the stored sum; it is rounded, multiplied with the weight, and rounded again."""
+        """What is normalized is the stored sum; it is rounded, multiplied with the weight, and rounded again."""
         total, (residual, weight) = tough((1, 512), BF16, 1), beside((1, 512), BF16)
         normed, summed = reference.add_rms_norm(total, residual, weight, 1e-5)
         inverse = 1 / (summed.double().square().mean() + 1e-5).sqrt()
@@ -184,7 +184,7 @@ class TestCommunicator:
 
 def functional(ctx: RankContext) -> None:
     shape = (64, 1152)
-    everybody = [tough(shape, BF16, rank) for rank in range(ctx.world)]
+    everybody = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
     x, (residual, weight) = everybody[ctx.rank], beside(shape, BF16)
     want = reference.add_rms_norm(reference.one_shot(everybody, WireFormat.parse("int4")), residual, weight, 1e-5)
     assert same_pair(flashcomm.all_reduce_add_rms_norm(x, residual, weight, 1e-5, "int4"), want)
@@ -219,11 +219,11 @@ ON_GPUS = N_GPUS >= 2
 DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "shared")
 
 
-def on_ranks(body: object, world: int, *args: object) -> object:
+def on_ranks(body: object, world_size: int, *args: object) -> object:
     pytest.importorskip("triton", reason="triton is not installed")
-    if ON_GPUS and world > N_GPUS:
-        pytest.skip(f"{N_GPUS} CUDA devices, {world} are needed")
-    return run(body, world, args, device=DEVICE, timeout_s=1000 if ON_GPUS else 280)  # type: ignore[arg-type]
+    if ON_GPUS and world_size > N_GPUS:
+        pytest.skip(f"{N_GPUS} CUDA devices, {world_size} are needed")
+    return run(body, world_size, args, device=DEVICE, timeout_s=1000 if ON_GPUS else 280)  # type: ignore[arg-type]
 
 
 def over_peers_memory(ctx: RankContext) -> None:
@@ -232,7 +232,7 @@ def over_peers_memory(ctx: RankContext) -> None:
     for fmt, algorithm in (("int4", "one_shot"), ("int6-had/int7-had", "two_shot")):
         with Communicator(None, fmt, device=DEVICE, algorithm=algorithm, **settings) as comm:  # type: ignore[arg-type]
             for seed, shape in enumerate(((9, 512), (2, 11, 768), (1, 64), (2, 600))):
-                everybody = [tough(shape, BF16, seed + 100 * rank) for rank in range(ctx.world)]
+                everybody = [tough(shape, BF16, seed + 100 * rank) for rank in range(ctx.world_size)]
                 residual, weight = beside(shape, BF16, seed)
                 total = getattr(reference, algorithm)(everybody, comm.format)
                 want = reference.add_rms_norm(total, residual, weight, 1e-5)

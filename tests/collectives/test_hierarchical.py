@@ -26,25 +26,25 @@ INT4 = WireFormat.parse("int4")
 SHAPES: list[tuple[int, ...]] = [(5, 600), (2, 3, 640), (7,), (), (3, 1), (0, 64), (1, 1), (12, 512)]
 
 
-def make(group: Any, fmt: str, local_world: int | None, **more: Any) -> Communicator:
-    return Communicator(group, fmt, algorithm="hierarchical", local_world=local_world, min_bytes=0, **more)
+def make(group: Any, fmt: str, local_world_size: int | None, **more: Any) -> Communicator:
+    return Communicator(group, fmt, algorithm="hierarchical", local_world_size=local_world_size, min_bytes=0, **more)
 
 
-@pytest.mark.parametrize(("world", "local_world"), [(4, 2), (6, 3), (6, 2), (8, 4)])
-def test_ranks_give_the_bits_of_the_reference(world: int, local_world: int) -> None:
+@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), (6, 3), (6, 2), (8, 4)])
+def test_ranks_give_the_bits_of_the_reference(world_size: int, local_world_size: int) -> None:
     """Chunks of a few rows, shards that some ranks have nothing of, all pairs of kinds of steps; bytes as foretold."""
     formats = ("int4", BF16), ("int8-g32/int5", FP32), ("bf16/int4", FP16), ("int6-had/int7-had", BF16)
     for fmt, dtype in (*formats, ("int4-had/bf16", BF16), ("bf16", FP32)):
-        tensors = [[tough(shape, dtype, 10 * s + r) for r in range(world)] for s, shape in enumerate(SHAPES)]
+        tensors = [[tough(shape, dtype, 10 * s + r) for r in range(world_size)] for s, shape in enumerate(SHAPES)]
 
         def body(group: object, rank: int, fmt: str = fmt, tensors: Any = tensors) -> list[torch.Tensor]:
-            with make(group, fmt, local_world, chunk_bytes=2000) as comm:
+            with make(group, fmt, local_world_size, chunk_bytes=2000) as comm:
                 return [comm.all_reduce(per_rank[rank]) for per_rank in tensors]
 
-        results = raise_first(run_ranks(world, body))
+        results = raise_first(run_ranks(world_size, body))
         for i, per_rank in enumerate(tensors):
-            want = reference.hierarchical(per_rank, WireFormat.parse(fmt), local_world)
-            for rank in range(world):
+            want = reference.hierarchical(per_rank, WireFormat.parse(fmt), local_world_size)
+            for rank in range(world_size):
                 assert same_bits(results[rank][i], want), (fmt, per_rank[0].shape, rank)
 
 
@@ -105,12 +105,12 @@ def test_the_error_is_within_the_sum_of_bounds() -> None:
 
 def test_nodes_that_gain_nothing() -> None:
     """One node, nodes of one rank, and so many that less crosses in two-shot."""
-    for world, local_world, way in (
+    for world_size, local_world_size, way in (
         *((4, 4, "two_shot"), (4, 1, "two_shot"), (4, 0, "two_shot"), (8, 2, "two_shot")),
         *((4, 2, "hierarchical"), (6, 2, "hierarchical"), (8, 4, "hierarchical")),
     ):
-        choice = policy.choose(Call(4096, 512, 2, world, "cpu", local_world), INT4, "hierarchical", 0)
-        assert choice.route.algorithm == way, (world, local_world)
+        choice = policy.choose(Call(4096, 512, 2, world_size, "cpu", local_world_size), INT4, "hierarchical", 0)
+        assert choice.route.algorithm == way, (world_size, local_world_size)
     for wrong in (0, 3):
         with pytest.raises(InputError, match="4 ranks do not make nodes of"):
             reference.hierarchical([torch.ones(8)] * 4, INT4, wrong)
@@ -140,7 +140,7 @@ def test_what_crosses_and_what_does_not() -> None:
     message = policy.wire_bytes("one_shot", call, INT4) // 7
     assert policy.wire_bytes("hierarchical", call, INT4) == message * (3 + 1 + 3) // 4
     assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
-    told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world=4)))
+    told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
     crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
     assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
     assert "hierarchical" not in str(policy.choose(Call(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
@@ -156,14 +156,16 @@ class TestNodes:
     """Which ranks have a node together."""
 
     def found(self, monkeypatch: pytest.MonkeyPatch, places: list[tuple[str, str]], **given: Any) -> int:
-        transport: Any = type("Transport", (), {"world": len(places), "device": torch.device("cpu")})()
-        monkeypatch.setattr(discovery.agreement, "tell", lambda *_: [list(place) for place in places])
-        return discovery._local_world(transport, Settings.resolve("cpu", {}, **given))
+        transport: Any = type("Transport", (), {"world_size": len(places), "device": torch.device("cpu")})()
+        monkeypatch.setattr(discovery.consistency, "tell", lambda *_: [list(place) for place in places])
+        return discovery._local_world_size(transport, Settings.resolve("cpu", {}, **given))
 
     def test_groups_of_other_sizes(self) -> None:
         """The setting is of a process, whose groups are not all alike."""
-        for world, found in ((1, 1), (2, 2), (4, 4), (8, 4), (6, 0)):
-            assert discovery.asked_local_world(Settings.resolve("cpu", {}, local_world=4), world) == found, world
+        for world_size, found in ((1, 1), (2, 2), (4, 4), (8, 4), (6, 0)):
+            assert (
+                discovery.asked_local_world_size(Settings.resolve("cpu", {}, local_world_size=4), world_size) == found
+            ), world_size
 
     def test_hosts_and_what_is_near_to_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.found(monkeypatch, [("a", ""), ("a", ""), ("b", ""), ("b", "")]) == 2
@@ -175,68 +177,70 @@ class TestNodes:
 
     def test_what_is_asked_for_and_cannot_be(self, monkeypatch: pytest.MonkeyPatch) -> None:
         mixed = [("a", ""), ("b", ""), ("a", ""), ("b", "")]
-        assert self.found(monkeypatch, mixed, local_world=2) == 2
+        assert self.found(monkeypatch, mixed, local_world_size=2) == 2
         with pytest.raises(
             UnavailableError, match=r"consecutive ranks; these are at a, b, a, b: order the ranks by node"
         ):
             self.found(monkeypatch, mixed, algorithm="hierarchical")
-        with pytest.raises(SettingsError, match="local_world=3: 4 ranks do not make nodes of that many"):
-            self.found(monkeypatch, mixed, local_world=3, algorithm="hierarchical")
+        with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks do not make nodes of that many"):
+            self.found(monkeypatch, mixed, local_world_size=3, algorithm="hierarchical")
         for wrong in (0, -1, "two", 1.5):
-            with pytest.raises(SettingsError, match=r"local_world=.*give the number of ranks of a node"):
-                Settings.resolve("cpu", {}, local_world=wrong)
+            with pytest.raises(SettingsError, match=r"local_world_size=.*give the number of ranks of a node"):
+                Settings.resolve("cpu", {}, local_world_size=wrong)
 
     def test_ranks_of_one_host(self) -> None:
         def body(group: object, rank: int) -> tuple[int, str]:
             with make(group, "int4", None) as comm:
-                return comm.machine.local_world, comm.explain((64, 512), BF16).route.algorithm
+                return comm.machine.local_world_size, comm.explain((64, 512), BF16).route.algorithm
 
         assert raise_first(run_ranks(2, body)) == [(2, "two_shot")] * 2
 
     def test_ranks_that_say_different_things(self) -> None:
         got = run_ranks(4, lambda group, rank: make(group, "int4", 2 if rank else 4))
-        assert all(isinstance(why, SettingsError) and "local_world: rank 0 4, rank 1 2" in str(why) for why in got)
+        assert all(isinstance(why, SettingsError) and "local_world_size: rank 0 4, rank 1 2" in str(why) for why in got)
 
 
 def test_simulated_ranks_do_the_same() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     model.tp_plan = {"0": "rowwise"}  # type: ignore[assignment]
     tensors = [tough((4, 600), BF16, r) for r in range(4)]
-    ranks = TensorParallel(model, 4, "int4", algorithm="hierarchical", local_world=2)
+    ranks = TensorParallel(model, 4, "int4", algorithm="hierarchical", local_world_size=2)
     assert same_bits(ranks.reduce(tensors, INT4), reference.hierarchical(tensors, INT4, 2))
     for wrong in (3, 0):
-        with pytest.raises(InputError, match=f"nodes of local_world={wrong} ranks asked for: 4 ranks do not make such"):
-            TensorParallel(model, 4, algorithm="hierarchical", local_world=wrong)
+        with pytest.raises(
+            InputError, match=f"nodes of local_world_size={wrong} ranks asked for: 4 ranks do not make such"
+        ):
+            TensorParallel(model, 4, algorithm="hierarchical", local_world_size=wrong)
 
 
 # ------------------------------------------------------------------------------------------------ through host memory
 
 
-def staged(ctx: RankContext, local_world: int, timeout_s: float) -> tuple[Any, torch.Tensor]:
+def staged(ctx: RankContext, local_world_size: int, timeout_s: float) -> tuple[Any, torch.Tensor]:
     """A context whose nodes have slots of their own in shared memory."""
     from dataclasses import replace
 
     from test_staging import staged
 
     context, status = staged(ctx, 4096, timeout_s, exchanges=3)
-    begin = ctx.rank // local_world * local_world
+    begin = ctx.rank // local_world_size * local_world_size
     inner: Any = context.transport
     nodes = (
-        inner.among(range(begin, begin + local_world), 1),
-        inner.among(range(ctx.rank % local_world, ctx.world, local_world), 2),
+        inner.among(range(begin, begin + local_world_size), 1),
+        inner.among(range(ctx.rank % local_world_size, ctx.world_size, local_world_size), 2),
     )
     return replace(context, nodes=nodes, chunk_bytes=3000), status
 
 
-def over_shared_memory(ctx: RankContext, local_world: int) -> None:
-    context, status = staged(ctx, local_world, 60)
+def over_shared_memory(ctx: RankContext, local_world_size: int) -> None:
+    context, status = staged(ctx, local_world_size, 60)
     for seed, (fmt, dtype) in enumerate((("int4", BF16), ("int6-had/int7-had", BF16), ("bf16/int4", FP32))):
         context.fmt = WireFormat.parse(fmt)
-        for shape in ((5, 600), (1, 7)) if ctx.world == 4 else ((5, 600),):
-            everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
+        for shape in ((5, 600), (1, 7)) if ctx.world_size == 4 else ((5, 600),):
+            everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
             out = torch.empty(shape, dtype=dtype)
             hierarchical.hierarchical(everybody[ctx.rank], out, context)
-            assert same_bits(out, reference.hierarchical(everybody, context.fmt, local_world)), (fmt, shape)
+            assert same_bits(out, reference.hierarchical(everybody, context.fmt, local_world_size)), (fmt, shape)
     assert status.tolist() == [0] * 5
 
 
@@ -258,10 +262,10 @@ needs_interpreter = pytest.mark.skipif(N_GPUS > 0, reason="flags are not interpr
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("world", "local_world"), [(4, 2), (6, 3)])
-def test_through_shared_memory(world: int, local_world: int) -> None:
+@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), (6, 3)])
+def test_through_shared_memory(world_size: int, local_world_size: int) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    run(over_shared_memory, world, (local_world,), timeout_s=250)
+    run(over_shared_memory, world_size, (local_world_size,), timeout_s=250)
 
 
 @needs_interpreter
@@ -282,7 +286,7 @@ def on_gpus(ctx: RankContext, transport: str) -> None:
         with make(None, fmt, 2, device="cuda", transport=transport, timeout_s=30) as comm:
             for turn in range(5):
                 for i, shape in enumerate(shapes):
-                    everybody = [tough(shape, BF16, 100 * turn + 10 * i + r) for r in range(ctx.world)]
+                    everybody = [tough(shape, BF16, 100 * turn + 10 * i + r) for r in range(ctx.world_size)]
                     got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
                     want = reference.hierarchical(everybody, comm.format, 2)
                     assert same_bits(got, want), (fmt, shape, turn)

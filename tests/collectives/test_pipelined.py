@@ -18,7 +18,7 @@ SHAPES = [(5, 600), (2, 3, 640), (1, 2880), (7,), (), (3, 1), (0, 64), (4, 0), (
 
 
 def all_reduce_everywhere(
-    world: int, fmt: str, algorithm: str, tensors: list[list[torch.Tensor]], **settings: object
+    world_size: int, fmt: str, algorithm: str, tensors: list[list[torch.Tensor]], **settings: object
 ) -> list[list[torch.Tensor]]:
     """Per rank its results for each list of per-rank tensors, all through one Communicator."""
 
@@ -26,29 +26,29 @@ def all_reduce_everywhere(
         with Communicator(group, fmt, algorithm=algorithm, **settings) as comm:  # type: ignore[arg-type]
             return [comm.all_reduce(per_rank[rank]) for per_rank in tensors]
 
-    return raise_first(run_ranks(world, body))
+    return raise_first(run_ranks(world_size, body))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_all_reduce_equals_the_reference(world: int, algorithm: str) -> None:
+def test_all_reduce_equals_the_reference(world_size: int, algorithm: str) -> None:
     formats = ("int4", torch.bfloat16), ("int5-g32/int8", torch.float16), ("bf16", torch.float32)
     for fmt, dtype in (*formats, ("int4-had/int6-had", torch.bfloat16), ("int3-g32-had/int8-had", torch.float32)):
-        tensors = [[tough(shape, dtype, 10 * s + r) for r in range(world)] for s, shape in enumerate(SHAPES)]
-        results = all_reduce_everywhere(world, fmt, algorithm, tensors, chunk_bytes=2000)
+        tensors = [[tough(shape, dtype, 10 * s + r) for r in range(world_size)] for s, shape in enumerate(SHAPES)]
+        results = all_reduce_everywhere(world_size, fmt, algorithm, tensors, chunk_bytes=2000)
         for i, per_rank in enumerate(tensors):
             want = getattr(reference, algorithm)(per_rank, WireFormat.parse(fmt))
-            for rank in range(world):
+            for rank in range(world_size):
                 assert same_bits(results[rank][i], want), (fmt, per_rank[0].shape, rank)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
-def test_reduce_scatter_and_all_gather_equal_the_reference(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_reduce_scatter_and_all_gather_equal_the_reference(world_size: int) -> None:
     fmt = "int4/int8"
     shapes = [(2, 576), (1, 7), (3,), (2, 0), (4, 3, 130)]
     for s, shape in enumerate(shapes):
-        whole = [tough((shape[0] * world, *shape[1:]), torch.bfloat16, 10 * s + r) for r in range(world)]
-        parts = [tough(shape, torch.bfloat16, 99 * s + r) for r in range(world)]
+        whole = [tough((shape[0] * world_size, *shape[1:]), torch.bfloat16, 10 * s + r) for r in range(world_size)]
+        parts = [tough(shape, torch.bfloat16, 99 * s + r) for r in range(world_size)]
 
         def body(
             group: object, rank: int, whole: list[torch.Tensor] = whole, parts: list[torch.Tensor] = parts
@@ -56,10 +56,10 @@ def test_reduce_scatter_and_all_gather_equal_the_reference(world: int) -> None:
             with Communicator(group, fmt, chunk_bytes=500) as comm:  # type: ignore[arg-type]
                 return comm.reduce_scatter(whole[rank]), comm.all_gather(parts[rank])
 
-        results = raise_first(run_ranks(world, body))
+        results = raise_first(run_ranks(world_size, body))
         scattered = reference.reduce_scatter(whole, WireFormat.parse(fmt))
         gathered = reference.all_gather(parts, WireFormat.parse(fmt))
-        for rank in range(world):
+        for rank in range(world_size):
             assert same_bits(results[rank][0], scattered[rank])
             assert same_bits(results[rank][1], gathered)
 
@@ -83,7 +83,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 def test_a_group_never_reaches_into_the_next_row() -> None:
     x = torch.zeros(2, 600)
-    x[1] = 1000.0  # a neighbour that would ruin the scale
+    x[1] = 1000.0  # a neighbor that would ruin the scale
     x[0, 576:] = 0.001
     got = all_reduce_everywhere(2, "int4", "one_shot", [[x, x]])[0][0]
     assert torch.allclose(got[0, 576:], torch.tensor(0.002), rtol=1 / 30)  # half a step
@@ -166,7 +166,7 @@ def test_the_reference_is_what_the_method_says(
 def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtype) -> None:
     """Step by step: decoded rotated, the sum is coded rotated; the last decoder turns it back."""
     parsed, tensors = WireFormat.parse(fmt), [tough((6, 600), dtype, r) for r in range(3)]
-    rotated = [replace(step, rotated=True) for step in (parsed.reduce, parsed.gather)]
+    in_hadamard_domain = [replace(step, in_hadamard_domain=True) for step in (parsed.reduce, parsed.gather)]
     n = tensors[0].numel()
 
     def encoded(x: torch.Tensor, step: StepFormat) -> torch.Tensor:
@@ -176,8 +176,8 @@ def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtyp
         return wire
 
     wires, total = torch.stack([encoded(t, parsed.reduce) for t in tensors]), torch.empty(n)
-    torch_codec.decode_sum(wires, Layout(rotated[0], 600, dtype.itemsize), 0, n, total, dtype)
-    again, want = encoded(total, rotated[1]), torch.empty(n, dtype=dtype)
+    torch_codec.decode_sum(wires, Layout(in_hadamard_domain[0], 600, dtype.itemsize), 0, n, total, dtype)
+    again, want = encoded(total, in_hadamard_domain[1]), torch.empty(n, dtype=dtype)
     torch_codec.decode_sum(again[None], Layout(parsed.gather, 600, dtype.itemsize), 0, n, want, dtype)
     assert same_bits(reference.two_shot(tensors, parsed).view(-1), want)
     group = parsed.reduce.group

@@ -43,7 +43,7 @@ def recorded(ctx: RankContext) -> None:
     flashcomm.all_reduce(torch.ones(4096, 4096, dtype=torch.bfloat16, device=ctx.device), "int4")
     for rows in (64, 65, 700, 3000):
         for turn in range(8):
-            everybody = [tough((rows, 4096), torch.bfloat16, 10 * turn + r) for r in range(ctx.world)]
+            everybody = [tough((rows, 4096), torch.bfloat16, 10 * turn + r) for r in range(ctx.world_size)]
             want = reference.one_shot([x * 2 for x in everybody], FMT) + 1
             before = n_calls()
             torch.compiler.cudagraph_mark_step_begin()
@@ -71,7 +71,7 @@ class Mlp(nn.Module):
 
 def tensor_parallel(ctx: RankContext, sequence: bool) -> None:
     """A parallelized block, eager and in CUDA graphs: close to the unsharded one, equal ranks, replayed."""
-    mesh = init_device_mesh("cuda", (ctx.world,))
+    mesh = init_device_mesh("cuda", (ctx.world_size,))
     torch.manual_seed(0)
     model = Mlp().to(ctx.device, torch.bfloat16).requires_grad_(False)
     plan: dict[str, Any] = {"up": ColwiseParallel(), "down": FlashRowwiseParallel(format="int8")}
@@ -86,18 +86,18 @@ def tensor_parallel(ctx: RankContext, sequence: bool) -> None:
         for n in (64, 640, 1026):
             for turn in range(6):
                 x = torch.randn(2, n, 1024, generator=torch.Generator().manual_seed(turn)).bfloat16().to(ctx.device)
-                given = x.chunk(ctx.world, 1)[ctx.rank].contiguous() if sequence else x
+                given = x.chunk(ctx.world_size, 1)[ctx.rank].contiguous() if sequence else x
                 eager, before = sharded(given), n_calls()
                 torch.compiler.cudagraph_mark_step_begin()
                 got = fast(given).clone()
                 want = model(x).float()
-                want = want.chunk(ctx.world, 1)[ctx.rank] if sequence else want
+                want = want.chunk(ctx.world_size, 1)[ctx.rank] if sequence else want
                 for result in (eager, got):
                     assert result.shape == want.shape
                     assert ((result - want).norm() / want.norm()).item() < 0.02
                 assert turn < 3 or n_calls() == before, f"{n} tokens, turn {turn}: run again, not replayed"
                 if not sequence:
-                    others = [torch.empty_like(got) for _ in range(ctx.world)]
+                    others = [torch.empty_like(got) for _ in range(ctx.world_size)]
                     torch.distributed.all_gather(others, got)
                     assert all(torch.equal(other, got) for other in others)
 

@@ -35,8 +35,8 @@ def test_the_bytes_of_the_torch_codec(name: str) -> None:
     step = StepFormat.parse(name)
     for i, row in enumerate((2 * step.group, 600, 21, 1, 96)):
         dtype = DTYPES[i % 3]
-        rotated = replace(step, rotated=True) if step.hadamard and i % 2 else step
-        layout, n = Layout(rotated, row, dtype.itemsize), 5 * row
+        in_hadamard_domain = replace(step, in_hadamard_domain=True) if step.hadamard and i % 2 else step
+        layout, n = Layout(in_hadamard_domain, row, dtype.itemsize), 5 * row
         x = tough((5, row), dtype, i)
         x[1, 0], x[2, -1], x[3] = float("inf"), float("nan"), -x[3].abs()
         for start, stop in ((0, n), (row, 3 * row)):
@@ -87,7 +87,7 @@ def test_transforms_have_a_smaller_limit() -> None:
 
 
 def test_a_new_length_is_no_new_kernel() -> None:
-    """Everything that follows from a message's length is a run-time value, to which kernels are not specialised."""
+    """Everything that follows from a message's length is a run-time value, to which kernels are not specialized."""
     from flashcomm.gpu import all_reduce
     from flashcomm.gpu import codec as gpu_codec
 

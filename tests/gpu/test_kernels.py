@@ -34,11 +34,11 @@ DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "shared")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def on_ranks(body: object, world: int, *args: object) -> object:
-    if ON_GPUS and world > N_GPUS:
-        pytest.skip(f"{N_GPUS} CUDA devices, {world} are needed")
+def on_ranks(body: object, world_size: int, *args: object) -> object:
+    if ON_GPUS and world_size > N_GPUS:
+        pytest.skip(f"{N_GPUS} CUDA devices, {world_size} are needed")
     limit_s = 1000 if ON_GPUS else 250  # there kernels are compiled, some 40 for the longest of these
-    return run(body, world, args, device=DEVICE, timeout_s=limit_s)  # type: ignore[arg-type]
+    return run(body, world_size, args, device=DEVICE, timeout_s=limit_s)  # type: ignore[arg-type]
 
 
 def make(fmt: str, algorithm: str = "auto", **more: object) -> Communicator:
@@ -64,7 +64,7 @@ def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes
             with make(fmt, algorithm) as comm:
                 for seed, shape in enumerate(shapes):
                     epochs_inside(comm, (seed % 2 == 0) == (algorithm == "one_shot"))
-                    everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
+                    everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
                     if seed % 2 and everybody[1].numel():
                         everybody[1].view(-1)[-1] = float("inf")
                     same_as_reference(comm, everybody, algorithm, ctx.device)
@@ -72,8 +72,8 @@ def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes
                 assert comm.machine.transport == TRANSPORT
 
 
-@pytest.mark.parametrize("world", [2, 3, 4, 8])
-def test_all_reduce_equals_the_reference(world: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_all_reduce_equals_the_reference(world_size: int) -> None:
     """Widths and both metadata layouts, transformed or not, mixed groups, lossless steps; tails, a scalar, nothing."""
     formats = {
         2: [("int4", BF16), ("int8/int5", FP32), ("int6-had/int7-had", BF16), ("bf16", BF16), ("bf16/int2-had", FP16)],
@@ -82,7 +82,7 @@ def test_all_reduce_equals_the_reference(world: int) -> None:
         8: [("int4", BF16)],
     }
     shapes: list[tuple[int, ...]] = [(5, 600), (2, 3, 640), (7,), (), (0, 64), (3, 1), (1, 1)]
-    on_ranks(all_reduces, world, formats[world], shapes if world < 8 else [(9, 512), (1, 1)])
+    on_ranks(all_reduces, world_size, formats[world_size], shapes if world_size < 8 else [(9, 512), (1, 1)])
 
 
 def slices(ctx: RankContext) -> None:
@@ -90,8 +90,8 @@ def slices(ctx: RankContext) -> None:
         with make(fmt) as comm:
             for i, shape in enumerate(((2, 576), (1, 7), (3,), (2, 0), (1, 640))):
                 epochs_inside(comm, i % 2 == 0)
-                whole = [tough((shape[0] * ctx.world, *shape[1:]), BF16, r) for r in range(ctx.world)]
-                parts = [tough(shape, BF16, 99 + r) for r in range(ctx.world)]
+                whole = [tough((shape[0] * ctx.world_size, *shape[1:]), BF16, r) for r in range(ctx.world_size)]
+                parts = [tough(shape, BF16, 99 + r) for r in range(ctx.world_size)]
                 got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank]), (fmt, shape)
                 got = comm.all_gather(parts[ctx.rank].to(ctx.device)).cpu()
@@ -99,14 +99,14 @@ def slices(ctx: RankContext) -> None:
             assert set(comm.calls) == {"reduce_scatter/fused", "all_gather/fused"}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_reduce_scatter_and_all_gather_equal_the_reference(world: int) -> None:
-    on_ranks(slices, world)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_reduce_scatter_and_all_gather_equal_the_reference(world_size: int) -> None:
+    on_ranks(slices, world_size)
 
 
 def make_kernels(ctx: RankContext, workspace: int) -> launch.FusedCollectives:
     region = (symmetric if ON_GPUS else cpu_shared).make(ctx.device, launch.region_bytes(workspace))
-    places: list[str] = [""] * ctx.world
+    places: list[str] = [""] * ctx.world_size
     dist.all_gather_object(places, region.place)
     region.join(dist.group.WORLD, places)
     dist.barrier()
@@ -120,7 +120,7 @@ def cut_up(ctx: RankContext, tunings: list[launch.Tuning], workspace: int) -> No
     for fmt in (WireFormat.parse("int4"), WireFormat.parse("int6-had/int7-had")):
         for how in tunings if str(fmt) == "int4" else tunings[1:2]:
             for shape in ((12, 512), (3, 600), (1, 4001)):
-                everybody = [tough(shape, BF16, rank) for rank in range(ctx.world)]
+                everybody = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
                 x = everybody[ctx.rank].to(ctx.device)
                 for kind, define in kinds.items():
                     target = torch.full_like(x, 7)
@@ -146,8 +146,8 @@ def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
         kind, fmt, dtype = call * 7 // 2 % 4, fmts[call // 2 % 3], (BF16, FP32, FP16)[call % 3]
         shape = ((2, 256), (6, 512), (4, 130))[call * 5 // 3 % 3]
         if kind == all_reduce.REDUCE_SCATTER:
-            shape = (shape[0] * ctx.world, shape[1])
-        everybody = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world)]
+            shape = (shape[0] * ctx.world_size, shape[1])
+        everybody = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world_size)]
         x, want = everybody[ctx.rank].to(ctx.device), define[kind](everybody, fmt)
         want = want[ctx.rank] if kind == all_reduce.REDUCE_SCATTER else want
         out = torch.empty(want.shape, dtype=dtype, device=ctx.device)
@@ -167,7 +167,7 @@ def in_turn(ctx: RankContext, calls: int) -> None:
     shapes, seen = [(1, 64), (9, 576), (2, 600), (1, 2048), (3, 1)], 0
     with make("int4-had", "one_shot") as comm:
         everybody = [
-            [tough(s, (BF16, FP32)[i % 2], i + 50 * r) for r in range(ctx.world)] for i, s in enumerate(shapes)
+            [tough(s, (BF16, FP32)[i % 2], i + 50 * r) for r in range(ctx.world_size)] for i, s in enumerate(shapes)
         ]
         want = [reference.one_shot(xs, comm.format) for xs in everybody]
         mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
@@ -192,7 +192,7 @@ def slow_reader(ctx: RankContext, delay: int, how: launch.Tuning) -> None:
         assert comm._fused is not None
         comm._fused.delay = delay if ctx.rank == 0 else 0
         for call in range(8):
-            everybody = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world)]
+            everybody = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world_size)]
             algorithm = ("one_shot", "two_shot")[call % 2]
             same_as_reference_by(comm, everybody, algorithm, ctx.device, how)
 
@@ -224,15 +224,15 @@ def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
         epochs_inside(comm, ll)
         x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
-        if ctx.rank == ctx.world - 1:
+        if ctx.rank == ctx.world_size - 1:
             if ON_GPUS:
                 time.sleep(8)  # its memory must stay; on CPUs it goes with the last that maps it
             return
         out = torch.zeros_like(x)
         begin = time.monotonic()
-        with pytest.raises(CommunicationError, match=rf"rank {ctx.world - 1}: expected call 2, saw 1") as raised:
+        with pytest.raises(CommunicationError, match=rf"rank {ctx.world_size - 1}: expected call 2, saw 1") as raised:
             _calls(comm, x, out)
-        assert str(raised.value).startswith(f"rank {ctx.rank} of {ctx.world}: waited 2 s")
+        assert str(raised.value).startswith(f"rank {ctx.rank} of {ctx.world_size}: waited 2 s")
         assert out.isnan().all()
         assert comm._fused is not None
         assert set(comm._fused.region.peers.tolist()) == {comm._fused.local}  # it disturbs nobody from now on
@@ -247,9 +247,9 @@ def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str, ll: bool)
 
 
 def test_small_messages_carry_their_epochs_and_fit() -> None:
-    for world in (2, 16):
-        region = SimpleNamespace(rank=0, world=world, n_bytes=launch.region_bytes(256 << 20), mapped=False)
-        region.peers, region.status = torch.zeros(world, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    for world_size in (2, 16):
+        region = SimpleNamespace(rank=0, world_size=world_size, n_bytes=launch.region_bytes(256 << 20), mapped=False)
+        region.peers, region.status = torch.zeros(world_size, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
         kernels = launch.FusedCollectives(region, 1)
         for name, kind in itertools.product(("int4", "bf16", "int8-g16/int5-g16"), range(4)):
             fmt = WireFormat.parse(name)
@@ -258,7 +258,7 @@ def test_small_messages_carry_their_epochs_and_fit() -> None:
             assert chosen[23].lag
             first = [how.ll for how in chosen].index(False)
             assert not any(how.ll for how in chosen[first:])
-            units = (1 << (first - 1)) // fmt.unit // (world if kind == all_reduce.REDUCE_SCATTER else 1)
+            units = (1 << (first - 1)) // fmt.unit // (world_size if kind == all_reduce.REDUCE_SCATTER else 1)
             assert units <= kernels.capacity(kind, fmt.unit, fmt, 2, launch.LL)
 
 
@@ -268,16 +268,16 @@ def killed(ctx: RankContext) -> None:
         x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
         comm.synchronize()
-        if ctx.rank == ctx.world - 1:
+        if ctx.rank == ctx.world_size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         out = torch.zeros_like(x)
-        with pytest.raises(CommunicationError, match=rf"rank {ctx.world - 1}: expected call 2, saw 1"):
+        with pytest.raises(CommunicationError, match=rf"rank {ctx.world_size - 1}: expected call 2, saw 1"):
             _calls(comm, x, out)
         assert out.isnan().all()
     if not ON_GPUS:
-        survivors = dist.new_group(list(range(ctx.world - 1)), use_local_synchronization=True)
+        survivors = dist.new_group(list(range(ctx.world_size - 1)), use_local_synchronization=True)
         with Communicator(survivors, "int4", algorithm="one_shot", device=DEVICE, transport=TRANSPORT) as fresh:
-            everybody = [tough((4, 512), BF16, rank) for rank in range(ctx.world - 1)]
+            everybody = [tough((4, 512), BF16, rank) for rank in range(ctx.world_size - 1)]
             same_as_reference(fresh, everybody, "one_shot", ctx.device)
     ctx.emit(("fine", ctx.rank))
 
@@ -285,10 +285,10 @@ def killed(ctx: RankContext) -> None:
 def test_a_killed_peer_and_a_fresh_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs, where NCCL's groups do not survive a rank, the fresh one is in fresh processes."""
     monkeypatch.setattr(processes, "GRACE_S", 60.0)  # for what the others do afterwards
-    world, events = 2 if ON_GPUS else 3, []
-    with pytest.raises(FlashcommError, match=f"rank {world - 1} was killed by SIGKILL"):
-        run(killed, world, device=DEVICE, timeout_s=120, on_event=events.append)
-    assert sorted(events) == [("fine", rank) for rank in range(world - 1)]
+    world_size, events = 2 if ON_GPUS else 3, []
+    with pytest.raises(FlashcommError, match=f"rank {world_size - 1} was killed by SIGKILL"):
+        run(killed, world_size, device=DEVICE, timeout_s=120, on_event=events.append)
+    assert sorted(events) == [("fine", rank) for rank in range(world_size - 1)]
     if ON_GPUS:
         on_ranks(all_reduces, 2, [("int4", BF16)], [(5, 600)])
 
@@ -312,7 +312,7 @@ def odd_tensors(ctx: RankContext) -> None:
     with make("int4", "one_shot") as comm:
         assert comm._fused is not None
         comm._fused.plan = only_aligned(comm._fused.plan)  # type: ignore[method-assign]
-        everybody = [tough((6, 577), BF16, rank) for rank in range(ctx.world)]
+        everybody = [tough((6, 577), BF16, rank) for rank in range(ctx.world_size)]
         want = reference.one_shot([x[:, 1:] for x in everybody], comm.format)
         x = everybody[ctx.rank].to(ctx.device)
         assert same_bits(comm.all_reduce(x[:, 1:]).cpu(), want)  # neither contiguous nor aligned
@@ -326,7 +326,7 @@ def odd_tensors(ctx: RankContext) -> None:
         assert same_bits(comm.all_reduce(x.t()).cpu(), reference.one_shot([t.t() for t in everybody], comm.format))
         with pytest.raises(InputError, match="dtype must be one of"):
             comm.all_reduce(x.double())
-        mesh = dist.init_device_mesh(DEVICE, (ctx.world,))
+        mesh = dist.init_device_mesh(DEVICE, (ctx.world_size,))
         with pytest.raises(InputError, match=r"of a DTensor give \.to_local\(\)"):
             comm.all_reduce(dist.tensor.DTensor.from_local(x, mesh, [dist.tensor.Replicate()]))
         if ON_GPUS:
@@ -381,7 +381,7 @@ def test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks(monkeypatch: py
         assert isinstance(got, UnavailableError)
         assert "of shared memory: No space left on device" in str(got)
     for comm in raise_first(body("auto")):
-        assert comm.machine == policy.Machine(local_world=2)  # type: ignore[attr-defined]
+        assert comm.machine == policy.Machine(local_world_size=2)  # type: ignore[attr-defined]
         comm.close()  # type: ignore[attr-defined]
 
 

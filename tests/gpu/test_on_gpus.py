@@ -48,11 +48,11 @@ def nccl_collectives(ctx: RankContext) -> None:
                 with Communicator(None, fmt, algorithm=algorithm, chunk_bytes=20000, transport="process_group") as comm:
                     assert comm.device.type == "cuda"
                     for seed, shape in enumerate([(33, 576), (2, 7), (), (0, 64), (1, 2880), (64, 1152)]):
-                        everybody = [tough(shape, dtype, seed + 100 * r) for r in range(ctx.world)]
+                        everybody = [tough(shape, dtype, seed + 100 * r) for r in range(ctx.world_size)]
                         got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
                         assert same_bits(got, getattr(reference, algorithm)(everybody, WireFormat.parse(fmt)))
     with Communicator(None, "int4/int8", transport="process_group") as comm:
-        everybody = [tough((2 * ctx.world, 576), torch.bfloat16, r) for r in range(ctx.world)]
+        everybody = [tough((2 * ctx.world_size, 576), torch.bfloat16, r) for r in range(ctx.world_size)]
         mine = everybody[ctx.rank].to(ctx.device)
         assert same_bits(comm.reduce_scatter(mine).cpu(), reference.reduce_scatter(everybody, comm.format)[ctx.rank])
         assert same_bits(comm.all_gather(mine).cpu(), reference.all_gather(everybody, comm.format))
@@ -71,8 +71,10 @@ def c10d_on_cuda(ctx: RankContext, path: str) -> None:
     import flashcomm.integrations.process_group  # noqa: F401
 
     dist.destroy_process_group()
-    dist.init_process_group("flashcomm", store=dist.FileStore(path, ctx.world), rank=ctx.rank, world_size=ctx.world)
-    everybody = [tough((1024, 1152), torch.bfloat16, r) for r in range(ctx.world)]
+    dist.init_process_group(
+        "flashcomm", store=dist.FileStore(path, ctx.world_size), rank=ctx.rank, world_size=ctx.world_size
+    )
+    everybody = [tough((1024, 1152), torch.bfloat16, r) for r in range(ctx.world_size)]
     x = everybody[ctx.rank].to(ctx.device)
     dist.all_reduce(x)
     assert same_bits(x.cpu(), reference.one_shot(everybody, WireFormat.parse("int4")))
@@ -81,7 +83,7 @@ def c10d_on_cuda(ctx: RankContext, path: str) -> None:
     assert same_bits(host, reference.one_shot(everybody, WireFormat.parse("int4")))
     small = torch.ones(5, device=ctx.device)
     dist.all_reduce(small)
-    assert small.tolist() == [float(ctx.world)] * 5
+    assert small.tolist() == [float(ctx.world_size)] * 5
 
 
 @needs_nccl
@@ -97,7 +99,7 @@ def graphs(ctx: RankContext) -> None:
     with over_cuda("int4", min_bytes=0) as comm:
         static = [torch.empty(shape, dtype=torch.bfloat16, device=ctx.device) for shape in shapes]
         sets = [
-            [[tough(shape, torch.bfloat16, 10 * turn + r) for r in range(ctx.world)] for shape in shapes]
+            [[tough(shape, torch.bfloat16, 10 * turn + r) for r in range(ctx.world_size)] for shape in shapes]
             for turn in range(3)
         ]
         want = [[reference.one_shot(xs, comm.format).to(ctx.device) for xs in per_turn] for per_turn in sets]
@@ -131,7 +133,7 @@ def capture_first(ctx: RankContext) -> None:
         x = torch.ones(64, 4096, dtype=torch.bfloat16, device=ctx.device)
         with pytest.raises(ValueError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             comm.all_reduce(x)
-        want = reference.one_shot([x.cpu()] * ctx.world, comm.format)
+        want = reference.one_shot([x.cpu()] * ctx.world_size, comm.format)
         assert same_bits(comm.all_reduce(x).cpu(), want)
 
 
@@ -175,7 +177,7 @@ def streams(ctx: RankContext) -> None:
     """Calls of one Communicator from two streams, and of two Communicators on two streams at once."""
     others = [torch.cuda.Stream(), torch.cuda.Stream()]
     one, two = (over_cuda(fmt, min_bytes=0) for fmt in ("int4", "int8"))
-    everybody = [[tough((200, 4096), torch.bfloat16, 10 * i + r) for r in range(ctx.world)] for i in range(4)]
+    everybody = [[tough((200, 4096), torch.bfloat16, 10 * i + r) for r in range(ctx.world_size)] for i in range(4)]
     want = {c: [reference.one_shot(xs, c.format) for xs in everybody] for c in (one, two)}
     mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
     torch.cuda.synchronize()

@@ -47,11 +47,11 @@ def block(seed: int = 0) -> Block:
     return made.to(torch.bfloat16).requires_grad_(False)
 
 
-def partials(model: Block, x: torch.Tensor, world: int) -> list[torch.Tensor]:
+def partials(model: Block, x: torch.Tensor, world_size: int) -> list[torch.Tensor]:
     """What each rank's part of the second Linear gives, without the bias; x is what enters the first one."""
-    ups = zip(model.up.weight.chunk(world, 0), model.up.bias.chunk(world, 0), strict=True)
+    ups = zip(model.up.weight.chunk(world_size, 0), model.up.bias.chunk(world_size, 0), strict=True)
     hidden = [torch.relu(nn.functional.linear(x, w, b)) for w, b in ups]
-    return [nn.functional.linear(h, w) for h, w in zip(hidden, model.down.weight.chunk(world, 1), strict=True)]
+    return [nn.functional.linear(h, w) for h, w in zip(hidden, model.down.weight.chunk(world_size, 1), strict=True)]
 
 
 def tokens(n: int, seed: int = 0, batch: int = 2) -> torch.Tensor:
@@ -60,12 +60,12 @@ def tokens(n: int, seed: int = 0, batch: int = 2) -> torch.Tensor:
 
 def halves(everybody: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
     """The reference's reduce-scatter along dim, in the parts of torch.chunk."""
-    rows, world = [t.movedim(dim, 0) for t in everybody], len(everybody)
+    rows, world_size = [t.movedim(dim, 0) for t in everybody], len(everybody)
     n = rows[0].shape[0]
-    share = -(-n // world)
-    rows = [torch.cat([t, t.new_zeros(share * world - n, *t.shape[1:])]).contiguous() for t in rows]
+    share = -(-n // world_size)
+    rows = [torch.cat([t, t.new_zeros(share * world_size - n, *t.shape[1:])]).contiguous() for t in rows]
     whole = torch.cat(reference.reduce_scatter(rows, FMT))[:n]
-    return [whole[r * share : (r + 1) * share].movedim(0, dim) for r in range(world)]
+    return [whole[r * share : (r + 1) * share].movedim(0, dim) for r in range(world_size)]
 
 
 def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 def all_reduces(ctx: RankContext) -> None:
     """Replicate: the reference's sum, then the bias, under no_grad and inference_mode, local or not."""
-    mesh = init_device_mesh("cpu", (ctx.world,))
+    mesh = init_device_mesh("cpu", (ctx.world_size,))
     for local in (True, False):
         model = block()
         style = FlashRowwiseParallel(format=FMT, use_local_output=local)
@@ -89,7 +89,7 @@ def all_reduces(ctx: RankContext) -> None:
             for n in (64, 65):
                 with mode():
                     x = tokens(n, n)
-                    everybody = partials(model, model.norm(x), ctx.world)
+                    everybody = partials(model, model.norm(x), ctx.world_size)
                     want = reference.two_shot(everybody, FMT) + model.down.bias
                     got = sharded(x)
                     assert isinstance(got, DTensor) != local
@@ -100,7 +100,7 @@ def all_reduces(ctx: RankContext) -> None:
 
 def sequence_parallel(ctx: RankContext, compile: bool) -> int:
     """Shard(1) between the blocks: reduce-scatter at the end of one, all-gather at the entrance of the next."""
-    mesh, world, graphs = init_device_mesh("cpu", (ctx.world,)), ctx.world, 0
+    mesh, world_size, graphs = init_device_mesh("cpu", (ctx.world_size,)), ctx.world_size, 0
     model = block()
     plan: dict[str, Any] = {
         "norm": SequenceParallel(),
@@ -118,9 +118,9 @@ def sequence_parallel(ctx: RankContext, compile: bool) -> int:
         sharded = torch.compile(sharded, fullgraph=True, dynamic=True, backend=backend)
     for n in (60, 66, 90, 126):
         with torch.no_grad():
-            parts = list(tokens(n, n).chunk(world, 1))
+            parts = list(tokens(n, n).chunk(world_size, 1))
             entering = joined([model.norm(p) for p in parts], 1)
-            want = [p + model.down.bias for p in halves(partials(model, entering, world), 1)]
+            want = [p + model.down.bias for p in halves(partials(model, entering, world_size), 1)]
             got = sharded(parts[ctx.rank].contiguous())
         assert got.placements == (Shard(1),)
         assert got.shape == (2, n, HIDDEN)
@@ -142,7 +142,7 @@ class Layer(nn.Module):
 
 def the_how_tos_block(ctx: RankContext) -> None:
     """The sequence-parallel plan of docs/dtensor.md, eager and compiled: one gather, one scatter, the residual kept."""
-    mesh, world, model = init_device_mesh("cpu", (ctx.world,)), ctx.world, block()
+    mesh, world_size, model = init_device_mesh("cpu", (ctx.world_size,)), ctx.world_size, block()
     gather = FlashPrepareModuleInput(format=FMT, input_layouts=Shard(1), desired_input_layouts=Replicate())
     scatter = FlashRowwiseParallel(format=FMT, output_layouts=Shard(1), use_local_output=False)
     plan: dict[str, Any] = {"norm": SequenceParallel(), "mlp": gather, "mlp.0": ColwiseParallel(), "mlp.2": scatter}
@@ -150,9 +150,9 @@ def the_how_tos_block(ctx: RankContext) -> None:
     for run_it in (sharded, torch.compile(sharded, fullgraph=True, dynamic=True, backend="aot_eager")):
         for n in (60, 66):
             with torch.no_grad():
-                parts = list(tokens(n, n).chunk(world, 1))
+                parts = list(tokens(n, n).chunk(world_size, 1))
                 entering = joined([model.norm(p) for p in parts], 1)
-                summed = halves(partials(model, entering, world), 1)
+                summed = halves(partials(model, entering, world_size), 1)
                 x = DTensor.from_local(parts[ctx.rank].contiguous(), mesh, (Shard(1),), run_check=False)
                 got = run_it(x).to_local()
             assert torch.equal(got, parts[ctx.rank] + (summed[ctx.rank] + model.down.bias))
@@ -162,7 +162,7 @@ def the_how_tos_block(ctx: RankContext) -> None:
 
 def uneven(ctx: RankContext) -> None:
     """Lengths that do not divide, also shorter than the world: the parts of torch.chunk, as DTensor has them."""
-    mesh, world, model = init_device_mesh("cpu", (ctx.world,)), ctx.world, block()
+    mesh, world_size, model = init_device_mesh("cpu", (ctx.world_size,)), ctx.world_size, block()
     plan: dict[str, Any] = {
         "up": FlashPrepareModuleInput(format=FMT, input_layouts=Shard(1), desired_input_layouts=Replicate()),
         "down": FlashRowwiseParallel(format=FMT, output_layouts=Shard(1), use_local_output=False),
@@ -171,30 +171,30 @@ def uneven(ctx: RankContext) -> None:
     parallelize_module(sharded, mesh, {"up": plan["up"]})
     for n in (64, 65, 4, 2, 1):
         with torch.no_grad():
-            parts = list(tokens(n, n).chunk(world, 1))
-            parts += [tokens(0)] * (world - len(parts))
+            parts = list(tokens(n, n).chunk(world_size, 1))
+            parts += [tokens(0)] * (world_size - len(parts))
             entering = DTensor.from_local(
                 parts[ctx.rank], mesh, (Shard(1),), run_check=False, shape=torch.Size((2, n, HIDDEN)),
                 stride=(n * HIDDEN, HIDDEN, 1),
             )  # fmt: skip
-            want = [p + model.down.bias for p in halves(partials(model, joined(parts, 1), world), 1)]
+            want = [p + model.down.bias for p in halves(partials(model, joined(parts, 1), world_size), 1)]
             got = sharded.down(torch.relu(sharded.up(entering)))
         assert got.shape == (2, n, HIDDEN)
         assert torch.equal(got.to_local(), want[ctx.rank]), n
-        share = -(-n // world)
+        share = -(-n // world_size)
         assert got.to_local().shape[1] == max(0, min(share, n - ctx.rank * share))
 
 
 def keeps_torchs_path(ctx: RankContext) -> None:
     """Gradients, float64, embeddings and layouts along rows: the very results of torch's styles; nothing coded."""
-    mesh = init_device_mesh("cpu", (ctx.world,))
+    mesh = init_device_mesh("cpu", (ctx.world_size,))
 
     def twins(make: Any, plain: Any, flash: Any) -> tuple[Any, Any]:
         model = make()
         return tuple(parallelize_module(copy.deepcopy(model), mesh, style) for style in (plain, flash))  # type: ignore[return-value]
 
     linear = twins(lambda: nn.Linear(INNER, HIDDEN), RowwiseParallel(), FlashRowwiseParallel(format=FMT))
-    x = torch.randn(64, INNER // ctx.world)
+    x = torch.randn(64, INNER // ctx.world_size)
     grads = []
     for module in linear:
         given = x.clone().requires_grad_()
@@ -225,7 +225,7 @@ def keeps_torchs_path(ctx: RankContext) -> None:
 
 def compiled(ctx: RankContext, backend_name: str) -> int:
     """A block with the low-bit sum inside, fullgraph, over many lengths: the eager bits, one graph."""
-    mesh, graphs = init_device_mesh("cpu", (ctx.world,)), 0
+    mesh, graphs = init_device_mesh("cpu", (ctx.world_size,)), 0
     model = block()
     plan = {"up": ColwiseParallel(), "down": FlashRowwiseParallel(format=FMT)}
     sharded = parallelize_module(copy.deepcopy(model), mesh, plan)
@@ -246,7 +246,7 @@ def compiled(ctx: RankContext, backend_name: str) -> int:
             x = tokens(n, n)
             got = fast(x)
             if backend_name == "":
-                everybody = partials(model, model.norm(x), ctx.world)
+                everybody = partials(model, model.norm(x), ctx.world_size)
                 assert torch.equal(got, reference.one_shot(everybody, FMT) + model.down.bias)
             else:  # generated code rounds the norm elsewhere: close to the exact sum, as far as int4 is
                 exact = model(x).float()

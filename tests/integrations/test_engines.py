@@ -27,12 +27,14 @@ def use_backend(ctx: RankContext, path: str) -> None:
     import flashcomm.integrations.process_group  # noqa: F401
 
     dist.destroy_process_group()
-    dist.init_process_group("flashcomm", store=dist.FileStore(path, ctx.world), rank=ctx.rank, world_size=ctx.world)
+    dist.init_process_group(
+        "flashcomm", store=dist.FileStore(path, ctx.world_size), rank=ctx.rank, world_size=ctx.world_size
+    )
 
 
 def c10d_sums(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
-    everybody = [big(r) for r in range(ctx.world)]
+    everybody = [big(r) for r in range(ctx.world_size)]
     want = reference.two_shot(everybody, FMT)
     x = everybody[ctx.rank].clone()
     assert dist.all_reduce(x) is None
@@ -54,14 +56,14 @@ def c10d_sums(ctx: RankContext, path: str) -> None:
 
     from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
 
-    mesh = init_device_mesh("cpu", (ctx.world,))
+    mesh = init_device_mesh("cpu", (ctx.world_size,))
     partial = DTensor.from_local(everybody[ctx.rank], mesh, [Partial()])
     assert torch.equal(partial.redistribute(mesh, [Replicate()]).to_local(), want)
 
 
 def c10d_plan(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
-    everybody = [big(r) for r in range(ctx.world)]
+    everybody = [big(r) for r in range(ctx.world_size)]
     x = everybody[ctx.rank].clone()
     dist.all_reduce(x)
     assert torch.equal(x, reference.two_shot(everybody, FMT))
@@ -73,17 +75,17 @@ def c10d_plan(ctx: RankContext, path: str) -> None:
 
 def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
-    world, rank = ctx.world, ctx.rank
+    world_size, rank = ctx.world_size, ctx.rank
     group: Any = dist.group.WORLD
-    exact = torch.stack([big(r, torch.float32) for r in range(world)])
+    exact = torch.stack([big(r, torch.float32) for r in range(world_size)])
 
     small = torch.full((7,), 0.1 * (rank + 1))
     dist.all_reduce(small)
-    torch.testing.assert_close(small, torch.full((7,), 0.1 * sum(range(1, world + 1))), rtol=1e-6, atol=0)
+    torch.testing.assert_close(small, torch.full((7,), 0.1 * sum(range(1, world_size + 1))), rtol=1e-6, atol=0)
 
     whole = torch.arange(100_000) * (rank + 1)
     dist.all_reduce(whole)
-    assert torch.equal(whole, torch.arange(100_000) * sum(range(1, world + 1)))
+    assert torch.equal(whole, torch.arange(100_000) * sum(range(1, world_size + 1)))
 
     double = exact[rank].double()
     dist.all_reduce(double)
@@ -94,16 +96,16 @@ def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
     assert torch.equal(largest, exact.amax(0))
 
     mine = torch.full((3,), rank)
-    gathered = torch.empty(3 * world, dtype=mine.dtype)
+    gathered = torch.empty(3 * world_size, dtype=mine.dtype)
     dist.all_gather_into_tensor(gathered, mine)
-    assert gathered.tolist() == [r for r in range(world) for _ in range(3)]
+    assert gathered.tolist() == [r for r in range(world_size) for _ in range(3)]
     told = mine.clone()
     dist.broadcast(told, 1)
     assert told.tolist() == [1, 1, 1]
     dist.barrier()
-    objects: list[Any] = [None] * world
+    objects: list[Any] = [None] * world_size
     dist.all_gather_object(objects, {"rank": rank})
-    assert [o["rank"] for o in objects] == list(range(world))
+    assert [o["rank"] for o in objects] == list(range(world_size))
     if rank == 0:
         dist.send(torch.tensor([5.0]), 1)
     elif rank == 1:
@@ -122,9 +124,9 @@ def c10d_stress(ctx: RankContext, path: str) -> None:
     """Many collectives whose tensors die at once, each followed by a barrier: where the GIL was held, this hung."""
     use_backend(ctx, path)
     for i in range(400):
-        gathered = torch.empty(ctx.world * 3)
+        gathered = torch.empty(ctx.world_size * 3)
         dist.all_gather_into_tensor(gathered, torch.full((3,), float(i)), async_op=True).wait()
-        assert gathered.tolist() == [float(i)] * 3 * ctx.world
+        assert gathered.tolist() == [float(i)] * 3 * ctx.world_size
         dist.broadcast(torch.ones(2), 0, async_op=True)
         dist.barrier()
 
@@ -213,29 +215,29 @@ IDS = torch.arange(48).view(1, 48)
 
 def seam_equals_by_hand(ctx: RankContext, path: str) -> None:
     """Two all-reduces a layer, each of them the reference's sum of what the ranks' Linears give, then the bias."""
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
-    seam.enable("int4", min_bytes=0)
+    integration.enable("int4", min_bytes=0)
     model = load(path)
     partials: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
-    reduce = seam.Reducer.__call__
+    reduce = integration.Reducer.__call__
 
     def spy(self: Any, partial: torch.Tensor, mesh: Any, layer: str) -> torch.Tensor:
         partials.append(partial.clone())
         outputs.append(reduce(self, partial, mesh, layer))
         return outputs[-1].clone()
 
-    seam.Reducer.__call__ = spy  # type: ignore[method-assign]
+    integration.Reducer.__call__ = spy  # type: ignore[method-assign]
     with torch.inference_mode():
         model(IDS)
     assert len(partials) == 4
     for mine, out in zip(partials, outputs, strict=True):
-        everybody = [torch.empty_like(mine) for _ in range(ctx.world)]
+        everybody = [torch.empty_like(mine) for _ in range(ctx.world_size)]
         dist.all_gather(everybody, mine)
         assert torch.equal(out, reference.one_shot(everybody, FMT))
         assert not torch.equal(out, sum(everybody))  # type: ignore[arg-type]
-    (comm,) = seam.communicators()
+    (comm,) = integration.communicators()
     assert dict(comm.calls) == {"all_reduce/one_shot": 4}
 
 
@@ -243,26 +245,26 @@ def seam_lossless_equals_transformers(ctx: RankContext, path: str) -> None:
     """bf16 (not compressed), skip, disable, training: as transformers alone; int8: close to it; switching works."""
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
 
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
     plain = load(path)
-    seam.enable("bf16")
+    integration.enable("bf16")
     ours = load(path)
     with torch.inference_mode():
         want, got = plain(IDS).logits, ours(IDS).logits
         assert torch.equal(want, got)
-        seam.enable("int8", min_bytes=0)
+        integration.enable("int8", min_bytes=0)
         coded = ours(IDS).logits
         assert not torch.equal(want, coded)
         assert ((want - coded).norm() / want.norm()).item() < 0.05
         assert torch.equal(plain(IDS).logits, want), "models loaded before are left alone"
-        with seam.without_all_reduce():
+        with integration.without_all_reduce():
             assert not torch.equal(ours(IDS).logits, want)
-        seam.enable("bf16")
+        integration.enable("bf16")
         assert torch.equal(ours(IDS).logits, want)
     with torch.enable_grad():
         torch.testing.assert_close(ours(IDS).logits.detach(), want, rtol=1e-4, atol=1e-4)
-    seam.disable()
+    integration.disable()
     assert type(ALL_PARALLEL_STYLES["rowwise"]) is RowwiseParallel
     with torch.inference_mode():
         assert torch.equal(load(path)(IDS).logits, want)
@@ -270,41 +272,41 @@ def seam_lossless_equals_transformers(ctx: RankContext, path: str) -> None:
 
 def seam_takes_a_plan(ctx: RankContext, path: str, plan_file: str) -> None:
     """Each layer's format is used, conditioning as `Plan` does it, the decode format for single tokens."""
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
     from flashcomm.plan import Plan
 
     plan = Plan.load(Path(plan_file))
-    seam.enable(plan_file, min_bytes=0)
+    integration.enable(plan_file, min_bytes=0)
     model = load(path)
-    seam.check_plan(model)
+    integration.check_plan(model)
     seen: list[tuple[torch.Tensor, str, torch.Tensor]] = []
-    reduce = seam.Reducer.__call__
+    reduce = integration.Reducer.__call__
 
     def spy(self: Any, partial: torch.Tensor, mesh: Any, layer: str) -> torch.Tensor:
         seen.append((partial.clone(), layer, reduce(self, partial, mesh, layer).clone()))
         return seen[-1][2].clone()
 
-    seam.Reducer.__call__ = spy  # type: ignore[method-assign]
+    integration.Reducer.__call__ = spy  # type: ignore[method-assign]
     with torch.inference_mode():
         model(IDS)
         model(IDS[:, :1])
     assert len(seen) == 8
     for mine, layer, out in seen:
-        everybody = [torch.empty_like(mine) for _ in range(ctx.world)]
+        everybody = [torch.empty_like(mine) for _ in range(ctx.world_size)]
         dist.all_gather(everybody, mine)
         formats = {plan.format_of(layer, x) for x in everybody}
         want = "int8" if mine.shape[1] == 1 else "int3-had" if layer == "model.layers.1.mlp.down_proj" else "int6-g32"
         assert {str(f) for f in formats} == {want}
-        total = reference.one_shot([plan.send(layer, x, ctx.world) for x in everybody], WireFormat.parse(want))
-        assert torch.equal(out, plan.receive(layer, total, ctx.world, total.dtype))
+        total = reference.one_shot([plan.send(layer, x, ctx.world_size) for x in everybody], WireFormat.parse(want))
+        assert torch.equal(out, plan.receive(layer, total, ctx.world_size, total.dtype))
 
 
 def seam_plans_differ(ctx: RankContext, path: str) -> None:
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
     from flashcomm.plan import LayerPlan, Plan
 
     shift = torch.full((64,), 2 * ctx.rank, dtype=torch.int8)
-    seam.enable(Plan(FMT, layers={"*": LayerPlan(FMT, shift, torch.zeros(64).bfloat16())}), min_bytes=0)
+    integration.enable(Plan(FMT, layers={"*": LayerPlan(FMT, shift, torch.zeros(64).bfloat16())}), min_bytes=0)
     told = r"settings differ between ranks; give all of them the same:\n  plan: rank 0"
     with torch.inference_mode(), pytest.raises(SettingsError, match=told):
         load(path)(IDS)
@@ -312,15 +314,15 @@ def seam_plans_differ(ctx: RankContext, path: str) -> None:
 
 def seam_leaves_native_sums_alone(ctx: RankContext, path: str) -> None:
     """What is not coded is not conditioned: below min_bytes the logits are those of no plan at all."""
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
     from flashcomm.plan import LayerPlan, Plan
 
-    seam.enable("bf16")
+    integration.enable("bf16")
     model = load(path)
     with torch.inference_mode():
         want = model(IDS).logits
         vectors = LayerPlan(FMT, torch.ones(64, dtype=torch.int8), torch.full((64,), 0.3).bfloat16())
-        seam.enable(Plan(FMT, layers={"*": vectors}), min_bytes="1M")
+        integration.enable(Plan(FMT, layers={"*": vectors}), min_bytes="1M")
         assert torch.equal(model(IDS).logits, want)
 
 
@@ -344,16 +346,16 @@ class TestTransformers:
         run(seam_takes_a_plan, 2, (str(tmp_path), str(tmp_path / "plan.json")))
 
     def test_a_plan_for_another_model(self, tmp_path: Path) -> None:
-        from flashcomm.integrations import transformers as seam
+        from flashcomm.integrations import transformers as integration
         from flashcomm.plan import LayerPlan, Plan
 
         Plan(WireFormat.parse("int8"), None, {"h.*.c_proj": LayerPlan(FMT)}).save(tmp_path / "plan.json")
-        seam.enable(str(tmp_path / "plan.json"))
+        integration.enable(str(tmp_path / "plan.json"))
         model = torch.nn.Linear(4, 4)
         model._flashcomm_layer, model.config = "model.layers.0.mlp.down_proj", None
         with pytest.raises(PlanError, match=r"names layers that the model does not have \(h\.\*\.c_proj\)"):
-            seam.check_plan(model)
-        seam.disable()
+            integration.check_plan(model)
+        integration.disable()
 
     def test_every_reduction_is_the_reference(self, tmp_path: Path) -> None:
         tiny_llama(tmp_path)
@@ -367,22 +369,22 @@ class TestTransformers:
     def test_a_transformers_that_does_not_fit(self, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformers.distributed.tensor_parallel import RowwiseParallel
 
-        from flashcomm.integrations import transformers as seam
+        from flashcomm.integrations import transformers as integration
 
         if gone.startswith("style"):
-            styles = {name: RowwiseParallel for name in seam.STYLES if repr(name) not in gone}
-            monkeypatch.setattr(seam, "ALL_PARALLEL_STYLES", styles)
+            styles = {name: RowwiseParallel for name in integration.STYLES if repr(name) not in gone}
+            monkeypatch.setattr(integration, "ALL_PARALLEL_STYLES", styles)
         else:
-            monkeypatch.setattr(seam, "RowwiseParallel", type("Other", (), {"validate_param": None}))
+            monkeypatch.setattr(integration, "RowwiseParallel", type("Other", (), {"validate_param": None}))
         with pytest.raises(UnavailableError, match=rf"transformers \S+ has no {gone} in its tensor parallelism"):
-            seam.enable("int8")
-        assert seam.communicators() == []
+            integration.enable("int8")
+        assert integration.communicators() == []
 
     def test_wrong_settings_are_refused_at_once(self) -> None:
-        from flashcomm.integrations import transformers as seam
+        from flashcomm.integrations import transformers as integration
 
         with pytest.raises(FormatError):
-            seam.enable("int12")
+            integration.enable("int12")
         with pytest.raises(SettingsError):
-            seam.enable("int4", algorithm="ring")
-        assert seam.communicators() == []
+            integration.enable("int4", algorithm="ring")
+        assert integration.communicators() == []

@@ -66,7 +66,7 @@ def start(ctx: RankContext, group_name: str = "tp", ranks: list[list[int]] | Non
 
     load_plugins()
     return GroupCoordinator(
-        group_ranks=ranks or [list(range(ctx.world))], local_rank=ctx.rank, torch_distributed_backend="gloo",
+        group_ranks=ranks or [list(range(ctx.world_size))], local_rank=ctx.rank, torch_distributed_backend="gloo",
         use_pynccl=True, use_mscclpp=False, use_custom_allreduce=True, use_torch_symm_mem_all_reduce=False,
         use_hpu_communicator=True, use_xpu_communicator=True, group_name=group_name, **more,
     )  # fmt: skip
@@ -85,10 +85,10 @@ def exact(everybody: list[torch.Tensor]) -> torch.Tensor:
 def takes_large_sums(ctx: RankContext) -> None:
     from sglang.srt.layers.add_norm import flashinfer_ar_fusion_applies
 
-    from flashcomm.integrations import sglang as seam
+    from flashcomm.integrations import sglang as integration
 
     group = start(ctx)
-    everybody = [big(r) for r in range(ctx.world)]
+    everybody = [big(r) for r in range(ctx.world_size)]
     mine, want = everybody[ctx.rank].clone(), reference.one_shot(everybody, FMT)
     assert torch.equal(group.all_reduce(mine), want)
     assert torch.equal(mine, everybody[ctx.rank]), "the input is left alone"
@@ -96,24 +96,24 @@ def takes_large_sums(ctx: RankContext) -> None:
     assert torch.equal(group.all_reduce(small.clone()), exact([0 * small + 0.1, 0 * small + 0.2]))
     whole = torch.arange(100_000).view(100, -1) * (ctx.rank + 1)
     assert torch.equal(group.all_reduce(whole), torch.arange(100_000).view(100, -1) * 3)
-    (comm,) = seam.communicators()
+    (comm,) = integration.communicators()
     assert dict(comm.calls) == {"all_reduce/one_shot": 1}
     assert group.ca_comm.calls == 1
     assert not flashinfer_ar_fusion_applies(8)
 
-    world = start(ctx, "world")
-    assert world.qr_comm is None, "only tensor-parallel groups"
-    alone = start(ctx, "tp", [[r] for r in range(ctx.world)])
+    world_size = start(ctx, "world")
+    assert world_size.qr_comm is None, "only tensor-parallel groups"
+    alone = start(ctx, "tp", [[r] for r in range(ctx.world_size)])
     assert alone.qr_comm is None
     assert alone.all_reduce(mine) is mine
 
-    seam.disable()
+    integration.disable()
     assert comm.closed
     assert group.qr_comm is None
     assert flashinfer_ar_fusion_applies(8)
     assert torch.equal(group.all_reduce(everybody[ctx.rank].clone()), exact(everybody))
     assert start(ctx).qr_comm is None
-    seam.plugin()
+    integration.plugin()
     again = start(ctx)
     assert torch.equal(again.all_reduce(mine), want), "enabled again"
 
@@ -128,9 +128,9 @@ def compiles(ctx: RankContext) -> int:
 
     fast = torch.compile(lambda x: group.all_reduce(x * 2) + 1, fullgraph=True, dynamic=True, backend=backend)
     for rows in (64, 65, 300):
-        everybody = [big(10 * rows + r, rows) for r in range(ctx.world)]
+        everybody = [big(10 * rows + r, rows) for r in range(ctx.world_size)]
         assert torch.equal(fast(everybody[ctx.rank]), reference.one_shot([2 * x for x in everybody], FMT) + 1)
-    few = [big(r, 3) for r in range(ctx.world)]
+    few = [big(r, 3) for r in range(ctx.world_size)]
     assert torch.equal(fast(few[ctx.rank]), exact([2 * x for x in few]) + 1)
     assert group.ca_comm.calls == 1, "the few rows"
     return graphs
@@ -141,7 +141,7 @@ def inert(ctx: RankContext) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     assert not HookRegistry._hooks
-    everybody = [big(r) for r in range(ctx.world)]
+    everybody = [big(r) for r in range(ctx.world_size)]
     assert torch.equal(group.all_reduce(everybody[ctx.rank].clone()), exact(everybody))
     assert group.qr_comm is None
 
@@ -184,7 +184,7 @@ def warns_of_others(ctx: RankContext) -> None:
         self.qr_comm = Other() if os.environ.get("OTHER") else None
 
     HookRegistry.register(f"{parallel_state.__name__}.GroupCoordinator.__init__", first, HookType.AROUND)
-    everybody = [big(r) for r in range(ctx.world)]
+    everybody = [big(r) for r in range(ctx.world_size)]
     os.environ["OTHER"] = "1"
     for _ in range(2):
         there = start(ctx)
@@ -296,9 +296,11 @@ class TestVersions:
         assert status == 1
 
     def test_without_sglang(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        seam = importlib.import_module("flashcomm.integrations.sglang")
-        monkeypatch.setattr(seam, "version", lambda name: (_ for _ in ()).throw(seam.PackageNotFoundError(name)))
-        assert seam.why_not() == "sglang is not installed here: pip install sglang"
+        integration = importlib.import_module("flashcomm.integrations.sglang")
+        monkeypatch.setattr(
+            integration, "version", lambda name: (_ for _ in ()).throw(integration.PackageNotFoundError(name))
+        )
+        assert integration.why_not() == "sglang is not installed here: pip install sglang"
 
     def test_importing_the_plugin_imports_no_engine(self) -> None:
         told, status = python("import sys, flashcomm.integrations.sglang; assert 'sglang' not in sys.modules")
@@ -306,11 +308,11 @@ class TestVersions:
 
 
 def test_plans_give_their_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seam = importlib.import_module("flashcomm.integrations.sglang")
+    integration = importlib.import_module("flashcomm.integrations.sglang")
     (tmp_path / "plan.json").write_text('{"flashcomm_plan": 1, "format": "int6-had", "layers": {"*": "int2"}}')
     monkeypatch.setenv("FLASHCOMM_FORMAT", str(tmp_path / "plan.json"))
-    assert seam._format() == "int6-had"
+    assert integration._format() == "int6-had"
     monkeypatch.setenv("FLASHCOMM_FORMAT", "int12")
     with pytest.raises(FormatError):
-        seam._format()
+        integration._format()
     assert not dist.is_initialized()

@@ -98,10 +98,10 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
     """Logits, caches given and made, odd batches, padding, decoding on the cache: the same bits."""
     from transformers import DynamicCache
 
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
-    seam.enable("int4", min_bytes=min_bytes)
-    model = seam.overlap(tiny())
+    integration.enable("int4", min_bytes=min_bytes)
+    model = integration.overlap(tiny())
     switch = model.base_model.forward
     cuts = 0
     run_halves = Halves.run
@@ -149,7 +149,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
         out = model.base_model(ids, use_cache=False)
         assert out.past_key_values is None
         assert cuts == 5
-    with seam.native_all_reduce(), torch.inference_mode():
+    with integration.native_all_reduce(), torch.inference_mode():
         cut = model(ids).logits
         switch.enabled = False
         assert torch.equal(model(ids).logits, cut)
@@ -158,10 +158,10 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
 def continues(ctx: RankContext) -> None:
     """A second stretch of prompt on a filled cache, and what the sums were asked for."""
     from flashcomm.communicator import Communicator
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
-    seam.enable("int6-had/int7-had")
-    model = seam.overlap(tiny())
+    integration.enable("int6-had/int7-had")
+    model = integration.overlap(tiny())
     asked: list[tuple[int, int | None]] = []
     reduce = Communicator.all_reduce
 
@@ -184,45 +184,45 @@ def continues(ctx: RankContext) -> None:
 
 
 def refuses(ctx: RankContext) -> None:
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
     model = tiny()
     model._tp_plan["model.layers.*.mlp.experts"] = "grouped_gemm"
     with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: leave overlap out"):
-        seam.overlap(model)
+        integration.overlap(model)
 
 
 def fails_in_a_sum(ctx: RankContext) -> None:
     """A sum that fails in a half is the caller's error, and the model runs on afterwards."""
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
-    seam.enable("int4", min_bytes=0)
-    model = seam.overlap(tiny())
+    integration.enable("int4", min_bytes=0)
+    model = integration.overlap(tiny())
     ids = torch.arange(48).view(2, 24)
     with torch.inference_mode():
         want = model(ids).logits
-        summed, calls = seam.Reducer.sum, iter(range(100))
+        summed, calls = integration.Reducer.sum, iter(range(100))
 
         def failing(self: Any, *args: Any) -> torch.Tensor:
             if next(calls) == 3:
                 raise InputError("the fourth sum")
             return summed(self, *args)
 
-        seam.Reducer.sum = failing  # type: ignore[method-assign]
+        integration.Reducer.sum = failing  # type: ignore[method-assign]
         with pytest.raises(InputError, match="the fourth sum"):
             model(ids)
-        seam.Reducer.sum = summed  # type: ignore[method-assign]
+        integration.Reducer.sum = summed  # type: ignore[method-assign]
         dist.barrier()
         assert torch.equal(model(ids).logits, want)
 
 
 def real_text(ctx: RankContext) -> None:
     from flashcomm.accuracy.models import load_model
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
-    seam.enable("int4-had")
-    model, tokenizer = load_model(MODEL, ctx.world, CPU, torch.bfloat16)
-    seam.overlap(model)
+    integration.enable("int4-had")
+    model, tokenizer = load_model(MODEL, ctx.world_size, CPU, torch.bfloat16)
+    integration.overlap(model)
     text = tokenizer(TEXT.read_text()[:4000], return_tensors="pt").input_ids[0, :512].view(2, 256)
     seen = []
     for model.base_model.forward.enabled in (False, True):

@@ -34,17 +34,17 @@ def start(hidden: int = HIDDEN, **setting: str) -> tuple[Any, Any]:
     """A vLLM with our plugins and these FLASHCOMM_* settings: its platform and config, as its front end makes them."""
     os.environ.update({f"FLASHCOMM_{name.upper()}": value for name, value in setting.items()})
     standin.install()
-    from flashcomm.integrations import vllm as seam
+    from flashcomm.integrations import vllm as integration
 
-    platform, config = standin.start({"flashcomm": seam.platform_plugin}), standin.make_config(hidden)
+    platform, config = standin.start({"flashcomm": integration.platform_plugin}), standin.make_config(hidden)
     platform.apply_config_platform_defaults(config)
-    seam.layer_plugin()
+    integration.layer_plugin()
     return platform, config
 
 
 def everybody(ctx: RankContext, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     """What each rank brings to a sum, known to all."""
-    return [torch.randn(shape, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(ctx.world)]
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(ctx.world_size)]
 
 
 # ------------------------------------------------------------------------------------------------------- in real ranks
@@ -146,13 +146,15 @@ def a_plan_by_layer(ctx: RankContext, path: str) -> None:
     for weight in model.parameters():
         weight.data.normal_()
     plan = Plan.load(Path(path))
-    inputs = [torch.randn(40, 128, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ctx.world)]
+    inputs = [
+        torch.randn(40, 128, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ctx.world_size)
+    ]
     linear = torch.nn.functional.linear
     first = [linear(x, model.first.weight, model.first.bias if r == 0 else None) for r, x in enumerate(inputs)]
     second = [linear(x, model.second.weight) for x in inputs]
     name = "model.layers.1.mlp.down_proj"
-    total = reference.one_shot([plan.send(name, x, ctx.world) for x in second], WireFormat.parse("int8"))
-    want = reference.one_shot(first, INT6), plan.receive(name, total, ctx.world, torch.bfloat16)
+    total = reference.one_shot([plan.send(name, x, ctx.world_size) for x in second], WireFormat.parse("int8"))
+    want = reference.one_shot(first, INT6), plan.receive(name, total, ctx.world_size, torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch.inference_mode():
         for run_it in (model, compiled):
@@ -180,9 +182,9 @@ def a_plan_for_other_layers(ctx: RankContext, path: str) -> None:
 def a_plan_without_the_layer_plugin(ctx: RankContext, path: str) -> None:
     standin.install()
     os.environ["FLASHCOMM_FORMAT"] = path
-    from flashcomm.integrations import vllm as seam
+    from flashcomm.integrations import vllm as integration
 
-    platform, config = standin.start({"flashcomm": seam.platform_plugin}), standin.make_config(HIDDEN)
+    platform, config = standin.start({"flashcomm": integration.platform_plugin}), standin.make_config(HIDDEN)
     platform.apply_config_platform_defaults(config)
     group = standin.make_group(config, dist.group.WORLD)
     with pytest.raises(PlanError, match="does VLLM_PLUGINS leave us out"):
@@ -272,7 +274,7 @@ class TestInRanks:
 
 
 @pytest.fixture
-def seam(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def integration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`flashcomm.integrations.vllm` as new, in a process with a stand-in for vLLM."""
     before = set(sys.modules)
     standin.install()
@@ -288,15 +290,15 @@ def seam(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class TestStartUp:
-    def test_nothing_happens_unless_asked(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_happens_unless_asked(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         for value in (None, "", " "):
             monkeypatch.delenv("FLASHCOMM_FORMAT", raising=False)
             if value is not None:
                 monkeypatch.setenv("FLASHCOMM_FORMAT", value)
-            assert seam.platform_plugin() is None
-            seam.layer_plugin()
+            assert integration.platform_plugin() is None
+            integration.layer_plugin()
         assert standin.op_registry_oot == {}
-        assert type(standin.start({"flashcomm": seam.platform_plugin})) is standin.CpuPlatform
+        assert type(standin.start({"flashcomm": integration.platform_plugin})) is standin.CpuPlatform
 
     def test_importing_it_imports_no_vllm(self) -> None:
         code = (
@@ -305,10 +307,10 @@ class TestStartUp:
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
-    def test_the_platform_is_a_subclass_of_vllms(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_platform_is_a_subclass_of_vllms(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
-        assert seam.platform_plugin() == "flashcomm.integrations.vllm.FlashPlatform"
-        platform = standin.start({"flashcomm": seam.platform_plugin})
+        assert integration.platform_plugin() == "flashcomm.integrations.vllm.FlashPlatform"
+        platform = standin.start({"flashcomm": integration.platform_plugin})
         assert isinstance(platform, standin.CpuPlatform)
         assert standin.resolve("flashcomm.integrations.vllm.FlashPlatform") is type(platform)
         communicator = standin.resolve(platform.get_device_communicator_cls())
@@ -316,44 +318,44 @@ class TestStartUp:
         assert "FLASHCOMM_FORMAT" in platform.additional_env_vars
         assert standin.Platform.additional_env_vars == []
         with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
-            seam.Nonsense  # noqa: B018
+            integration.Nonsense  # noqa: B018
 
     @pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0"])
     def test_versions_not_tested(
-        self, seam: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
+        self, integration: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
     ) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "plan.json")  # which is not there, and not even looked for
         standin.install(version)
-        assert seam.platform_plugin() is None
-        assert seam.platform_plugin() is None
-        seam.layer_plugin()
+        assert integration.platform_plugin() is None
+        assert integration.platform_plugin() is None
+        integration.layer_plugin()
         assert [r.message for r in caplog.records] == [
             f"FLASHCOMM_FORMAT is set, but vLLM {version} is not one of those it was tested with (0.26 to 0.32): "
             "vLLM's own all-reduce is used"
         ]
 
     def test_neither_cuda_nor_cpu(
-        self, seam: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, integration: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
         sys.modules["vllm.platforms"].builtin_platform_plugins["cpu"] = lambda: None  # type: ignore[attr-defined]
-        assert seam.platform_plugin() is None
+        assert integration.platform_plugin() is None
         assert "neither on CUDA nor on a CPU" in caplog.text
 
     @pytest.mark.parametrize(
         ("text", "error"), [("int12", FormatError), ("no.json", PlanError), ("bf16/int4x", FormatError)]
     )
     def test_wrong_formats_stop_the_front_end(
-        self, seam: Any, monkeypatch: pytest.MonkeyPatch, text: str, error: type[FlashcommError]
+        self, integration: Any, monkeypatch: pytest.MonkeyPatch, text: str, error: type[FlashcommError]
     ) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", text)
-        platform = standin.start({"flashcomm": seam.platform_plugin})
+        platform = standin.start({"flashcomm": integration.platform_plugin})
         with pytest.raises(error):
             platform.apply_config_platform_defaults(standin.make_config(HIDDEN))
 
-    def test_other_wrong_settings_stop_it_too(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_wrong_settings_stop_it_too(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
-        platform = standin.start({"flashcomm": seam.platform_plugin})
+        platform = standin.start({"flashcomm": integration.platform_plugin})
         config = standin.make_config(HIDDEN)
         config.additional_config = object()
         with pytest.raises(SettingsError, match="additional_config must be a dict"):
@@ -367,7 +369,7 @@ class TestStartUp:
     )
     def test_flashinfers_fusion(
         self,
-        seam: Any,
+        integration: Any,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
         fmt: str,
@@ -377,20 +379,20 @@ class TestStartUp:
         monkeypatch.setenv("FLASHCOMM_FORMAT", fmt)
         config = standin.make_config(HIDDEN)
         config.compilation_config.pass_config.fuse_allreduce_rms = before
-        standin.start({"flashcomm": seam.platform_plugin}).apply_config_platform_defaults(config)
+        standin.start({"flashcomm": integration.platform_plugin}).apply_config_platform_defaults(config)
         assert config.compilation_config.pass_config.fuse_allreduce_rms is after
         assert ("messages that FlashInfer fuses with RMSNorm are not coded" in caplog.text) == bool(before)
 
-    def test_graphs_are_cached_by_format(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_graphs_are_cached_by_format(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         marks = set()
         for fmt in ("int4", "int8", "int4/int8"):
             monkeypatch.setenv("FLASHCOMM_FORMAT", fmt)
             config = standin.make_config(HIDDEN)
-            standin.start({"flashcomm": seam.platform_plugin}).apply_config_platform_defaults(config)
+            standin.start({"flashcomm": integration.platform_plugin}).apply_config_platform_defaults(config)
             marks.add(json.dumps(config.additional_config))  # what vLLM hashes
         assert len(marks) == 3
 
-    def test_when_vllm_keeps_its_sums(self, seam: Any) -> None:
+    def test_when_vllm_keeps_its_sums(self, integration: Any) -> None:
         from flashcomm.integrations.vllm_group import why_not
 
         assert why_not(standin.make_config(HIDDEN)) == ""
@@ -400,21 +402,23 @@ class TestStartUp:
         standin.envs.VLLM_BATCH_INVARIANT = True
         assert "batch-invariant mode is on" in why_not(standin.make_config(HIDDEN))
 
-    def test_two_plugins_for_the_layers(self, seam: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_two_plugins_for_the_layers(
+        self, integration: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         Plan(INT6, None, {"*": LayerPlan(INT4)}).save(tmp_path / "p.json")
         monkeypatch.setenv("FLASHCOMM_FORMAT", str(tmp_path / "p.json"))
-        seam.layer_plugin()
+        integration.layer_plugin()
         ours = standin.op_registry_oot["RowParallelLinear"]
-        seam.layer_plugin()  # vLLM calls it in every process, sometimes twice
+        integration.layer_plugin()  # vLLM calls it in every process, sometimes twice
         assert standin.op_registry_oot == {"RowParallelLinear": ours}
         standin.op_registry_oot["RowParallelLinear"] = type("Theirs", (standin.RowParallelLinear,), {})
         with pytest.raises(SettingsError, match=r"another vLLM plugin .* took RowParallelLinear: name the plugins"):
-            seam.layer_plugin()
+            integration.layer_plugin()
 
-    def test_two_plugins_for_the_platform(self, seam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_two_plugins_for_the_platform(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
         with pytest.raises(RuntimeError, match=r"Only one platform plugin .*'flashcomm', 'other'"):
-            standin.start({"flashcomm": seam.platform_plugin, "other": lambda: "a.B"})
+            standin.start({"flashcomm": integration.platform_plugin, "other": lambda: "a.B"})
 
     def test_entry_points_lead_to_functions(self) -> None:
         text = (ROOT / "pyproject.toml").read_text()

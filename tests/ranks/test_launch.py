@@ -59,7 +59,7 @@ def total(ctx: RankContext, factor: int) -> dict[str, Any]:
         return {"of rank": ctx.rank, "unpicklable": lambda: None}
     return {
         "sum": tensor[3].item() * factor,
-        "world": ctx.world,
+        "world": ctx.world_size,
         "backend": dist.get_backend(),
         "threads": torch.get_num_threads(),
         "device": str(ctx.device),
@@ -71,7 +71,7 @@ def total(ctx: RankContext, factor: int) -> dict[str, Any]:
 
 def networks(ctx: RankContext) -> list[int] | None:
     """Of every rank the network namespace it is in."""
-    everybodys: list[int] = [0] * ctx.world
+    everybodys: list[int] = [0] * ctx.world_size
     dist.all_gather_object(everybodys, os.stat("/proc/self/ns/net").st_ino)
     return everybodys
 
@@ -348,10 +348,10 @@ def test_timeout() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"world": 0}, "world=0"),
-        ({"world": 2, "device": "tpu"}, "device='tpu'"),
-        ({"world": 2, "link": "fast"}, "link rate 'fast'"),
-        ({"world": 2, "link": "1gbit", "device": "cuda"}, "nccl would bypass it"),
+        ({"world_size": 0}, "world_size=0"),
+        ({"world_size": 2, "device": "tpu"}, "device='tpu'"),
+        ({"world_size": 2, "link": "fast"}, "link rate 'fast'"),
+        ({"world_size": 2, "link": "1gbit", "device": "cuda"}, "nccl would bypass it"),
     ],
 )
 def test_requests_that_are_not_allowed(asked: dict[str, Any], message: str) -> None:
@@ -411,17 +411,17 @@ def test_joins_torchrun() -> None:
 
 def test_ranks_of_a_node_have_a_link_together() -> None:
     skip_if_it_cannot_be_had("1gbit")
-    a, b, c, d = run(networks, 4, link="1gbit", local_world=2)  # type: ignore[misc]
+    a, b, c, d = run(networks, 4, link="1gbit", local_world_size=2)  # type: ignore[misc]
     assert (a == b, b == c, c == d) == (True, False, True)
-    with pytest.raises(SettingsError, match="local_world=3: 4 ranks do not make nodes of that many"):
-        run(networks, 4, link="1gbit", local_world=3)
+    with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks do not make nodes of that many"):
+        run(networks, 4, link="1gbit", local_world_size=3)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_torchrun_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
     for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match="world=3 was asked for under a torchrun of 2 ranks: ask for 2"):
+    with pytest.raises(SettingsError, match="world_size=3 was asked for under a torchrun of 2 ranks: ask for 2"):
         run(total, 3, (1,))
 
 

@@ -41,8 +41,8 @@ def test_a_table_is_read_between_and_beyond_its_sizes() -> None:
     assert TABLE.time("native", 1 << 20) == pytest.approx(16.0)
     assert TABLE.time("native", 10) == 9.0
     assert TABLE.time("native", 1 << 28) == 1000.0
-    middle = Table("t", (4, 16), {"native": (1.0, 4.0)})
-    assert middle.time("native", 8) == pytest.approx(2.0)
+    between_steps = Table("t", (4, 16), {"native": (1.0, 4.0)})
+    assert between_steps.time("native", 8) == pytest.approx(2.0)
 
 
 def test_the_fastest_way_of_the_table_is_taken() -> None:

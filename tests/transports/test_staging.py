@@ -41,7 +41,7 @@ def staged(
     from flashcomm.transports.staging import StagedTransport, staging_bytes
 
     region = SharedRegion(ctx.device, 4096, exchanges * staging_bytes(slot_bytes))
-    places: list[str] = [""] * ctx.world
+    places: list[str] = [""] * ctx.world_size
     dist.all_gather_object(places, region.place)
     region.join(dist.group.WORLD, places)
     dist.barrier()
@@ -57,26 +57,26 @@ def collectives(ctx: RankContext, chunk_bytes: int, slot_bytes: int) -> None:
     for fmt, dtype in (("int4", BF16), ("int6-had/bf16", FP32)):
         context.fmt = WireFormat.parse(fmt)
         for seed, shape in enumerate([(5, 600), (1, 7)]):
-            everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world)]
+            everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
             for name in ("one_shot", "two_shot"):
                 out = torch.empty(shape, dtype=dtype)
                 getattr(pipelined, name)(everybody[ctx.rank], out, context)
                 assert same_bits(out, getattr(reference, name)(everybody, context.fmt)), (fmt, shape, name)
-        whole = [tough((2 * ctx.world, 576), dtype, rank) for rank in range(ctx.world)]
+        whole = [tough((2 * ctx.world_size, 576), dtype, rank) for rank in range(ctx.world_size)]
         part = torch.empty((2, 576), dtype=dtype)
         pipelined.reduce_scatter(whole[ctx.rank], part, context)
         assert same_bits(part, reference.reduce_scatter(whole, context.fmt)[ctx.rank])
-        gathered = torch.empty((2 * ctx.world**2, 576), dtype=dtype)
+        gathered = torch.empty((2 * ctx.world_size**2, 576), dtype=dtype)
         pipelined.all_gather(whole[ctx.rank], gathered, context)
         assert same_bits(gathered, reference.all_gather(whole, context.fmt))
     assert status.tolist() == [0] * 5
 
 
 @no_gpu
-@pytest.mark.parametrize(("world", "chunk_bytes", "slot_bytes"), [(2, 2048, 4096), (3, 3000, 1024)])
-def test_collectives_equal_the_reference(world: int, chunk_bytes: int, slot_bytes: int) -> None:
+@pytest.mark.parametrize(("world_size", "chunk_bytes", "slot_bytes"), [(2, 2048, 4096), (3, 3000, 1024)])
+def test_collectives_equal_the_reference(world_size: int, chunk_bytes: int, slot_bytes: int) -> None:
     """Many chunks through four slots; the same in many pieces."""
-    run(collectives, world, (chunk_bytes, slot_bytes), timeout_s=250)
+    run(collectives, world_size, (chunk_bytes, slot_bytes), timeout_s=250)
 
 
 def slow_fetcher(ctx: RankContext) -> None:
@@ -93,7 +93,7 @@ def slow_fetcher(ctx: RankContext) -> None:
     if ctx.rank == 0:
         context.transport._turns[BEFORE_FETCH] = late  # type: ignore[attr-defined]
     for call in range(10):
-        everybody = [tough((2, 512), BF16, call + 100 * rank) for rank in range(ctx.world)]
+        everybody = [tough((2, 512), BF16, call + 100 * rank) for rank in range(ctx.world_size)]
         out = torch.empty_like(everybody[0])
         context.transport._next = 0  # type: ignore[attr-defined]  # the same slot again, as in a graph that is replayed
         pipelined.one_shot(everybody[ctx.rank], out, context)
@@ -129,8 +129,8 @@ def test_without_a_rank_results_are_nan_and_the_rank_is_named() -> None:
 def test_the_policy_over_host_memory() -> None:
     machine = Machine("host")
 
-    def way(n_bytes: int, fmt: str, world: int = 2, min_bytes: int | None = None) -> tuple[str, str, str]:
-        call = Call(n_bytes // 2, min(4096, n_bytes // 2), 2, world, "cuda")
+    def way(n_bytes: int, fmt: str, world_size: int = 2, min_bytes: int | None = None) -> tuple[str, str, str]:
+        call = Call(n_bytes // 2, min(4096, n_bytes // 2), 2, world_size, "cuda")
         route = policy.choose(call, WireFormat.parse(fmt), "auto", min_bytes, machine).route
         return route.algorithm, route.fmt, route.transport
 
@@ -138,8 +138,8 @@ def test_the_policy_over_host_memory() -> None:
     assert way(64 << 10, "int4") == ("one_shot", "int4", "mapped")
     assert way(64 << 20, "int4") == ("one_shot", "int4", "host")
     assert way(64 << 20, "bf16") == ("one_shot", "bf16", "host")
-    assert way(64 << 20, "int4", world=4) == ("two_shot", "int4", "host")
-    assert way(64 << 20, "bf16", world=4) == ("two_shot", "bf16", "host")
+    assert way(64 << 20, "int4", world_size=4) == ("two_shot", "int4", "host")
+    assert way(64 << 20, "bf16", world_size=4) == ("two_shot", "bf16", "host")
     assert way(64 << 10, "int4", min_bytes=1 << 20) == ("one_shot", "bf16", "mapped")
 
 
@@ -151,7 +151,8 @@ def over_host(ctx: RankContext) -> None:
             routes = {comm.explain(shape, BF16).route.transport for shape in shapes}
             assert routes == {"mapped", "host"}
             sets = [
-                [[tough(shape, BF16, 10 * turn + r) for r in range(ctx.world)] for shape in shapes] for turn in range(3)
+                [[tough(shape, BF16, 10 * turn + r) for r in range(ctx.world_size)] for shape in shapes]
+                for turn in range(3)
             ]
             want = [[reference.one_shot(xs, comm.format).to(ctx.device) for xs in per_turn] for per_turn in sets]
             static = [torch.empty(shape, dtype=BF16, device=ctx.device).normal_() for shape in shapes]
@@ -185,13 +186,13 @@ def host_slices(ctx: RankContext) -> None:
     for fmt in ("int4/int8", "bf16"):
         with over_cuda(fmt, transport="host", timeout_s=20) as comm:
             for rows in (1, 3000):
-                whole = [tough((rows * ctx.world, 576), BF16, r) for r in range(ctx.world)]
+                whole = [tough((rows * ctx.world_size, 576), BF16, r) for r in range(ctx.world_size)]
                 got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank])
                 got = comm.all_gather(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.all_gather(whole, comm.format))
         with over_cuda(fmt, transport="host", algorithm="two_shot", timeout_s=20) as comm:
-            everybody = [tough((2500, 600), FP32, r) for r in range(ctx.world)]
+            everybody = [tough((2500, 600), FP32, r) for r in range(ctx.world_size)]
             got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
             assert same_bits(got, reference.two_shot(everybody, comm.format))
             for turn in range(4):  # misaligned on one rank alone, whose slots must stay those of the others

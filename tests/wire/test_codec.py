@@ -19,11 +19,11 @@ from flashcomm.wire.format import GROUPS, WIDTHS, Layout, StepFormat, bounds
 
 FORMATS = [StepFormat(b, g, h) for b, g, h in itertools.product(WIDTHS, GROUPS, (False, True))]
 HADAMARD = [step for step in FORMATS if step.hadamard]
-ROTATED = [replace(step, rotated=True) for step in HADAMARD]
+ROTATED = [replace(step, in_hadamard_domain=True) for step in HADAMARD]
 SOME = [step for step in ROTATED if step.group == 64]
 COMPILED = [(step, DTYPES[i % 3], i % 3) for i, step in enumerate([*FORMATS, *SOME, *[StepFormat.parse("bf16")] * 3])]
 """Every format, in one of the dtypes each, on a third of the shapes each: kernels differ in all of these."""
-name = lambda v: f"{v}-rotated" if getattr(v, "rotated", False) else str(v)  # noqa: E731
+name = lambda v: f"{v}-rotated" if getattr(v, "in_hadamard_domain", False) else str(v)  # noqa: E731
 SHAPES = [(5, 576), (3, 7), (1, 1000), (4, 256), (2, 1), (2, 2880), (1,), (640,), (3, 600)]
 
 
@@ -87,7 +87,7 @@ def test_the_stored_scale_is_as_needed(step: StepFormat) -> None:
     def fits(part: float) -> torch.Tensor:
         return (scale >= part * needed * (1 - slack)) & (scale <= part * needed * (1 + step_size) * (1 + slack))
 
-    part = step.shrunk(step.group)
+    part = step.clip_ratio(step.group)
     if part is None:
         assert fits(1.0).all()
     else:
@@ -157,7 +157,7 @@ def test_decoded_values_are_exact(mantissa: int, code: int, zero: int) -> None:
     """scale * (code - zero) in float32 equals the product in float64: no multiply-add can round it differently."""
     scale = torch.tensor([(127 << 7 | mantissa)], dtype=torch.int16).view(torch.bfloat16).float()
     codes, zeros = torch.tensor([[code]], dtype=torch.uint8), torch.tensor([zero], dtype=torch.uint8)
-    got = torch_codec.dequantise(codes, scale, zeros)
+    got = torch_codec.dequantize(codes, scale, zeros)
     assert got.double().item() == scale.double().item() * (code - zero)
 
 
@@ -197,10 +197,10 @@ def test_compiled_codec_writes_the_same_bytes(step: StepFormat, dtype: torch.dty
 
 @pytest.mark.parametrize(("step", "dtype", "third"), COMPILED, ids=name)
 def test_compiled_codec_sums_to_the_same_bits(step: StepFormat, dtype: torch.dtype, third: int) -> None:
-    for world, (seed, shape) in list(zip((1, 2, 3, 8, 5, 4, 3, 2, 1), enumerate(SHAPES), strict=True))[third::3]:
+    for world_size, (seed, shape) in list(zip((1, 2, 3, 8, 5, 4, 3, 2, 1), enumerate(SHAPES), strict=True))[third::3]:
         layout, n = Layout(step, shape[-1], dtype.itemsize), tough(shape, dtype).numel()
-        wires = torch.empty(world, layout.nbytes(0, n), dtype=torch.uint8)
-        for rank in range(world):
+        wires = torch.empty(world_size, layout.nbytes(0, n), dtype=torch.uint8)
+        for rank in range(world_size):
             x = tough(shape, dtype, 100 * seed + rank)
             if rank == 1:
                 x.view(-1)[0] = float("nan")
@@ -234,15 +234,15 @@ def test_any_message_gives_the_same_bits(data: st.DataObject) -> None:
     """Random formats, rows, dtypes, worlds, parts of messages and corners: the bytes and sums of the definition."""
     step, dtype = data.draw(st.sampled_from([*FORMATS, *ROTATED])), data.draw(st.sampled_from(DTYPES))
     row, n_rows = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 5))
-    world, kind = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(sorted(CORNERS)))
+    world_size, kind = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(sorted(CORNERS)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     bad = data.draw(st.sampled_from([None, *NOT_FINITE]))
     ends = bounds(0, row * n_rows, row, step.group, 3)
     parts = [(a, b) for a, b in [(ends[0], ends[3]), *itertools.pairwise(ends)] if a < b]
     start, stop = data.draw(st.sampled_from(parts))
     layout = Layout(step, row, dtype.itemsize)
-    wires = torch.full((world, layout.nbytes(start, stop)), 0x11, dtype=torch.uint8)
-    for rank in range(world):
+    wires = torch.full((world_size, layout.nbytes(start, stop)), 0x11, dtype=torch.uint8)
+    for rank in range(world_size):
         x = CORNERS[kind]((n_rows, row), generator).to(dtype).view(-1)[start:stop]
         if bad is not None:
             x[x.numel() // 2] = bad

@@ -37,7 +37,7 @@ def test_str_and_parse_are_inverse(step: StepFormat) -> None:
 def test_what_a_text_means(text: str, bits: int, group: int, hadamard: bool) -> None:
     fmt = WireFormat.parse(text)
     assert fmt.reduce == fmt.gather == StepFormat(bits, group, hadamard)
-    assert not fmt.reduce.rotated
+    assert not fmt.reduce.in_hadamard_domain
 
 
 def test_canonical_text() -> None:
@@ -102,18 +102,21 @@ def test_what_is_transformed_and_may_be_shrunk() -> None:
     plain, four, six = (StepFormat.parse(text) for text in ("int4", "int4-had", "int6-had"))
     assert [n for n in range(1, 65) if four.transforms(n)] == [1, 2, 4, 8, 16, 32, 64]
     assert not any(plain.transforms(n) for n in (1, 16, 64))
-    assert {b: StepFormat(b, 64, True).shrunk(64) for b in (2, 3, 4)} == {2: 11 / 16, 3: 13 / 16, 4: 29 / 32}
-    assert plain.shrunk(64) is six.shrunk(64) is four.shrunk(40) is None
+    assert {b: StepFormat(b, 64, True).clip_ratio(64) for b in (2, 3, 4)} == {2: 11 / 16, 3: 13 / 16, 4: 29 / 32}
+    assert plain.clip_ratio(64) is six.clip_ratio(64) is four.clip_ratio(40) is None
 
 
 @pytest.mark.parametrize(
-    ("text", "rotated"),
+    ("text", "in_hadamard_domain"),
     [("int4-had", True), ("int4-had/int8-had", True), ("int4-had/int8", False), ("int4/int8-had", False),
      ("int4-had/int8-g32-had", False), ("int4", False), ("bf16", False), ("int4-had/bf16", False)],
 )  # fmt: skip
-def test_between_steps_with_equal_groups_nothing_is_transformed(text: str, rotated: bool) -> None:
+def test_between_steps_with_equal_groups_nothing_is_transformed(text: str, in_hadamard_domain: bool) -> None:
     fmt = WireFormat.parse(text)
-    assert fmt.middle == (replace(fmt.reduce, rotated=rotated), replace(fmt.gather, rotated=rotated))
+    assert fmt.between_steps == (
+        replace(fmt.reduce, in_hadamard_domain=in_hadamard_domain),
+        replace(fmt.gather, in_hadamard_domain=in_hadamard_domain),
+    )
 
 
 def test_bytes_of_a_real_message() -> None:
@@ -162,7 +165,7 @@ def test_parts_tile_the_message_on_group_boundaries(
     counts = [b - a for a, b in itertools.pairwise(units)]
     assert max(counts) - min(counts) <= 1
     groups = [layout.sections(a, b).n_groups for a, b in itertools.pairwise(ends)]
-    assert step.lossless or sum(groups) == layout.groups_per_row * n_rows
+    assert step.uncompressed or sum(groups) == layout.groups_per_row * n_rows
     inner = bounds(ends[0], ends[1], row, unit, 3)  # shards of a chunk lie inside it
     assert inner[0] == ends[0]
     assert inner[-1] == ends[1]
@@ -175,7 +178,7 @@ def test_sections_are_aligned_and_hold_their_content(step: StepFormat, row: int,
     edges = [*at.planes, at.scale, at.zero, at.nbytes]
     assert all(edge % 16 == 0 for edge in edges)
     assert edges == sorted(edges)
-    if step.lossless:
+    if step.uncompressed:
         assert 0 <= at.nbytes - row * n_rows * 2 < 16
         return
     for (width, _), begin, end in zip(step.planes, edges, edges[1:], strict=False):

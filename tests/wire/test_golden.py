@@ -84,9 +84,11 @@ class TestGolden:
         """0..127 by 127 steps of 1."""
         codes = [0, 127, 16, 64, 1, 2, 4, 8, 32, 100, 99, 98, 97, 96, 95, 94]
         low = bytes([(codes[i] & 15) | (codes[i + 8] & 15) << 4 for i in range(8)])
-        middle = bytes([sum((codes[i + 4 * p] >> 4 & 3) << 2 * p for p in range(4)) for i in range(4)])
+        between_steps = bytes([sum((codes[i + 4 * p] >> 4 & 3) << 2 * p for p in range(4)) for i in range(4)])
         high = bytes([sum((codes[i + 2 * p] >> 6) << p for p in range(8)) for i in range(2)])
-        assert wire(codec, "int7-g16", [float(c) for c in codes], 16) == pad(low, middle, high, b"\x80\x3f", b"\0")
+        assert wire(codec, "int7-g16", [float(c) for c in codes], 16) == pad(
+            low, between_steps, high, b"\x80\x3f", b"\0"
+        )
 
     def test_int8(self, codec: object) -> None:
         """-100..155 is 255 steps of 1: the code is the value plus 100."""
@@ -149,8 +151,8 @@ class TestGoldenHadamard:
         content = pad(b"\xff\x66\x99\x00" * 2, b"\x05\x7f")
         assert wire(codec, "int4-g16-had", had(2.5, 4.5, 3.0), 16) == content
         assert decoded(codec, "int4-g16-had", content, 16) == had(5.0, 9.0, 6.0)
-        rotated = replace(StepFormat.parse("int4-g16-had"), rotated=True)
-        assert wire(codec, rotated, [10.0, 1.0, 4.0, -5.0] * 4, 16) == content
+        in_hadamard_domain = replace(StepFormat.parse("int4-g16-had"), in_hadamard_domain=True)
+        assert wire(codec, in_hadamard_domain, [10.0, 1.0, 4.0, -5.0] * 4, 16) == content
 
     def test_int6(self, codec: object) -> None:
         """The transform is 43, 3, 20, -20, ...: scale 1, zero 20, codes 63, 23, 40, 0: of 4 bits 15, 7, 8, 0."""

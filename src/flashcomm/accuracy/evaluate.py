@@ -41,11 +41,11 @@ class Tally:
 class RealRanks:
     """The same face as `TensorParallel`, over the process group that the model was loaded on."""
 
-    def __init__(self, model: Any, world: int, settings: dict[str, Any]) -> None:
-        from flashcomm.integrations import transformers as seam
+    def __init__(self, model: Any, world_size: int, settings: dict[str, Any]) -> None:
+        from flashcomm.integrations import transformers as integration
 
-        self.model, self.world = model, world
-        self._seam, self._settings, self._plan = seam, settings, Plan.of("bf16")
+        self.model, self.world_size = model, world_size
+        self._seam, self._settings, self._plan = integration, settings, Plan.of("bf16")
         self._width = sum(m.weight.shape[0] for m in model.modules() if getattr(m, "_flashcomm_layer", ""))
         self._tokens = self._before = 0
         model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -68,7 +68,7 @@ class RealRanks:
 
     @property
     def bits_per_value(self) -> float:
-        values = self._tokens * self._width * 2 * (self.world - 1) / self.world
+        values = self._tokens * self._width * 2 * (self.world_size - 1) / self.world_size
         return 8 * (self._sent() - self._before) / values if values else 0.0
 
     def __enter__(self) -> RealRanks:
@@ -90,14 +90,14 @@ def on_rank(
     continuation: int,
 ) -> list[dict[str, Any]]:
     """The rows of `evaluate`, over real ranks. settings: of the Communicators."""
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
-    seam.enable("bf16", min_bytes=0, **settings)
-    model, _ = load_model(model_dir, ctx.world, ctx.device, dtype)
-    ranks = RealRanks(model, ctx.world, settings)
+    integration.enable("bf16", min_bytes=0, **settings)
+    model, _ = load_model(model_dir, ctx.world_size, ctx.device, dtype)
+    ranks = RealRanks(model, ctx.world_size, settings)
     for plan in plans.values():
-        seam.enable(plan)
-        seam.check_plan(model)
+        integration.enable(plan)
+        integration.check_plan(model)
 
     def progress(what: str, done: int, total: int) -> None:
         if ctx.rank == 0:
@@ -119,26 +119,26 @@ def evaluate(
     windows: token ids (n, length) on the model's device; n_bytes: of their text. continuation: tokens of the greedy
     continuation of each window's first quarter that are compared; 0 leaves that out.
     """
-    model, world = ranks.model, ranks.world
+    model, world_size = ranks.model, ranks.world_size
     tallies = {name: Tally() for name in ["bf16", *plans]}
     batches = torch.split(windows, max(1, BATCH_TOKENS[windows.device.type] // windows.shape[1]))
     with ranks, torch.inference_mode():
-        lossless = ranks.plan
+        uncompressed = ranks.plan
         for i, batch in enumerate(batches):
-            progress(f"{world} ranks", i, len(batches))
-            ranks.plan = lossless
+            progress(f"{world_size} ranks", i, len(batches))
+            ranks.plan = uncompressed
             base = _log_probabilities(model, batch)
             _add(tallies["bf16"], batch, base, base, 16.0)
             for name, plan in plans.items():
                 ranks.plan = plan
                 _add(tallies[name], batch, _log_probabilities(model, batch), base, ranks.bits_per_value)
         if continuation:
-            greedy = _greedy(ranks, lossless, windows, continuation)
+            greedy = _greedy(ranks, uncompressed, windows, continuation)
             for i, (name, plan) in enumerate(plans.items()):
-                progress(f"{world} ranks, greedy", i, len(plans))
+                progress(f"{world_size} ranks, greedy", i, len(plans))
                 tallies[name].greedy = _agreement(greedy, _greedy(ranks, plan, windows, continuation))
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
-    return [_row(name, tally, tallies["bf16"], world, n_tokens, n_bytes) for name, tally in tallies.items()]
+    return [_row(name, tally, tallies["bf16"], world_size, n_tokens, n_bytes) for name, tally in tallies.items()]
 
 
 def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
@@ -198,12 +198,12 @@ def _student(freedom: int) -> float:
     )  # fmt: skip
 
 
-def _row(name: str, tally: Tally, base: Tally, world: int, n_tokens: int, n_bytes: int) -> dict[str, Any]:
+def _row(name: str, tally: Tally, base: Tally, world_size: int, n_tokens: int, n_bytes: int) -> dict[str, Any]:
     nats = sum(tally.nll)
     risen, low, high = rise(tally.nll, base.nll, n_tokens)
     coded = tally is not base
     return {
-        "world": world,
+        "world": world_size,
         "format": name,
         "bits": round(tally.bits, 3),
         "perplexity": round(math.exp(nats / n_tokens), 4),

@@ -22,11 +22,11 @@ def generate(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """On every rank: load, generate up to n_tokens; text, counts and times. Rank 0 emits text as it comes."""
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
-    seam.enable(fmt, **settings)
-    model, tokenizer = load_model(model_dir, ctx.world, ctx.device, dtype)
-    seam.check_plan(model)
+    integration.enable(fmt, **settings)
+    model, tokenizer = load_model(model_dir, ctx.world_size, ctx.device, dtype)
+    integration.check_plan(model)
     text = prompt
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -43,10 +43,10 @@ def generate(
         )
     seconds = time.perf_counter() - begin
     new = output[0, ids.shape[1] :]
-    communicators = seam.communicators()
+    communicators = integration.communicators()
     return {
         "format": fmt,
-        "world": ctx.world,
+        "world": ctx.world_size,
         "prompt_tokens": ids.shape[1],
         "tokens": new.tolist(),
         "text": tokenizer.decode(new, skip_special_tokens=True),

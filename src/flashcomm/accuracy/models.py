@@ -13,7 +13,7 @@ import torch
 from flashcomm.errors import FlashcommError, InputError, UnavailableError
 
 
-def check_model(path: Path, world: int) -> Any:
+def check_model(path: Path, world_size: int) -> Any:
     """The model's config, after making sure that files are whole and that `world` ranks can share the model.
 
     Raises InputError saying what is missing, corrupt or indivisible; UnavailableError without transformers.
@@ -26,22 +26,22 @@ def check_model(path: Path, world: int) -> Any:
         raise InputError(f"{path} has no readable model config: {_first_line(why)}") from why
     for file in sorted(path.glob("*.safetensors")):
         _check_safetensors(file)
-    check_divisible(config, world, path.name)
+    check_divisible(config, world_size, path.name)
     return config
 
 
-def check_divisible(config: Any, world: int, name: str) -> None:
+def check_divisible(config: Any, world_size: int, name: str) -> None:
     """Raise InputError unless `world` ranks can share a model of this config."""
     indivisible = [
         f"{part}={size}"
         for part in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        if (size := getattr(config, part, None)) and size % world
+        if (size := getattr(config, part, None)) and size % world_size
     ]
     if indivisible:
         heads = [getattr(config, n) for n in ("num_attention_heads", "num_key_value_heads") if getattr(config, n, None)]
         possible = [w for w in range(1, min(heads, default=1) + 1) if all(h % w == 0 for h in heads)]
         raise InputError(
-            f"{world} ranks cannot share {name}: {', '.join(indivisible)} is not a multiple of {world}; "
+            f"{world_size} ranks cannot share {name}: {', '.join(indivisible)} is not a multiple of {world_size}; "
             f"its heads allow --world {', '.join(map(str, possible))}"
         )
 
@@ -56,7 +56,7 @@ def cut(config: Any, layers: int, name: str) -> None:
 
 
 def load_model(
-    path: Path, world: int, device: torch.device, dtype: torch.dtype, layers: int | None = None
+    path: Path, world_size: int, device: torch.device, dtype: torch.dtype, layers: int | None = None
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of this rank, in evaluation mode; with world > 1 under transformers' tensor parallelism.
 
@@ -67,8 +67,8 @@ def load_model(
 
     transformers.utils.logging.disable_progress_bar()
     plan: dict[str, Any] = {}
-    if world > 1:
-        plan["distributed_config"] = DistributedConfig(tp_size=world, tp_plan="auto")
+    if world_size > 1:
+        plan["distributed_config"] = DistributedConfig(tp_size=world_size, tp_plan="auto")
     if layers is not None:
         plan["config"] = transformers.AutoConfig.from_pretrained(path, **_source(path))
         cut(plan["config"], layers, path.name)

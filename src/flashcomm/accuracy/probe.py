@@ -29,7 +29,7 @@ def needle(
     hay: Tensor,
     lengths: Sequence[int],
     plans: dict[str, Plan],
-    world: int,
+    world_size: int,
     algorithm: str,
     progress: Progress = lambda *_: None,
 ) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def needle(
     """
     cases = [(length, depth, number) for length in lengths for depth in DEPTHS for number in (48213, 70956)]
     scores: dict[tuple[int, str], list[tuple[bool, float]]] = {}
-    with TensorParallel(model, world, algorithm=algorithm) as ranks, torch.inference_mode():
+    with TensorParallel(model, world_size, algorithm=algorithm) as ranks, torch.inference_mode():
         everything = {"bf16": ranks.plan} | plans
         for i, (length, depth, number) in enumerate(cases):
             progress(f"needle in {length} tokens", i, len(cases))
@@ -52,7 +52,7 @@ def needle(
     return [
         {
             "probe": "needle",
-            "world": world,
+            "world": world_size,
             "context": length,
             "format": name,
             "found_pct": round(100 * statistics.fmean(found for found, _ in many), 1),
@@ -85,7 +85,7 @@ def generation(
     prompts: Tensor,
     n_tokens: int,
     plans: dict[str, Plan],
-    world: int,
+    world_size: int,
     algorithm: str,
     batch: int,
     progress: Progress = lambda *_: None,
@@ -102,7 +102,7 @@ def generation(
         progress("generation", i, len(pieces))
         with torch.inference_mode():
             texts["one rank"].append(continue_greedily(model, piece, n_tokens).cpu())
-            with TensorParallel(model, world, algorithm=algorithm) as ranks:
+            with TensorParallel(model, world_size, algorithm=algorithm) as ranks:
                 for name, plan in ({"bf16": ranks.plan} | plans).items():
                     ranks.plan = plan
                     texts[name].append(continue_greedily(model, piece, n_tokens).cpu())
@@ -112,7 +112,7 @@ def generation(
         rows.append(
             {
                 "probe": "generation",
-                "world": world,
+                "world": world_size,
                 "format": name,
                 "prompts": len(prompts),
                 "tokens": n_tokens,

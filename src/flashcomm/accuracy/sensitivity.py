@@ -27,7 +27,7 @@ from flashcomm.codecs import codec_for
 from flashcomm.plan import LayerPlan, Plan
 from flashcomm.wire.format import StepFormat, WireFormat
 
-LOSSLESS = WireFormat.parse("bf16")
+UNCOMPRESSED = WireFormat.parse("bf16")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 STEPS = ("reduce", "gather")
 
@@ -42,7 +42,7 @@ class Costs:
     def of(self, layer: str, fmt: WireFormat) -> float:
         """The price of a layer in a two-shot all-reduce."""
         steps = zip(STEPS, (fmt.reduce, fmt.gather), strict=True)
-        return sum(0.0 if step.lossless else self.kl[layer, name, step] for name, step in steps)
+        return sum(0.0 if step.uncompressed else self.kl[layer, name, step] for name, step in steps)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class _Seen:
 def measure(
     model: Any,
     windows: Tensor,
-    world: int,
+    world_size: int,
     steps: Sequence[StepFormat],
     conditioning: dict[str, LayerPlan] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -67,15 +67,17 @@ def measure(
     windows: token ids (n, length); a few thousand tokens are enough. conditioning: the vectors of layers that have
     them (their formats do not matter). progress(what, done, total) is called along the way.
     """
-    plan = Plan(LOSSLESS, layers={k: LayerPlan(LOSSLESS, v.shift, v.offset) for k, v in (conditioning or {}).items()})
+    plan = Plan(
+        UNCOMPRESSED, layers={k: LayerPlan(UNCOMPRESSED, v.shift, v.offset) for k, v in (conditioning or {}).items()}
+    )
     squares: dict[tuple[str, str, StepFormat], Tensor | float] = {}  # sums stay on the device: reading one waits for it
     noise: dict[tuple[str, str, StepFormat], Tensor | float] = {}
     signal: dict[str, Tensor | float] = {}
-    for seen in _batches(model, windows, world, "pricing formats", progress):
+    for seen in _batches(model, windows, world_size, "pricing formats", progress):
         for name, part in seen.items():
             signal[name] = signal.get(name, 0.0) + part.total.square().sum(dtype=torch.float64)
             for step in steps:
-                for which, error in zip(STEPS, _errors(plan, name, part, world, step), strict=True):
+                for which, error in zip(STEPS, _errors(plan, name, part, world_size, step), strict=True):
                     key = (name, which, step)
                     squares[key] = squares.get(key, 0.0) + (part.gradient * error).sum(1).square().sum(
                         dtype=torch.float64
@@ -91,7 +93,7 @@ def measure(
 def condition(
     model: Any,
     windows: Tensor,
-    world: int,
+    world_size: int,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, LayerPlan]:
     """Conditioning vectors by layer, from the outputs and gradients on `windows`, token ids (n, length).
@@ -106,7 +108,7 @@ def condition(
     second: dict[str, Tensor] = {}
     gradient: dict[str, Tensor] = {}
     usual: dict[str, float] = {}
-    for seen in _batches(model, windows, world, "conditioning", progress):
+    for seen in _batches(model, windows, world_size, "conditioning", progress):
         for name, part in seen.items():
             size = part.total.norm(dim=1)
             usual[name] = usual.get(name) or size.median().item()
@@ -122,24 +124,24 @@ def condition(
         spread = (second[name] / windows.numel() - offset.square()).clamp_min(1e-30)
         wanted = (gradient[name] / windows.numel()).clamp_min(1e-30).log2() / 4 - spread.log2() / 4
         shift = (wanted - wanted.median()).round().clamp(-20, 20)
-        out[name] = LayerPlan(LOSSLESS, shift.to(torch.int8).cpu(), offset.to(torch.bfloat16).cpu())
+        out[name] = LayerPlan(UNCOMPRESSED, shift.to(torch.int8).cpu(), offset.to(torch.bfloat16).cpu())
     return out
 
 
-def _errors(plan: Plan, name: str, seen: _Seen, world: int, step: StepFormat) -> tuple[Tensor, Tensor]:
+def _errors(plan: Plan, name: str, seen: _Seen, world_size: int, step: StepFormat) -> tuple[Tensor, Tensor]:
     """What the reduce step and the gather step, coded as `step`, add to the layer's output: (tokens, row) each."""
     codec = codec_for(seen.total.device.type)
-    sent = [plan.send(name, p, world) for p in seen.partials]
+    sent = [plan.send(name, p, world_size) for p in seen.partials]
     exact = sum(sent[1:], sent[0])
     dtype = exact.dtype
-    back = plan.receive(name, exact, world, dtype)
+    back = plan.receive(name, exact, world_size, dtype)
     reduced = reference.coded_sum(sent, step, codec).view(exact.shape)
     gathered = reference.coded_sum([exact], step, codec).view(exact.shape)
-    return plan.receive(name, reduced, world, dtype) - back, plan.receive(name, gathered, world, dtype) - back
+    return plan.receive(name, reduced, world_size, dtype) - back, plan.receive(name, gathered, world_size, dtype) - back
 
 
 def _batches(
-    model: Any, windows: Tensor, world: int, what: str, progress: Callable[[str, int, int], None]
+    model: Any, windows: Tensor, world_size: int, what: str, progress: Callable[[str, int, int], None]
 ) -> Iterator[dict[str, _Seen]]:
     """Batch by batch what every layer sent and felt: forward, labels drawn from the model's own output, backward."""
     found: dict[str, tuple[list[Tensor], Tensor]] = {}
@@ -157,7 +159,7 @@ def _batches(
         for i, batch in enumerate(batches):
             progress(what, i, len(batches))
             found.clear()
-            with TensorParallel(model, world, LOSSLESS, observer=observe), torch.enable_grad():
+            with TensorParallel(model, world_size, UNCOMPRESSED, observer=observe), torch.enable_grad():
                 embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
                 logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).float()
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]

@@ -1,6 +1,6 @@
 """Tensor parallelism of any degree in one process: what a wire format does to a model, without the ranks.
 
-    with TensorParallel(model, world=8, plan="int4-had") as ranks:      # any transformers causal LM with a tp_plan
+    with TensorParallel(model, world_size=8, plan="int4-had") as ranks:      # any transformers causal LM with a tp_plan
         logits = model(ids).logits                                     # as 8 ranks would compute them
         print(ranks.bits_per_value)
 
@@ -66,25 +66,34 @@ class TensorParallel:
     def __init__(
         self,
         model: Any,
-        world: int,
+        world_size: int,
         plan: Plan | WireFormat | str = "bf16",
         *,
         algorithm: str = "auto",
-        local_world: int = 0,
+        local_world_size: int = 0,
         min_bytes: int = 0,
         observer: Observer | None = None,
     ) -> None:
-        self.model, self.world = model, world
-        self.algorithm, self.min_bytes, self.observer, self.local_world = algorithm, min_bytes, observer, local_world
-        if world < 1:
-            raise InputError(f"{world} ranks asked for: at least 1 is needed")
-        if (local_world and world % local_world) or (algorithm == "hierarchical" and not local_world):
-            raise InputError(f"nodes of local_world={local_world} ranks asked for: {world} ranks do not make such")
+        self.model, self.world_size = model, world_size
+        self.algorithm, self.min_bytes, self.observer, self.local_world_size = (
+            algorithm,
+            min_bytes,
+            observer,
+            local_world_size,
+        )
+        if world_size < 1:
+            raise InputError(f"{world_size} ranks asked for: at least 1 is needed")
+        if (local_world_size and world_size % local_world_size) or (
+            algorithm == "hierarchical" and not local_world_size
+        ):
+            raise InputError(
+                f"nodes of local_world_size={local_world_size} ranks asked for: {world_size} ranks do not make such"
+            )
         self.layers = row_parallel_layers(model)
         self._before: dict[torch.nn.Module, Any] = {}
-        indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world]
+        indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world_size]
         if indivisible:
-            raise InputError(f"{world} ranks cannot share the inputs of {', '.join(indivisible[:3])}")
+            raise InputError(f"{world_size} ranks cannot share the inputs of {', '.join(indivisible[:3])}")
         self.plan = plan
         self._columns = parallel_layers(model, COLWISE)
         self._sent = self._values = 0.0
@@ -110,7 +119,7 @@ class TensorParallel:
         for name, module in self.layers.items():
             vars(module)["forward"] = self._row_parallel(name, module)
         for module in self._columns.values():
-            if module.out_features % self.world == 0:
+            if module.out_features % self.world_size == 0:
                 vars(module)["forward"] = self._column_parallel(module)
         return self
 
@@ -121,10 +130,10 @@ class TensorParallel:
                 vars(module)["forward"] = forward
 
     def _row_parallel(self, name: str, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
-        shards = [w.contiguous() for w in module.weight.detach().chunk(self.world, 1)]
+        shards = [w.contiguous() for w in module.weight.detach().chunk(self.world_size, 1)]
 
         def forward(x: Tensor) -> Tensor:
-            pieces = x.chunk(self.world, -1)
+            pieces = x.chunk(self.world_size, -1)
             partials = [linear(piece.contiguous(), shard) for piece, shard in zip(pieces, shards, strict=True)]
             total = self._all_reduce(name, partials)
             if self.observer:
@@ -135,8 +144,8 @@ class TensorParallel:
 
     def _column_parallel(self, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            weights = module.weight.chunk(self.world)
-            biases = [None] * self.world if module.bias is None else module.bias.chunk(self.world)
+            weights = module.weight.chunk(self.world_size)
+            biases = [None] * self.world_size if module.bias is None else module.bias.chunk(self.world_size)
             return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
 
         return forward
@@ -145,15 +154,15 @@ class TensorParallel:
         fmt = self._plan.format_of(name, partials[0])
         if not self._route(partials[0], fmt).coded:
             return self.reduce(partials, fmt)
-        total = self.reduce([self._plan.send(name, p, self.world) for p in partials], fmt)
-        return self._plan.receive(name, total, self.world, partials[0].dtype)
+        total = self.reduce([self._plan.send(name, p, self.world_size) for p in partials], fmt)
+        return self._plan.receive(name, total, self.world_size, partials[0].dtype)
 
     def _route(self, x: Tensor, fmt: WireFormat) -> policy.Route:
         return policy.choose(self._call(x, x.element_size()), fmt, self.algorithm, self.min_bytes).route
 
     def _call(self, x: Tensor, itemsize: int) -> policy.Call:
         row = x.shape[-1] if x.dim() else 1
-        return policy.Call(x.numel(), row, itemsize, self.world, "cpu", self.local_world)
+        return policy.Call(x.numel(), row, itemsize, self.world_size, "cpu", self.local_world_size)
 
     def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
         """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""
@@ -161,10 +170,10 @@ class TensorParallel:
         way = self._route(x, fmt).algorithm
         if way != "copy":
             self._sent += policy.wire_bytes(way, self._call(x, 2), fmt)  # as of bf16
-            self._values += 2 * (self.world - 1) / self.world * x.numel()
+            self._values += 2 * (self.world_size - 1) / self.world_size * x.numel()
         if way in ("copy", "native"):
             total = x.float()
             for tensor in tensors[1:]:
                 total = total + tensor.float()
             return total.to(x.dtype)
-        return reference.all_reduce(way, tensors, fmt, self.local_world, codec_for(x.device.type))
+        return reference.all_reduce(way, tensors, fmt, self.local_world_size, codec_for(x.device.type))

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashcomm.accuracy.sensitivity import LOSSLESS, Costs, condition, measure
+from flashcomm.accuracy.sensitivity import UNCOMPRESSED, Costs, condition, measure
 from flashcomm.accuracy.simulate import row_parallel_layers
 from flashcomm.errors import InputError
 from flashcomm.plan import LayerPlan, Plan
@@ -38,7 +38,7 @@ class Prices:
     def plan(self, chosen: dict[str, WireFormat]) -> Plan:
         layers = {}
         for name, fmt in chosen.items():
-            vectors = None if fmt.lossless else self.vectors.get(name)
+            vectors = None if fmt.uncompressed else self.vectors.get(name)
             layers[name] = LayerPlan(fmt, vectors.shift, vectors.offset) if vectors else LayerPlan(fmt)
         most = max(chosen.values(), key=list(chosen.values()).count)
         return Plan(most, layers=layers)
@@ -58,20 +58,20 @@ class Prices:
         """The fewest bits with at most this KL, or the least KL with at most these bits; or the nearest to that."""
         low, high = 1e-12, 1e3  # at the low price bits are cheap: many bits, little loss
         for _ in range(80):
-            middle = math.sqrt(low * high)
-            found = self.at(middle)
+            between_steps = math.sqrt(low * high)
+            found = self.at(between_steps)
             too_lossy = found[2] > kl if kl is not None else found[1] <= (bits or 0.0)
-            low, high = (low, middle) if too_lossy else (middle, high)
+            low, high = (low, between_steps) if too_lossy else (between_steps, high)
         return self.at(low if kl is not None else high)
 
 
 def price(
-    model: Any, windows: Tensor, world: int, *, conditioned: bool, progress: Progress = lambda *_: None
+    model: Any, windows: Tensor, world_size: int, *, conditioned: bool, progress: Progress = lambda *_: None
 ) -> Prices:
     """Price every -had format of the menu in every layer of the model as `world` ranks, on token ids (n, length)."""
-    vectors = condition(model, windows, world, progress) if conditioned else {}
+    vectors = condition(model, windows, world_size, progress) if conditioned else {}
     steps = [StepFormat(bits, group, hadamard=True) for bits, group in product(WIDTHS, GROUPS)]
-    costs = measure(model, windows, world, steps, vectors, progress)
+    costs = measure(model, windows, world_size, steps, vectors, progress)
     layers = row_parallel_layers(model)
     values = {name: module.out_features for name, module in layers.items()}
     return Prices({name: _menu(name, values[name], costs, steps) for name in layers}, vectors, values)
@@ -81,7 +81,7 @@ def _menu(name: str, row: int, costs: Costs, steps: Sequence[StepFormat]) -> lis
     """All pairs of reduce and gather formats with one group, so that sums need no transform between the steps."""
     bits = {step: 8 * Layout(step, row, 2).nbytes(0, row * 1024) / (row * 1024) for step in steps}
     pairs = [WireFormat(a, b) for a, b in product(steps, steps) if a.group == b.group]
-    return [(f, (bits[f.reduce] + bits[f.gather]) / 2, costs.of(name, f)) for f in pairs] + [(LOSSLESS, 16.0, 0.0)]
+    return [(f, (bits[f.reduce] + bits[f.gather]) / 2, costs.of(name, f)) for f in pairs] + [(UNCOMPRESSED, 16.0, 0.0)]
 
 
 @dataclass

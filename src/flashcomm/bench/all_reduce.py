@@ -53,13 +53,13 @@ class Ours(Way):
     def run(self, i: int) -> Tensor:
         return self.comm.all_reduce(self.inputs[i])
 
-    def wire_bytes(self, n_bytes: int, world: int) -> int:
+    def wire_bytes(self, n_bytes: int, world_size: int) -> int:
         return self.route.wire_bytes
 
     def expected(self, tensors: Sequence[Tensor]) -> Tensor | None:
         if not self.route.coded:
             return None
-        return reference.all_reduce(self.route.algorithm, tensors, self.comm.format, self.comm.machine.local_world)
+        return reference.all_reduce(self.route.algorithm, tensors, self.comm.format, self.comm.machine.local_world_size)
 
 
 @dataclass
@@ -112,7 +112,7 @@ def all_reduce(
         count = size // dtype.itemsize
         shape = (count // row, row) if count % row == 0 and count > row else (count,)
         inputs = [example(shape, dtype, i, ctx.rank).to(ctx.device) for i in range(n_sets[size])]
-        refused = {way.path: way.refuses(inputs[0], ctx.world) for way in others}
+        refused = {way.path: way.refuses(inputs[0], ctx.world_size) for way in others}
         unavailable |= {path: f"at {size} bytes: it {why}" for path, why in refused.items() if why}
         entries = [_entry(way) for way in others if not refused[way.path]]
         entries += [_entry(Ours(comm, comm.explain(shape, dtype).route)) for comm in ours]
@@ -120,7 +120,10 @@ def all_reduce(
         cases = list({id(entry.case): entry.case for entry in entries}.values())
         verified = 1 if size > 64 << 20 else 2
         everyone = [
-            [inputs[i] if rank == 0 else example(shape, dtype, i, rank).to(ctx.device) for rank in range(ctx.world)]
+            [
+                inputs[i] if rank == 0 else example(shape, dtype, i, rank).to(ctx.device)
+                for rank in range(ctx.world_size)
+            ]
             for i in range(verified if ctx.rank == 0 else 0)
         ]
         for case in cases:
@@ -132,14 +135,16 @@ def all_reduce(
                 case.notes.append("ranks differ" if case.unlike else "ranks equal")
         del everyone
         most = timing.calls_for(size, n_sets[size]) if device == "cuda" else HOST_CALLS
-        most = min(most, n_sets[size] * growth(dtype, ctx.world))
+        most = min(most, n_sets[size] * growth(dtype, ctx.world_size))
         timings = timing.measure(ctx, [case.way for case in cases], modes, n_sets[size], most, turns)
         for case, taken in zip(cases, timings, strict=True):
             case.timing = taken
         failed = [e for e in entries if e.case.timing.no_graph]
         unavailable |= {f"{e.format} by {e.path} in a graph": str(e.case.timing.no_graph) for e in failed}
         for mode in modes:
-            rows += _rows([e for e in entries if mode in e.case.timing.seconds], mode, size, count, dtype, ctx.world)
+            rows += _rows(
+                [e for e in entries if mode in e.case.timing.seconds], mode, size, count, dtype, ctx.world_size
+            )
     return {"rows": rows, "unavailable": unavailable}
 
 
@@ -220,19 +225,19 @@ def _compared(way: Way, tensors: Sequence[Tensor], got: Tensor) -> tuple[float, 
 
 
 def _rows(
-    entries: Sequence[Entry], mode: str, size: int, count: int, dtype: torch.dtype, world: int
+    entries: Sequence[Entry], mode: str, size: int, count: int, dtype: torch.dtype, world_size: int
 ) -> list[dict[str, Any]]:
     """Rows of one size and mode: lossless ones from the slowest to the baseline, others' low-bit, auto, ours."""
 
     def seconds(entry: Entry) -> float:
         return entry.case.timing.seconds[mode]
 
-    lossless = sorted((e for e in entries if e.format == "bf16"), key=seconds, reverse=True)
-    best = min(map(seconds, lossless), default=None)
-    native = min((seconds(e) for e in lossless if e.path == "native"), default=None)
+    uncompressed = sorted((e for e in entries if e.format == "bf16"), key=seconds, reverse=True)
+    best = min(map(seconds, uncompressed), default=None)
+    native = min((seconds(e) for e in uncompressed if e.path == "native"), default=None)
     rest = [e for e in entries if e.format != "bf16"]
     rest.sort(key=lambda e: 1 if e.path == "auto" else 2 * isinstance(e.case.way, Ours))
-    return [_row(entry, mode, best, native, size, count, dtype, world) for entry in (*lossless, *rest)]
+    return [_row(entry, mode, best, native, size, count, dtype, world_size) for entry in (*uncompressed, *rest)]
 
 
 def _row(
@@ -243,7 +248,7 @@ def _row(
     size: int,
     count: int,
     dtype: torch.dtype,
-    world: int,
+    world_size: int,
 ) -> dict[str, Any]:
     """nccl-tests columns: size in bytes, count, time in us, algbw and busbw in GB/s of uncompressed bytes."""
     case, way = entry.case, entry.case.way
@@ -256,15 +261,15 @@ def _row(
         "type": str(dtype).removeprefix("torch."),
         "redop": "sum",
         "format": entry.format,
-        "world": world,
+        "world": world_size,
         "path": entry.path,
         "mode": mode,
         "transport": way.transport,
         "time_us": round(seconds * 1e6, 1),
         "host_us": round(host_s * 1e6, 1) if host_s is not None and mode == "eager" else None,
         "algbw": float(f"{algbw:.4g}"),
-        "busbw": float(f"{algbw * 2 * (world - 1) / world:.4g}"),
-        "wire_bytes": way.wire_bytes(size, world),
+        "busbw": float(f"{algbw * 2 * (world_size - 1) / world_size:.4g}"),
+        "wire_bytes": way.wire_bytes(size, world_size),
         "error": float(f"{case.error:.3g}"),
         "snr_db": round(-20 * math.log10(case.error), 1) if case.error else None,
         "speedup": round(best_s / seconds, 3) if best_s else None,

@@ -57,22 +57,22 @@ class Way:
         """What must surround the capture of a CUDA graph of runs."""
         return contextlib.nullcontext()
 
-    def refuses(self, x: Tensor, world: int) -> str | None:
+    def refuses(self, x: Tensor, world_size: int) -> str | None:
         """Why messages like x cannot go this way: a function of what is equal on every rank."""
         return None
 
-    def wire_bytes(self, n_bytes: int, world: int) -> int | None:
+    def wire_bytes(self, n_bytes: int, world_size: int) -> int | None:
         """Payload a rank sends (or has read from it) for a message of n_bytes; None where it is not known."""
-        return 2 * (world - 1) * n_bytes // world
+        return 2 * (world_size - 1) * n_bytes // world_size
 
     def expected(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """The exact bits of the sum of all ranks' tensors, where they are defined."""
         return None
 
 
-def growth(dtype: torch.dtype, world: int) -> int:
+def growth(dtype: torch.dtype, world_size: int) -> int:
     """How often inputs below 32, scaled by SMALL, can be summed in place before the largest value is not finite."""
-    return max(1, int(math.log(torch.finfo(dtype).max / (32 * SMALL)) / math.log(world)))
+    return max(1, int(math.log(torch.finfo(dtype).max / (32 * SMALL)) / math.log(world_size)))
 
 
 class Native(Way):
@@ -115,11 +115,11 @@ class SymmOneShot(Native):
         out: Tensor = torch.ops.symm_mem.one_shot_all_reduce(self.buffers[i], "sum", self.group_name)
         return out
 
-    def refuses(self, x: Tensor, world: int) -> str | None:
+    def refuses(self, x: Tensor, world_size: int) -> str | None:
         return "takes multiples of 4 bytes" if x.nbytes % 4 else None
 
-    def wire_bytes(self, n_bytes: int, world: int) -> int:
-        return (world - 1) * n_bytes
+    def wire_bytes(self, n_bytes: int, world_size: int) -> int:
+        return (world_size - 1) * n_bytes
 
 
 class SymmTwoShot(SymmOneShot):
@@ -131,8 +131,8 @@ class SymmTwoShot(SymmOneShot):
         out: Tensor = torch.ops.symm_mem.two_shot_all_reduce_(self.buffers[i], "sum", self.group_name)
         return out
 
-    def wire_bytes(self, n_bytes: int, world: int) -> int:
-        return 2 * (world - 1) * n_bytes // world
+    def wire_bytes(self, n_bytes: int, world_size: int) -> int:
+        return 2 * (world_size - 1) * n_bytes // world_size
 
 
 class VllmCustom(Way):
@@ -159,10 +159,10 @@ class VllmCustom(Way):
         context: contextlib.AbstractContextManager[object] = self.comm.capture()
         return context
 
-    def refuses(self, x: Tensor, world: int) -> str | None:
+    def refuses(self, x: Tensor, world_size: int) -> str | None:
         return None if self.comm.should_custom_ar(x) else "takes multiples of 16 bytes"
 
-    def wire_bytes(self, n_bytes: int, world: int) -> None:
+    def wire_bytes(self, n_bytes: int, world_size: int) -> None:
         return None
 
 
@@ -182,11 +182,11 @@ class FlashinferFp8(Way):
         out: Tensor = self.all_reduce(self.inputs[i], dist.group.WORLD)
         return out
 
-    def refuses(self, x: Tensor, world: int) -> str | None:
+    def refuses(self, x: Tensor, world_size: int) -> str | None:
         return "takes multiples of 8 values, from 4096 on" if x.numel() % 8 or x.numel() < 4096 else None
 
-    def wire_bytes(self, n_bytes: int, world: int) -> int:
-        return 2 * (world - 1) * (n_bytes // 2 + n_bytes // 512 * 4) // world
+    def wire_bytes(self, n_bytes: int, world_size: int) -> int:
+        return 2 * (world_size - 1) * (n_bytes // 2 + n_bytes // 512 * 4) // world_size
 
 
 def padded(numel: int) -> int:
@@ -242,11 +242,11 @@ def first_line(error: Exception) -> str:
 def _no_peer_access(ctx: RankContext) -> str | None:
     if ctx.device.type != "cuda":
         return "for CUDA tensors only"
-    if os.environ.get("LOCAL_WORLD_SIZE", str(ctx.world)) != str(ctx.world):
+    if os.environ.get("LOCAL_WORLD_SIZE", str(ctx.world_size)) != str(ctx.world_size):
         return "ranks are on several hosts"
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
         return "NCCL_P2P_DISABLE is set: this run is to do without peer access"
-    others = [i for i in range(ctx.world) if i != ctx.device.index]
+    others = [i for i in range(ctx.world_size) if i != ctx.device.index]
     if not all(torch.cuda.can_device_access_peer(ctx.device, i) for i in others):
         return "a GPU has no access to the memory of another"
     return None
@@ -267,7 +267,7 @@ def _no_flashinfer(ctx: RankContext, dtype: torch.dtype) -> str | None:
         return why
     if dtype != torch.bfloat16:
         return "for bf16 only"
-    if ctx.world & (ctx.world - 1) or ctx.world > 16:
+    if ctx.world_size & (ctx.world_size - 1) or ctx.world_size > 16:
         return "for 2, 4, 8 or 16 ranks only"
     return None if torch.cuda.get_device_capability(ctx.device) >= (9, 0) else "for compute capability 9.0 and up only"
 

@@ -53,8 +53,8 @@ def plot(sources: Sequence[Path], target: Path) -> None:
         worlds = list(dict.fromkeys(row["world"] for row in rows))
         size = (4.5 * len(worlds) + 0.5, 4.5)
         figure, panels = pyplot.subplots(1, len(worlds), figsize=size, layout="constrained", sharey=True, squeeze=False)
-        for world, axis in zip(worlds, panels[0], strict=True):
-            _pareto([row for row in rows if row["world"] == world], axis)
+        for world_size, axis in zip(worlds, panels[0], strict=True):
+            _pareto([row for row in rows if row["world"] == world_size], axis)
     elif rows and "layer" in rows[0]:
         figure, axis = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
         _layers(rows, axis)
@@ -191,7 +191,7 @@ def _family(fmt: str) -> str:
 
 
 def _layers(rows: Rows, axis: Any) -> None:
-    """KL divergence of each layer coded alone, by its place in the model; a colour a format, a marker a kind."""
+    """KL divergence of each layer coded alone, by its place in the model; a color a format, a marker a kind."""
     names = list(dict.fromkeys(row["layer"] for row in rows))
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     for i, fmt in enumerate(dict.fromkeys(row["format"] for row in rows)):

@@ -59,30 +59,30 @@ def config_of(name: str, layers: int | None = None) -> Any:
     return config
 
 
-def bytes_per_rank(config: Any, world: int, itemsize: int) -> tuple[int, int]:
+def bytes_per_rank(config: Any, world_size: int, itemsize: int) -> tuple[int, int]:
     """(bytes of one decoder layer, of all else) that a rank of so many holds."""
     head, hidden = config.head_dim, config.hidden_size
     attention = hidden * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     layer = attention + 3 * hidden * config.intermediate_size
     tables = config.vocab_size * hidden
-    rest = tables // world if config.tie_word_embeddings else tables + tables // world
-    return layer // world * itemsize, rest * itemsize
+    rest = tables // world_size if config.tie_word_embeddings else tables + tables // world_size
+    return layer // world_size * itemsize, rest * itemsize
 
 
-def layers_that_fit(config: Any, world: int, itemsize: int, memory_bytes: int) -> int:
+def layers_that_fit(config: Any, world_size: int, itemsize: int, memory_bytes: int) -> int:
     """How many layers leave a quarter of the memory free for activations, the cache and workspaces."""
-    layer, rest = bytes_per_rank(config, world, itemsize)
+    layer, rest = bytes_per_rank(config, world_size, itemsize)
     return min(int(config.num_hidden_layers), (memory_bytes * 3 // 4 - rest) // layer)
 
 
-def build(name: str, layers: int | None, world: int, device: torch.device, dtype: torch.dtype) -> Any:
+def build(name: str, layers: int | None, world_size: int, device: torch.device, dtype: torch.dtype) -> Any:
     """This rank's part of a model of that shape, in evaluation mode, under transformers' tensor parallelism."""
     transformers = import_transformers()
     from transformers.distributed import DistributedConfig
 
     config = config_of(name, layers)
     transformers.utils.logging.disable_progress_bar()
-    plan = {"distributed_config": DistributedConfig(tp_size=world, tp_plan="auto")} if world > 1 else {}
+    plan = {"distributed_config": DistributedConfig(tp_size=world_size, tp_plan="auto")} if world_size > 1 else {}
     plan = plan or {"device_map": {"": device}}  # else the CPU would draw the weights
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     torch.manual_seed(0)  # weights that ranks share are equal

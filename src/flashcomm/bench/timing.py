@@ -155,7 +155,7 @@ def _captured(ctx: RankContext, way: Way, n_sets: int, n_calls: int) -> tuple[to
     graph.replay()
     torch.cuda.synchronize()
     if way.in_place or not way.equal:  # the first sum is equal on all ranks: each further one multiplies by the world
-        want = once.double() * float(ctx.world) ** (times - 1)
+        want = once.double() * float(ctx.world_size) ** (times - 1)
         right = bool((last.double() - want).norm() <= 0.05 * want.norm())
     else:
         right = torch.equal(last, once)

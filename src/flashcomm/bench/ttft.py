@@ -87,17 +87,17 @@ def ttft(ctx: RankContext, ask: Ask) -> list[dict[str, Any]]:
 
     Raises FlashcommError, on every rank, where the ranks' logits differ or are not finite.
     """
-    from flashcomm.integrations import transformers as seam
+    from flashcomm.integrations import transformers as integration
 
     ctx.emit({"what": "loading", "done": 0, "of": None})
-    seam.enable("bf16", **ask.settings)
+    integration.enable("bf16", **ask.settings)
     model = _load(ctx, ask)
     for name in ask.formats:
-        seam.enable(name, **ask.settings)
-        seam.check_plan(model)
+        integration.enable(name, **ask.settings)
+        integration.check_plan(model)
     stack, eager = model.base_model, model.base_model.forward
     if ask.overlap:
-        seam.overlap(model, min_tokens=0)
+        integration.overlap(model, min_tokens=0)
     forwards = {False: eager, True: stack.forward}
     compiled = torch.compile(eager, dynamic=False) if ask.compiled else None
     ways = ways_of(ask.formats, ctx.device.type, ask.overlap)
@@ -110,11 +110,11 @@ def ttft(ctx: RankContext, ask: Ask) -> list[dict[str, Any]]:
         """The model goes this way inside a with block."""
         # The baseline compares no shapes before a call: it is what one has without flashcomm.
         check = {"check": False} if way.path != "auto" else {}
-        seam.enable(way.format, **ask.settings, **check)
+        integration.enable(way.format, **ask.settings, **check)
         stack.forward = compiled if in_graph and compiled is not None else forwards[way.overlap]
         none = way.path == "none"
-        off = seam.without_all_reduce(in_step=ctx.device.type == "cpu") if none else contextlib.nullcontext()
-        with off, seam.native_all_reduce() if way.path == "native" else contextlib.nullcontext():
+        off = integration.without_all_reduce(in_step=ctx.device.type == "cpu") if none else contextlib.nullcontext()
+        with off, integration.native_all_reduce() if way.path == "native" else contextlib.nullcontext():
             yield
 
     for batch, n_tokens in sizes:
@@ -130,7 +130,7 @@ def ttft(ctx: RankContext, ask: Ask) -> list[dict[str, Any]]:
                 done += 1
                 with going(way, in_graph=turn > -2):
                     if turn == -2:
-                        _verify(ctx, model, way, case, seam)
+                        _verify(ctx, model, way, case, integration)
                     elif (seconds := _first_token(ctx, model, ids)) and turn >= 0:
                         case.seconds[way].append(seconds)
         rows += _rows(ctx, ask, case, model.config)
@@ -141,8 +141,8 @@ def _load(ctx: RankContext, ask: Ask) -> Any:
     if isinstance(ask.model, str):
         from flashcomm.bench.shapes import build
 
-        return build(ask.model, ask.layers, ctx.world, ctx.device, ask.dtype)
-    return load_model(ask.model, ctx.world, ctx.device, ask.dtype, ask.layers)[0]
+        return build(ask.model, ask.layers, ctx.world_size, ctx.device, ask.dtype)
+    return load_model(ask.model, ctx.world_size, ctx.device, ask.dtype, ask.layers)[0]
 
 
 def _forward(model: Any, ids: Tensor) -> Tensor:
@@ -151,16 +151,16 @@ def _forward(model: Any, ids: Tensor) -> Tensor:
     return logits[:, -1]
 
 
-def _verify(ctx: RankContext, model: Any, way: Way, case: Case, seam: Any) -> None:
+def _verify(ctx: RankContext, model: Any, way: Way, case: Case, integration: Any) -> None:
     """Run once, uncompiled: note logits and wire bytes, and make sure that all ranks have the same, finite logits."""
-    with torch.inference_mode(), seam.messages() as seen:
+    with torch.inference_mode(), integration.messages() as seen:
         logits = _forward(model, case.ids)
     if way.path == "none":
         return
     case.logits[way] = logits.cpu()
-    case.wire_bytes[way] = sum(map(seam.wire_bytes, seen))
+    case.wire_bytes[way] = sum(map(integration.wire_bytes, seen))
     mine = torch.stack([logits.double().sum(), logits.double().square().sum()])
-    everybody = [torch.empty_like(mine) for _ in range(ctx.world)]
+    everybody = [torch.empty_like(mine) for _ in range(ctx.world_size)]
     dist.all_gather(everybody, mine)
     if not all(torch.equal(theirs, everybody[0]) and bool(theirs.isfinite().all()) for theirs in everybody):
         raise FlashcommError(f"{way}: the ranks' logits differ or are not finite, so that no time is worth taking")
@@ -207,7 +207,7 @@ def _rows(ctx: RankContext, ask: Ask, case: Case, config: Any) -> list[dict[str,
         wire_bytes = case.wire_bytes[way]
         same = torch.equal(case.logits[way], case.logits[Way(way.format, way.path)]) if way.overlap else None
         row = {"format": way.format, "path": way.path, "overlap": way.overlap, "compiled": ask.compiled}
-        row |= {"world": ctx.world, "layers": config.num_hidden_layers}
+        row |= {"world": ctx.world_size, "layers": config.num_hidden_layers}
         row |= {"batch": case.ids.shape[0], "tokens": case.ids.shape[1]}
         row |= {"ttft_s": round(seconds, 6), "compute_s": round(compute, 6)}
         row |= {"share": round(1 - compute / native, 4), "limit": round(native / compute, 3)}

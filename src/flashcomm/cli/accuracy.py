@@ -50,7 +50,7 @@ def evaluate(
     continuation: Annotated[int, typer.Option(min=0, help="Greedy tokens compared; 0: none.")] = 32,
     layers: Annotated[Path | None, typer.Option(help="Also price every layer by itself, into this CSV.")] = None,
     algorithm: Simulated = "auto",
-    local_world: LocalWorld = None,
+    local_world_size: LocalWorld = None,
     real: Annotated[bool, typer.Option("--real", help="Start real ranks instead of simulating them.")] = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -67,39 +67,45 @@ def evaluate(
 
     counts = _numbers("--worlds", worlds)
     plans = _plans([*formats_of(formats, plans=True), *map(str, plan or [])])
-    if layers and all(p.layers or p.format.lossless for p in plans.values()):
+    if layers and all(p.layers or p.format.uncompressed for p in plans.values()):
         raise SettingsError(
             "--layers prices formats, one at a time: give one in --formats that is neither a plan nor bf16"
         )
-    settings: dict[str, Any] = {"algorithm": algorithm} | ({"local_world": local_world} if local_world else {})
-    if local_world and any(world % local_world or world == local_world for world in counts):
-        raise SettingsError(f"--local-world {local_world}: not all of --worlds {worlds} are several nodes of that many")
-    loaded, tokenizer, where = _load(model, device, dtype, algorithm, max(counts) if real else 1, local_world)
+    settings: dict[str, Any] = {"algorithm": algorithm} | (
+        {"local_world_size": local_world_size} if local_world_size else {}
+    )
+    if local_world_size and any(
+        world_size % local_world_size or world_size == local_world_size for world_size in counts
+    ):
+        raise SettingsError(
+            f"--local-world {local_world_size}: not all of --worlds {worlds} are several nodes of that many"
+        )
+    loaded, tokenizer, where = _load(model, device, dtype, algorithm, max(counts) if real else 1, local_world_size)
     ids = read_windows(text, tokenizer, context, windows)
     n_bytes, ids = bytes_in(ids, tokenizer), ids.to(where)
     _check(loaded, plans, counts)
     if real:
-        for world in counts:
-            check_model(model, world)
+        for world_size in counts:
+            check_model(model, world_size)
     rows: list[dict[str, Any]] = []
     priced: list[dict[str, Any]] = []
     with _progress(json) as on:
-        for world in counts:
+        for world_size in counts:
             if real:
                 args = (model, dtype_for(dtype), ids.cpu(), n_bytes, plans, settings, continuation)
                 told: Any = launch.run(
-                    command.on_rank, world, args, device=where, on_event=lambda e: on(*_three(e)), timeout_s=7200
+                    command.on_rank, world_size, args, device=where, on_event=lambda e: on(*_three(e)), timeout_s=7200
                 )
                 if told is None:  # under torchrun, not rank 0
                     return
                 rows += told
             else:
-                ranks = TensorParallel(loaded, world, **settings)
+                ranks = TensorParallel(loaded, world_size, **settings)
                 rows += command.evaluate(ranks, ids, n_bytes, plans, continuation, on)
         if layers:
             priced = _layers(loaded, ids, counts[0], plans, on)
     same = {"model": model.name, "text": text.name, "context": context, "algorithm": algorithm, "dtype": dtype}
-    same |= {"local_world": local_world} if local_world else {}
+    same |= {"local_world_size": local_world_size} if local_world_size else {}
     same["ranks"] = "real" if real else "simulated"
     rows = [same | row for row in rows]
     if csv:
@@ -119,7 +125,7 @@ def tune(
     model: Model,
     text: Text,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan (.json).")],
-    world: World = 2,
+    world_size: World = 2,
     budget: Annotated[str | None, typer.Option(help="Rise in perplexity allowed, e.g. 1%.")] = None,
     bits: Annotated[str | None, typer.Option(help="Or bits per value allowed, e.g. 4.6.")] = None,
     decode: Annotated[str | None, typer.Option(help="Format of messages of one token a sequence.")] = None,
@@ -143,7 +149,7 @@ def tune(
     from flashcomm.wire.format import WireFormat
 
     budgets = _budgets(budget, bits)
-    if world < 2:
+    if world_size < 2:
         raise SettingsError("--world 1: one rank sends nothing; give the number of ranks the plan is for")
     if output.suffix != ".json" or (len(budgets) > 1 and "{}" not in output.name):
         raise SettingsError(
@@ -153,16 +159,16 @@ def tune(
     loaded, tokenizer, where = _load(model, device, dtype, "two_shot")
     ids = read_windows(text, tokenizer, context, windows).to(where)
     held_out = read_windows(check, tokenizer, context, windows).to(where) if check else None
-    made = {"text": text.name, "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(), "world": world}
+    made = {"text": text.name, "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(), "world": world_size}
     fits = {key: getattr(loaded.config, key) for key in ("model_type", "hidden_size", "num_hidden_layers")}
     results = []
     with _progress(json) as on:
 
         def measured(plan: Plan, tokens: Any = ids) -> dict[str, Any]:
-            ranks = TensorParallel(loaded, world, algorithm="two_shot")
+            ranks = TensorParallel(loaded, world_size, algorithm="two_shot")
             return run(ranks, tokens, 1, {"plan": plan}, progress=on)[1]
 
-        prices = command.price(loaded, ids, world, conditioned=condition, progress=on)
+        prices = command.price(loaded, ids, world_size, conditioned=condition, progress=on)
         for name, limits in budgets.items():
             found = command.tune(prices, lambda plan: measured(plan)["rise_pct"] / 100, **limits)
             told = made | {
@@ -186,7 +192,7 @@ def tune(
     else:
         columns = {"plan": "plan", "bits": "bits/value", "predicted_kl": "KL predicted", "rise_pct": "rise %"}
         columns |= {"check_rise_pct": f"rise % on {check.name}"} if check else {}
-        report.print_table(f"{model.name}, {world} ranks, {text.name}", columns, results)
+        report.print_table(f"{model.name}, {world_size} ranks, {text.name}", columns, results)
     missed = [r for r in results if not r["met"]]
     if missed:
         best = ", ".join(f"{r['budget']} ({r['plan']}: {r['bits']} bits, {r['rise_pct']} %)" for r in missed)
@@ -196,7 +202,7 @@ def tune(
 def probe(
     model: Model,
     text: Text,
-    world: World = 2,
+    world_size: World = 2,
     formats: Formats = "int8,int6-had,int4-had,int4",
     contexts: Annotated[str, typer.Option(help="Context lengths of the needle probe; empty: leave it out.")] = "1024",
     prompts: Annotated[int, typer.Option(min=0, help="Prompts of the generation probe; 0: leave it out.")] = 200,
@@ -221,15 +227,15 @@ def probe(
         raise InputError(f"--contexts {max(lengths)}: {model.name} takes at most {most} tokens")
     if lengths and min(lengths) < 64:
         raise InputError(f"--contexts {min(lengths)}: a needle and its question need 64 tokens")
-    _check(loaded, plans, [world])
+    _check(loaded, plans, [world_size])
     rows: list[dict[str, Any]] = []
     with _progress(json) as on:
         if lengths:
             hay = read_windows(text, tokenizer, max(lengths), 1)[0]
-            rows += command.needle(loaded, tokenizer, hay, lengths, plans, world, algorithm, on)
+            rows += command.needle(loaded, tokenizer, hay, lengths, plans, world_size, algorithm, on)
         if prompts:
             ids = read_windows(text, tokenizer, 48, prompts).to(where)
-            rows += command.generation(loaded, ids, tokens, plans, world, algorithm, batch, on)
+            rows += command.generation(loaded, ids, tokens, plans, world_size, algorithm, batch, on)
     if csv:
         keys = {key: None for row in rows for key in row}
         report.write_csv(csv, [{"model": model.name, "dtype": dtype} | keys | row for row in rows])
@@ -245,14 +251,14 @@ def probe(
 
 
 def _load(
-    path: Path, device: str, dtype: str, algorithm: str, ranks: int = 1, local_world: int | None = None
+    path: Path, device: str, dtype: str, algorithm: str, ranks: int = 1, local_world_size: int | None = None
 ) -> tuple[Any, Any, str]:
     from flashcomm.accuracy.models import check_model, load_model
     from flashcomm.settings import ALGORITHMS
 
     if algorithm not in ALGORITHMS:
         raise SettingsError(f"--algorithm {algorithm}: allowed are {', '.join(ALGORITHMS)}")
-    if (algorithm == "hierarchical") != bool(local_world):
+    if (algorithm == "hierarchical") != bool(local_world_size):
         raise SettingsError("--algorithm hierarchical and --local-world, of eval, go together: give both or neither")
     import torch
 
@@ -277,22 +283,22 @@ def _check(model: Any, plans: dict[str, Plan], worlds: Sequence[int]) -> None:
     """Refuse a plan for another model, or a number of ranks that cannot share it, before the long work."""
     from flashcomm.accuracy.simulate import TensorParallel
 
-    for world in worlds:
+    for world_size in worlds:
         for plan in plans.values():
-            TensorParallel(model, world, plan)
+            TensorParallel(model, world_size, plan)
 
 
-def _layers(model: Any, ids: Any, world: int, plans: dict[str, Plan], on: Progress) -> list[dict[str, Any]]:
+def _layers(model: Any, ids: Any, world_size: int, plans: dict[str, Plan], on: Progress) -> list[dict[str, Any]]:
     """Rows by layer and uniform format: KL divergence and signal-to-noise of the reduce and the gather step."""
     from flashcomm.accuracy import sensitivity
     from flashcomm.accuracy.simulate import row_parallel_layers
 
-    formats = {name: plan.format for name, plan in plans.items() if not plan.layers and not plan.format.lossless}
+    formats = {name: plan.format for name, plan in plans.items() if not plan.layers and not plan.format.uncompressed}
     steps = list(dict.fromkeys(step for fmt in formats.values() for step in (fmt.reduce, fmt.gather)))
-    costs = sensitivity.measure(model, ids, world, [s for s in steps if not s.lossless], progress=on)
+    costs = sensitivity.measure(model, ids, world_size, [s for s in steps if not s.uncompressed], progress=on)
     return [
         {
-            "world": world,
+            "world": world_size,
             "layer": layer,
             "format": name,
             "kl": f"{costs.of(layer, fmt):.3e}",

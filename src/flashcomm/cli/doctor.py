@@ -21,38 +21,40 @@ SIZES = tuple(1 << k for k in range(12, 28, 3))
 PACKAGES = ("torch", "numpy", "llvmlite", "transformers", "triton", "pyroute2", "vllm", "sglang")
 
 
-def examine(world: int, row: int, itemsize: int, settings: Settings, device: str) -> dict[str, Any]:
+def examine(world_size: int, row: int, itemsize: int, settings: Settings, device: str) -> dict[str, Any]:
     """Everything `doctor` shows, as one JSON-able object. Starts no ranks: it works out what they would agree on."""
-    found = _found(device, world, settings)
+    found = _found(device, world_size, settings)
     return {
         "machine": _machine(),
         "versions": {"flashcomm": flashcomm.__version__, "python": platform.python_version()} | _versions(),
         "paths": _paths(device, found),
         "settings": settings.as_dict(),
-        "choices": [_choice(size, row, itemsize, world, settings, device, found) for size in SIZES],
+        "choices": [_choice(size, row, itemsize, world_size, settings, device, found) for size in SIZES],
     }
 
 
-def _found(device: str, world: int, settings: Settings) -> policy.Machine:
+def _found(device: str, world_size: int, settings: Settings) -> policy.Machine:
     """What ranks 0 to world-1, one for each GPU, would find; see `links.connect`."""
     name, rejected = "process_group", []
     for kind in discovery.candidates(device, settings.transport):
-        here = min(world, torch.cuda.device_count()) if device == "cuda" else world
+        here = min(world_size, torch.cuda.device_count()) if device == "cuda" else world_size
         facts = [kind.facts(torch.device(device, rank)) for rank in range(here)]
-        missing = f"{world} ranks and {here} GPUs here" if here < world else ""
+        missing = f"{world_size} ranks and {here} GPUs here" if here < world_size else ""
         if why := missing or kind.verdict(facts):
             rejected.append((kind.NAME, why))
         else:
             name = kind.NAME
             break
     table = timings.find(
-        discovery.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world, name
+        discovery.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world_size, name
     )
-    local_world = discovery.asked_local_world(settings, world)
-    if not settings.local_world:
+    local_world_size = discovery.asked_local_world_size(settings, world_size)
+    if not settings.local_world_size:
         here = torch.cuda.device_count() if device == "cuda" else 1
-        local_world = discovery.grouped([discovery.near(torch.device(device, rank % here)) for rank in range(world)])
-    return policy.Machine(name, table, tuple(rejected), local_world)
+        local_world_size = discovery.grouped(
+            [discovery.near(torch.device(device, rank % here)) for rank in range(world_size)]
+        )
+    return policy.Machine(name, table, tuple(rejected), local_world_size)
 
 
 def _machine() -> dict[str, Any]:
@@ -112,9 +114,11 @@ def _cuda_codec() -> str:
 
 
 def _choice(
-    size: int, row: int, itemsize: int, world: int, settings: Settings, device: str, found: policy.Machine
+    size: int, row: int, itemsize: int, world_size: int, settings: Settings, device: str, found: policy.Machine
 ) -> dict[str, Any]:
-    call = policy.Call(size // itemsize, min(row, size // itemsize), itemsize, world, device, found.local_world)
+    call = policy.Call(
+        size // itemsize, min(row, size // itemsize), itemsize, world_size, device, found.local_world_size
+    )
     choice = policy.choose(call, settings.format, settings.algorithm, settings.min_bytes, found)
     return {
         "size": size,

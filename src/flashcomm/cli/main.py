@@ -51,7 +51,7 @@ app.command("ttft")(ttft.ttft)
 
 @app.command()
 def doctor(
-    world: World = 2,
+    world_size: World = 2,
     format: Annotated[str | None, typer.Option("--format", "-f", help="Wire format.")] = None,
     row: Annotated[int, typer.Option(min=1, help="Length of a row (hidden size).")] = 4096,
     device: Device = "auto",
@@ -63,9 +63,9 @@ def doctor(
     from flashcomm.cli import report
     from flashcomm.settings import Settings
 
-    where = device_for(device, world)
+    where = device_for(device, world_size)
     settings = Settings.resolve(where, format=format)
-    found = command.examine(world, row, dtype_for(dtype).itemsize, settings, where)
+    found = command.examine(world_size, row, dtype_for(dtype).itemsize, settings, where)
     if json:
         return report.print_json(found)
     for section in ("machine", "versions", "paths", "settings"):
@@ -73,7 +73,7 @@ def doctor(
         for key, value in found[section].items():
             report.console.print(f"  {key:16} {value}", markup=False)
     rows = [c | {"not": "\n".join(f"{k}: {v}" for k, v in c["not"].items())} for c in found["choices"]]
-    title = f"all-reduce of {dtype} rows of {row} as {settings.fmt}, {world} ranks on {where}"
+    title = f"all-reduce of {dtype} rows of {row} as {settings.fmt}, {world_size} ranks on {where}"
     report.print_table(
         title, {"size": "bytes", "path": "path", "wire_bytes": "wire bytes", "why": "why", "not": "why not"}, rows
     )
@@ -84,7 +84,7 @@ def doctor(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
-    world: World = 2,
+    world_size: World = 2,
     format: Annotated[
         str,
         typer.Option("--format", "-f", envvar="FLASHCOMM_FORMAT", help="Wire format of the all-reduces, or a plan."),
@@ -103,8 +103,8 @@ def generate(
     from flashcomm.accuracy.models import check_model
     from flashcomm.cli import report
 
-    where, settings = prepare(format, device, world, min_bytes, algorithm)
-    check_model(model, world)
+    where, settings = prepare(format, device, world_size, min_bytes, algorithm)
+    check_model(model, world_size)
     streamed = [] if json else [""]
 
     def on_text(text: Any) -> None:
@@ -114,7 +114,7 @@ def generate(
             sys.stdout.flush()
 
     args = (model, format, prompt, tokens, dtype_for(dtype), settings)
-    result = _run(command.generate, world, args, device=where, link=link, timeout=timeout, on_event=on_text)
+    result = _run(command.generate, world_size, args, device=where, link=link, timeout=timeout, on_event=on_text)
     if result is None:  # under torchrun, not rank 0
         return
     if json:
@@ -122,14 +122,14 @@ def generate(
     else:
         sent = report.human(result["wire_bytes"])
         told = (
-            f"{len(result['tokens'])} tokens in {result['seconds']} s, {world} ranks, {format}; each rank sent {sent}"
+            f"{len(result['tokens'])} tokens in {result['seconds']} s, {format}; each of {world_size} ranks sent {sent}"
         )
         report.err_console.print(f"\n[dim]{told}[/dim]")
 
 
 @app.command()
 def calibrate(
-    world: World = 2,
+    world_size: World = 2,
     formats: Annotated[
         str | None, typer.Option(help="Coded formats to measure; others go by the nearest. Default: a few.")
     ] = None,
@@ -151,10 +151,10 @@ def calibrate(
     from flashcomm.routing import timings
     from flashcomm.settings import parse_size
 
-    if world < 2:
+    if world_size < 2:
         raise SettingsError("calibrating a collective needs --world 2 or more")
     names = formats_of(formats) if formats else list(command.FORMATS)
-    where, _ = prepare(names[0], device, world, None, None)
+    where, _ = prepare(names[0], device, world_size, None, None)
     sizes = sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
@@ -164,11 +164,17 @@ def calibrate(
     with progress_bar(json) as bar:
         task = bar.add_task("measuring", total=len(sizes))
         found: Any = _run(
-            command.measure, world, args, device=where, link=link, timeout=timeout, on_event=lambda _: bar.advance(task)
+            command.measure,
+            world_size,
+            args,
+            device=where,
+            link=link,
+            timeout=timeout,
+            on_event=lambda _: bar.advance(task),
         )
     if found is None:
         return
-    path = output or timings.own_directory() / timings.file_name(found["machine"], world, found["transport"])
+    path = output or timings.own_directory() / timings.file_name(found["machine"], world_size, found["transport"])
     timings.save(path, timings.from_dict(found["table"]))
     if json:
         report.print_json({"file": str(path), **found})
@@ -180,7 +186,7 @@ def calibrate(
 
 @bench_app.command("all_reduce")
 def bench_all_reduce(
-    world: World = 2,
+    world_size: World = 2,
     formats: Annotated[
         str, typer.Option(help="Wire formats, separated by commas; lossless paths are always measured.")
     ] = "int8,int6-had,int4-had,int4",
@@ -200,7 +206,7 @@ def bench_all_reduce(
     device: Device = "auto",
     dtype: Dtype = "bf16",
     link: Link = None,
-    local_world: LocalWorld = None,
+    local_world_size: LocalWorld = None,
     timeout: Timeout = 1800,
     csv: Csv = None,
     json: Json = False,
@@ -210,12 +216,12 @@ def bench_all_reduce(
     from flashcomm.cli import report
     from flashcomm.settings import parse_size
 
-    if world < 2:
+    if world_size < 2:
         raise SettingsError("a bench of a collective needs --world 2 or more")
     names = formats_of(formats)
-    where, settings = prepare(names[0], device, world, min_bytes, algorithm)
+    where, settings = prepare(names[0], device, world_size, min_bytes, algorithm)
     settings |= {"chunk_bytes": chunk_bytes} if chunk_bytes else {}
-    settings |= {"local_world": local_world} if local_world else {}
+    settings |= {"local_world_size": local_world_size} if local_world_size else {}
     sizes = command.sizes_between(parse_size("--begin", begin, least=16), parse_size("--end", end), factor)
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
@@ -227,11 +233,11 @@ def bench_all_reduce(
             done = sizes.index(event["size"])
             bar.update(task, description=f"{event['size']} {event['format']} {event['path']}", completed=done)
 
-        options = {"device": where, "link": link, "local_world": local_world or 1, "timeout": timeout}
-        found: Any = _run(command.all_reduce, world, args, on_event=on_event, **options)
+        options = {"device": where, "link": link, "local_world_size": local_world_size or 1, "timeout": timeout}
+        found: Any = _run(command.all_reduce, world_size, args, on_event=on_event, **options)
     if found is None:
         return
-    rows = [r | {"link": link or "none", "local_world": local_world} for r in found["rows"]]
+    rows = [r | {"link": link or "none", "local_world": local_world_size} for r in found["rows"]]
     if csv:
         report.write_csv(csv, rows)
     if json:
@@ -241,8 +247,8 @@ def bench_all_reduce(
     columns = ["size", "format", "path", "mode", "transport", "time_us", "host_us", "busbw", "wire_bytes", "error"]
     columns = [c for c in columns if c not in (of_gpus if where == "cpu" else {"wire_bytes"})]
     over = f" over {link}" if link else ""
-    over += f", nodes of {local_world}" if local_world else ""
-    title = f"all_reduce of {dtype}, {world} ranks on {where}{over} (GB/s of uncompressed bytes)"
+    over += f", nodes of {local_world_size}" if local_world_size else ""
+    title = f"all_reduce of {dtype}, {world_size} ranks on {where}{over} (GB/s of uncompressed bytes)"
     ratios = {"speedup": "x best lossless" if where == "cpu" else "x best", "over_native": "x native"}
     report.print_table(title, {c: c for c in columns} | ratios, rows)
     told = {f"{r['path']}: {r['note']}" for r in rows}
@@ -314,11 +320,11 @@ def plot(
         report.print_json({"picture": str(output)})
 
 
-def _run(target: Callable[..., object], world: int, args: tuple[Any, ...], **options: Any) -> Any:
+def _run(target: Callable[..., object], world_size: int, args: tuple[Any, ...], **options: Any) -> Any:
     from flashcomm.ranks import launch
 
     options["timeout_s"] = options.pop("timeout")
-    return launch.run(target, world, args, **options)
+    return launch.run(target, world_size, args, **options)
 
 
 def main() -> None:

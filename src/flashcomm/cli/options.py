@@ -29,7 +29,7 @@ Csv = Annotated[
 ]
 
 
-def device_for(asked: str, world: int) -> str:
+def device_for(asked: str, world_size: int) -> str:
     import torch
 
     if asked not in ("auto", "cpu", "cuda"):
@@ -37,7 +37,7 @@ def device_for(asked: str, world: int) -> str:
     if asked == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("--device cuda: torch finds no CUDA device; use --device cpu")
     if asked == "auto":
-        return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world else "cpu"
+        return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "cpu"
     return asked
 
 
@@ -84,13 +84,13 @@ def modes_of(asked: str | None, device: str) -> tuple[str, ...]:
 
 
 def prepare(
-    fmt: str, device: str, world: int, min_bytes: str | None, algorithm: str | None
+    fmt: str, device: str, world_size: int, min_bytes: str | None, algorithm: str | None
 ) -> tuple[str, dict[str, Any]]:
     """(device, settings), wrong ones refused before any rank starts."""
     from flashcomm.plan import Plan
     from flashcomm.settings import Settings
 
-    where = device_for(device, world)
+    where = device_for(device, world_size)
     settings: dict[str, Any] = {k: v for k, v in (("min_bytes", min_bytes), ("algorithm", algorithm)) if v is not None}
     Settings.resolve(where, format=Plan.of(fmt).format, **settings)
     return where, settings

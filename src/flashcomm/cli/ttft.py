@@ -38,7 +38,7 @@ def ttft(
             help="Model directory, or a shape with random weights: llama-3.2-1b, llama-3-8b, llama-3-70b, qwen3-32b."
         ),
     ],
-    world: World = 2,
+    world_size: World = 2,
     formats: Annotated[
         str, typer.Option(help="Wire formats and plans, separated by commas; on GPUs bf16 is our uncompressed way.")
     ] = f"bf16,int8,{DEFAULT_FORMAT},int4-had",
@@ -72,14 +72,14 @@ def ttft(
         numbers_of("--batch", batch),
         numbers_of("--tokens", tokens),
     )
-    where, settings = prepare(names[0], device, world, min_bytes, algorithm)
+    where, settings = prepare(names[0], device, world_size, min_bytes, algorithm)
     rate = parse_rate(link) if link else None
     if overlap and compile:
         raise SettingsError("--overlap and --compile: a compiled stack has no place to hand over; give one of them")
     if overlap and min(batches) < 2:
         raise SettingsError(f"--overlap --batch {batch}: a batch is cut into two halves; give batches of 2 and more")
     kind = dtype_for(dtype)
-    source, label, kept, all_layers = _model(model, world, layers, where, kind)
+    source, label, kept, all_layers = _model(model, world_size, layers, where, kind)
     repeats = repeats or (5 if where == "cuda" else 3)
     ask = command.Ask(source, kept, names, batches, lengths, repeats, kind, rate, compile, overlap, settings)
     with progress_bar(json) as bar:
@@ -89,7 +89,7 @@ def ttft(
             bar.update(task, description=event["what"], completed=event["done"], total=event["of"])
 
         rows: Any = launch.run(
-            command.ttft, world, (ask,), device=where, link=link, on_event=on_event, timeout_s=timeout
+            command.ttft, world_size, (ask,), device=where, link=link, on_event=on_event, timeout_s=timeout
         )
     if rows is None:  # under torchrun, not rank 0
         return
@@ -105,7 +105,7 @@ def ttft(
 
 
 def _model(
-    name: str, world: int, layers: int | None, where: str, dtype: torch.dtype
+    name: str, world_size: int, layers: int | None, where: str, dtype: torch.dtype
 ) -> tuple[Path | str, str, int | None, int]:
     """(what the ranks load, the name to show, layers to leave or None, layers there are), all of it checked."""
     from flashcomm.accuracy.models import check_divisible, check_model, cut
@@ -116,18 +116,20 @@ def _model(
     if name not in shapes.SHAPES:
         if not path.exists() and os.sep not in name:
             shapes.config_of(name)  # raises: names directories and shapes
-        config = check_model(path, world)
+        config = check_model(path, world_size)
         all_layers = int(config.num_hidden_layers)
         if layers is not None:
             cut(config, layers, path.name)
         return path, path.name, layers, all_layers
     config = shapes.config_of(name)
     all_layers = int(config.num_hidden_layers)
-    check_divisible(config, world, name)
+    check_divisible(config, world_size, name)
     if layers is None:
-        fit = shapes.layers_that_fit(config, world, dtype.itemsize, memory_bytes(where, world))
+        fit = shapes.layers_that_fit(config, world_size, dtype.itemsize, memory_bytes(where, world_size))
         if fit < 1:
-            raise InputError(f"not one layer of {name} fits this machine's memory on {world} ranks: use more ranks")
+            raise InputError(
+                f"not one layer of {name} fits this machine's memory on {world_size} ranks: use more ranks"
+            )
         if fit < all_layers:
             report.err_console.print(f"{fit} of the {all_layers} layers of {name} fit and are measured; --layers N")
             layers = fit
@@ -135,13 +137,13 @@ def _model(
     return name, name, layers, all_layers
 
 
-def memory_bytes(where: str, world: int) -> int:
+def memory_bytes(where: str, world_size: int) -> int:
     """What a rank has to itself: its GPU's memory, or its share of this machine's."""
     import torch
 
     if where == "cuda":
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
 
 
 def _print(rows: list[dict[str, Any]], compiled: bool) -> None:

@@ -1,4 +1,4 @@
-"""What engines do right after a layer's all-reduce: add the residual and normalise, in one pass over the message."""
+"""What engines do right after a layer's all-reduce: add the residual and normalize, in one pass over the message."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Replayed:
         plain = x.dim() == 0 or bool(x.shape[-1] * x.element_size() % 16)  # of the shape, so that all ranks go one way
         capturing, kind = torch.cuda.is_current_stream_capturing(), (collective, x.dtype, context.fmt, plain)
         # Where every rank has a shard, all compile all there is; of less only this very shape is known to be there.
-        called = kind if x.numel() >= 2 * context.world * context.fmt.unit else (*kind, x.shape)
+        called = kind if x.numel() >= 2 * context.world_size * context.fmt.unit else (*kind, x.shape)
         if capturing and not {kind, called} & self._compiled:
             raise InputError(
                 "a graph is being captured and the kernels for this dtype and format are not there yet: make one such "

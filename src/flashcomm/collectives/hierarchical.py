@@ -28,10 +28,10 @@ def hierarchical(x: Tensor, out: Tensor, ctx: Context) -> None:
     assert ctx.nodes is not None
     inner, across = ctx.nodes
     reduce_layout, gather_layout = ctx.layout(ctx.fmt.reduce, x), ctx.layout(ctx.fmt.gather, x)
-    part_layout, across_layout = (ctx.layout(step, x) for step in ctx.fmt.again.middle)
-    sum_layout, resend_layout = (ctx.layout(step, x) for step in ctx.fmt.middle)
+    part_layout, across_layout = (ctx.layout(step, x) for step in ctx.fmt.twice_reduced.between_steps)
+    sum_layout, resend_layout = (ctx.layout(step, x) for step in ctx.fmt.between_steps)
     chunks = ctx.chunks(x, ctx.fmt.unit)
-    shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, inner.world) for start, stop in chunks]
+    shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, inner.world_size) for start, stop in chunks]
     flat_x, flat_out, within = x.view(-1), out.view(-1), replace(ctx, transport=inner)
     flying: dict[int, tuple[Pending, Tensor]] = {}  # of a chunk only the last exchange
 
@@ -48,10 +48,10 @@ def hierarchical(x: Tensor, out: Tensor, ctx: Context) -> None:
     def pass_on(c: int, via: Transport, received: Layout, again: Layout, name: str) -> None:
         """Sum what arrived of this rank's shard, decoded as `received`, and send it on, coded as `again`."""
         start, stop = shards[c][inner.rank : inner.rank + 2]
-        dtype = x.dtype if again.step.lossless else torch.float32
+        dtype = x.dtype if again.step.uncompressed else torch.float32
         total = ctx.workspace.take("sum", 0, (stop - start) * dtype.itemsize).view(dtype)
         size, wires = max(again.nbytes(*span) for span in pairwise(shards[c])), arrived(c)
-        everybodys = ctx.workspace.take(name, c, via.world * size).view(via.world, size)
+        everybodys = ctx.workspace.take(name, c, via.world_size * size).view(via.world_size, size)
         if stop > start:
             ctx.codec.decode_sum(wires, received, start, stop, total, x.dtype)
             ctx.codec.encode(total, again, start, stop, everybodys[via.rank])

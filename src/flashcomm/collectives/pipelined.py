@@ -1,7 +1,7 @@
-"""Collectives composed of a codec and two byte verbs: quantise, exchange, dequantise and reduce.
+"""Collectives composed of a codec and two byte verbs: quantize, exchange, dequantize and reduce.
 
-A message is cut into chunks, and stages of neighbouring chunks run side by side: while chunk c is on the wire, chunk
-c+1 is quantised and chunk c-1 reduced. Every function returns when all is done (on GPUs: enqueued).
+A message is cut into chunks, and stages of neighboring chunks run side by side: while chunk c is on the wire, chunk
+c+1 is quantized and chunk c-1 reduced. Every function returns when all is done (on GPUs: enqueued).
 
                   stage 0                 stage 1                                     stage 2
     one_shot      encode, all-gather ~    decode_sum
@@ -61,7 +61,7 @@ class Transport(Protocol):
     """Two verbs over rows of bytes, see `transports.process_group` and `transports.staging`."""
 
     rank: int
-    world: int
+    world_size: int
 
     def all_to_all(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending: ...
 
@@ -80,8 +80,8 @@ class Context:
     nodes: tuple[Transport, Transport] | None = None  # for `hierarchical`: its node; those of its place in each
 
     @property
-    def world(self) -> int:
-        return self.transport.world
+    def world_size(self) -> int:
+        return self.transport.world_size
 
     def layout(self, step: StepFormat, message: Tensor) -> Layout:
         return Layout(step, message.shape[-1] if message.dim() else 1, message.element_size())
@@ -95,7 +95,7 @@ class Context:
 
 def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
     """All-reduce x into out (same shape and dtype; out may be x): everybody sends all to all. Both contiguous."""
-    layout, world = ctx.layout(ctx.fmt.reduce, x), ctx.world
+    layout, world_size = ctx.layout(ctx.fmt.reduce, x), ctx.world_size
     chunks = ctx.chunks(x, ctx.fmt.unit)
     flat_x, flat_out = x.view(-1), out.view(-1)
     received: dict[int, tuple[Pending, Tensor]] = {}
@@ -103,7 +103,7 @@ def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
     def send(c: int) -> None:
         start, stop = chunks[c]
         size = layout.nbytes(start, stop)
-        wires = ctx.workspace.take("recv", c, world * size).view(world, size)
+        wires = ctx.workspace.take("recv", c, world_size * size).view(world_size, size)
         wire = wires[ctx.transport.rank]
         ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         what = f"one-shot all-gather, chunk {c + 1}/{len(chunks)}"
@@ -124,17 +124,17 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
     The owner of a shard, too, takes its result from the wire bytes, so that all ranks hold the same bits.
     """
     reduce_layout, gather_layout = ctx.layout(ctx.fmt.reduce, x), ctx.layout(ctx.fmt.gather, x)
-    sum_layout, resend_layout = (ctx.layout(step, x) for step in ctx.fmt.middle)
-    world, rank = ctx.world, ctx.transport.rank
+    sum_layout, resend_layout = (ctx.layout(step, x) for step in ctx.fmt.between_steps)
+    world_size, rank = ctx.world_size, ctx.transport.rank
     chunks = ctx.chunks(x, ctx.fmt.unit)
-    shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, world) for start, stop in chunks]
+    shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, world_size) for start, stop in chunks]
     flat_x, flat_out = x.view(-1), out.view(-1)
     scattered: dict[int, tuple[Pending, Tensor]] = {}
     gathered: dict[int, tuple[Pending, Tensor]] = {}
-    sum_dtype = x.dtype if ctx.fmt.gather.lossless else torch.float32
+    sum_dtype = x.dtype if ctx.fmt.gather.uncompressed else torch.float32
 
     def scatter(c: int) -> None:
-        pieces = [(i, shards[c][i], shards[c][i + 1]) for i in range(world)]
+        pieces = [(i, shards[c][i], shards[c][i + 1]) for i in range(world_size)]
         scattered[c] = scatter_shards(ctx, reduce_layout, flat_x, pieces, (c, len(chunks)), "two-shot reduce")
 
     def reduce(c: int) -> None:
@@ -143,7 +143,7 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
         pending.wait()
         total = ctx.workspace.take("sum", 0, (stop - start) * sum_dtype.itemsize).view(sum_dtype)
         size = max(gather_layout.nbytes(a, b) for a, b in pairwise(shards[c]))
-        everybodys = ctx.workspace.take("gather-recv", c, world * size).view(world, size)
+        everybodys = ctx.workspace.take("gather-recv", c, world_size * size).view(world_size, size)
         wire = everybodys[rank]
         if stop > start:
             ctx.codec.decode_sum(wires, sum_layout, start, stop, total, x.dtype)
@@ -170,7 +170,7 @@ def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
     scattered: dict[int, tuple[Pending, Tensor]] = {}
 
     def scatter(c: int) -> None:
-        pieces = [(i, *chunks[c]) for i in range(ctx.world)]
+        pieces = [(i, *chunks[c]) for i in range(ctx.world_size)]
         scattered[c] = scatter_shards(ctx, layout, flat_x, pieces, (c, len(chunks)), "reduce-scatter", n)
 
     def reduce(c: int) -> None:
@@ -184,7 +184,7 @@ def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
 
 def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
     """out is every rank's x, one after the other along dimension 0, all of them decoded from the wire. Contiguous."""
-    layout, n, world = ctx.layout(ctx.fmt.gather, x), x.numel(), ctx.world
+    layout, n, world_size = ctx.layout(ctx.fmt.gather, x), x.numel(), ctx.world_size
     chunks = ctx.chunks(x, ctx.fmt.unit)
     flat_x, flat_out = x.view(-1), out.view(-1)
     received: dict[int, tuple[Pending, Tensor]] = {}
@@ -192,7 +192,7 @@ def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
     def send(c: int) -> None:
         start, stop = chunks[c]
         size = layout.nbytes(start, stop)
-        wires = ctx.workspace.take("recv", c, world * size).view(world, size)
+        wires = ctx.workspace.take("recv", c, world_size * size).view(world_size, size)
         wire = wires[ctx.transport.rank]
         ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
         what = f"all-gather, chunk {c + 1}/{len(chunks)}"
@@ -202,7 +202,7 @@ def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
         start, stop = chunks[c]
         pending, wires = received.pop(c)
         pending.wait()
-        for i in range(world):
+        for i in range(world_size):
             values = flat_out[i * n + start : i * n + stop]
             ctx.codec.decode_sum(wires[i : i + 1], layout, start, stop, values, x.dtype)
 
@@ -224,11 +224,11 @@ def scatter_shards(
     """
     slot, n_chunks = chunk
     size = max(layout.nbytes(start, stop) for _, start, stop in pieces)
-    wires = ctx.workspace.take("send", slot, ctx.world * size).view(ctx.world, size)
+    wires = ctx.workspace.take("send", slot, ctx.world_size * size).view(ctx.world_size, size)
     for i, start, stop in pieces:
         if stop > start:
             ctx.codec.encode(values[i * stride + start : i * stride + stop], layout, start, stop, wires[i])
-    received = ctx.workspace.take("recv", slot, ctx.world * size).view(ctx.world, size)
+    received = ctx.workspace.take("recv", slot, ctx.world_size * size).view(ctx.world_size, size)
     phase = f"{what}, chunk {slot + 1}/{n_chunks}"
     return ctx.transport.all_to_all(received, wires, phase, overlap=n_chunks > 1), received
 

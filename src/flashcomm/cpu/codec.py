@@ -31,7 +31,7 @@ GRAIN = 1 << 17  # values a thread gets at least; below it a thread costs more t
 def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> None:
     """As `torch_codec.encode`, for CPU tensors."""
     step = layout.step
-    if step.lossless or not _supported(x.dtype):
+    if step.uncompressed or not _supported(x.dtype):
         torch_codec.encode(x, layout, start, stop, out)
         return
     _hold(x, stop - start, "values")
@@ -59,11 +59,11 @@ def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor
     for wire_of_rank in (wires[0], wires[-1]):
         _hold(wire_of_rank, layout.nbytes(start, stop), "wire bytes")
     wire, result = wires.data_ptr(), out.data_ptr()
-    kernel = adder(dtype, out.dtype) if step.lossless else decoder(out.dtype, step, layout.row % step.group)
+    kernel = adder(dtype, out.dtype) if step.uncompressed else decoder(out.dtype, step, layout.row % step.group)
 
     def part(a: int, b: int) -> None:
         target = result + (a - start) * out.itemsize
-        if step.lossless:
+        if step.uncompressed:
             kernel(wire + (a - start) * dtype.itemsize, target, stride, ranks, b - a)
         else:
             kernel(target, *_sections(wire, layout, start, stop, a), stride, ranks, *_groups(layout, a, b))

@@ -69,7 +69,7 @@ def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., No
                 steps = (((words >> 8 * i) & 0xFF) | MAGIC_BITS).view(F32) - origin
                 total.set(steps.intrinsic("fmuladd", scale, total.get()))
         sums = [total.get() for total in totals]
-        if step.transforms(n) and not step.rotated:
+        if step.transforms(n) and not step.in_hadamard_domain:
             sums = [x * (1 / n) for x in hadamard(sums, n)]
         result = _stored(sums, dtype)
         if begin + len(values) > k * n:
@@ -79,7 +79,9 @@ def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., No
     def block(n: int, count: Vec, at: At) -> None:
         done = Variable(f.number(0))
         at_once = _TILE // n if n == step.group and n < _TILE else 1
-        size = max(_TILE, n) if step.transforms(n) and not step.rotated else _TILE  # no transform of half a group
+        size = (
+            max(_TILE, n) if step.transforms(n) and not step.in_hadamard_domain else _TILE
+        )  # no transform of half a group
         for k in sorted({at_once, max(1, at_once // 4), 1}, reverse=True):
             with f.loop_while(lambda k=k: (done.get() + k).compare("<=", count)):  # type: ignore[misc]
                 for begin in range(0, k * n, size):

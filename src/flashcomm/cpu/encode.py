@@ -1,4 +1,4 @@
-"""The encoder of one format, as vector code: `torch_codec.quantise` and `pack`, bit for bit.
+"""The encoder of one format, as vector code: `torch_codec.quantize` and `pack`, bit for bit.
 
 A block of groups goes through the stages of `cpu_grid` while it is in the first-level cache. Transforms are made in the
 first of them and kept for the others. The last one leaves codes, which are packed into bytes.
@@ -59,7 +59,7 @@ class _Groups:
 
     def __init__(self, f: Function, dtype: torch.dtype, step: StepFormat, n: int, most: int) -> None:
         self._f, self._dtype, self._n = f, dtype, n
-        turns = step.transforms(n) and not step.rotated
+        turns = step.transforms(n) and not step.in_hadamard_domain
         self.grid = Grid(f, torch.float32 if turns else dtype, step, n, most)
         self._kept = f.scratch(ir.ArrayType(F32, padded(n) * most)) if turns else None
 

@@ -1,4 +1,4 @@
-"""The grids of a block of groups as vector code: `torch_codec.quantise`, bit for bit.
+"""The grids of a block of groups as vector code: `torch_codec.quantize`, bit for bit.
 
 Stages that see all values of a group, one group after another, take turns with stages that have a lane per group,
 because one division after another would take longer than everything else:
@@ -58,7 +58,7 @@ class Grid:
     def __init__(self, f: Function, dtype: torch.dtype, step: StepFormat, n: int, most: int) -> None:
         self._f, self._dtype, self._step, self._most = f, dtype, step, most
         self._limit = _limit(dtype, step, n)
-        self.part = step.shrunk(n)
+        self.part = step.clip_ratio(n)
         slots = [("", "largest"), *((grid, name) for grid in ("whole", "part") for name in _NAMES)]
         self._slots = {slot: f.scratch(ir.VectorType(I32, most)) for slot in slots}
         self._rows = f.scratch(ir.ArrayType(I8, most * REGISTER // 8))  # a register for each group

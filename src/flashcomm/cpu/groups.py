@@ -83,7 +83,7 @@ def for_blocks(
     block: Callable[[int, Vec, At], None],
     most: int | None = None,
 ) -> None:
-    """Emit block(n, count, at) for all groups: `count` neighbours (at most `most`) of n values each, from `at` on.
+    """Emit block(n, count, at) for all groups: `count` neighbors (at most `most`) of n values each, from `at` on.
 
     The function's pointers are those of `At`, with three planes; its last integers are the number of groups to the end
     of the first row, per row, and in all. `tail` is the size of the last group of a row, 0 if that is a full one:

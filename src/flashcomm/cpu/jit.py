@@ -66,13 +66,13 @@ def cpu() -> tuple[str, Any]:
 
 def _machine() -> Any:
     """A fresh one each time: a compiler takes ownership of what it is given."""
-    _initialise()
+    _initialize()
     name, features = cpu()
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(cpu=name, features=features.flatten(), opt=2, jit=True)
 
 
 @lru_cache(maxsize=1)
-def _initialise() -> None:
+def _initialize() -> None:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()

@@ -1,6 +1,6 @@
 """Sums and maxima over the lanes of vectors, of many vectors at once: one vector alone would keep few lanes busy.
 
-A *block* is a power of two of neighbouring lanes that become one number.
+A *block* is a power of two of neighboring lanes that become one number.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def pair_sum(q, N: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def push(sums, more, C: tl.constexpr):
-    """Sums of neighbouring chunks, newest first, none of two of equal size, and that of chunk C."""
+    """Sums of neighboring chunks, newest first, none of two of equal size, and that of chunk C."""
     sums = (more,) + sums
     for level in tl.static_range(4):
         if (C + 1) % (2 << level) == 0:

@@ -1,4 +1,4 @@
-"""The fused collectives' kernel: one launch quantises, moves, reduces and gathers over peers' memory.
+"""The fused collectives' kernel: one launch quantizes, moves, reduces and gathers over peers' memory.
 
 A message is cut into *slices* of units (a unit is the larger of the two groups), one per destination, and slices into
 tiles, RUN of them a block. A launch is a sequence of steps; step s holds a program for each of these roles, in order:
@@ -42,7 +42,7 @@ from flashcomm.gpu.sync import (
     wait,
     words,
 )
-from flashcomm.gpu.tile import expand, fetch, hadamard, put, quantise, store, widen
+from flashcomm.gpu.tile import expand, fetch, hadamard, put, quantize, store, widen
 
 ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER = range(4)
 _ONE_SHOT, _TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER = (tl.constexpr(kind) for kind in range(4))
@@ -92,7 +92,7 @@ def _put(base, y, n, out, BITS: tl.constexpr, SHRUNK: tl.constexpr, HADAMARD: tl
         at = _in_order(P, B, M)
         store(base.to(tl.pointer_type(out.dtype.element_ty)), at, at >= 0, y, BF16)
     else:
-        codes, word, zero = quantise(y, n, BITS, SHRUNK, HADAMARD, P, B, M)
+        codes, word, zero = quantize(y, n, BITS, SHRUNK, HADAMARD, P, B, M)
         put(base, codes, word, zero, BITS, P, B, M)
 
 

@@ -25,7 +25,7 @@ from flashcomm.gpu.tile import (
     put_plane,
     put_words,
     quads,
-    quantise,
+    quantize,
     store,
     values,
     warps,
@@ -138,7 +138,7 @@ def _encode(
     sizes = tl.zeros((B,), tl.int32) + (n if SHORT else P * M)
     if HADAMARD:
         y = hadamard(y, sizes, P, B, M, False)
-    codes, word, zero = quantise(y, sizes, BITS, SHRUNK, TURNED, P, B, M)
+    codes, word, zero = quantize(y, sizes, BITS, SHRUNK, TURNED, P, B, M)
     words = tl.multiple_of((out + scales).to(tl.pointer_type(tl.int16)) + tile, 16)
     put_words(words, group, keep, word, B, M)
     if BITS > 5:
@@ -243,15 +243,15 @@ def encode(x: Tensor | Indirect, layout: Layout, start: int, stop: int, out: Ten
     for a, b in gaps:
         out[a:b].zero_()
     at, where_x = _where(x, x.dtype)
-    if step.lossless:
+    if step.uncompressed:
         n = stop - start
         _start(_put_lossless, (triton.cdiv(n, TILE),), (_cell(x), out), (at, n), **where_x, B=TILE, num_warps=4)
         return
     for n, grid, where, constants in launches:
         turned = step.transforms(n)
         _start(
-            _encode, grid, (_cell(x), out), (at, *where, n), BITS=step.bits, SHRUNK=step.shrunk(n) or 0.0,
-            HADAMARD=turned and not step.rotated, TURNED=turned, **where_x, **constants,
+            _encode, grid, (_cell(x), out), (at, *where, n), BITS=step.bits, SHRUNK=step.clip_ratio(n) or 0.0,
+            HADAMARD=turned and not step.in_hadamard_domain, TURNED=turned, **where_x, **constants,
         )  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def decode_sum(
     by_hand = INTERPRETED and out.dtype == torch.bfloat16
     at, where_out = _where(out, torch.int16 if by_hand else out.dtype)
     target = out.view(torch.int16) if by_hand and isinstance(out, Tensor) else _cell(out)
-    if step.lossless:
+    if step.uncompressed:
         n = stop - start
         _start(
             _sum_lossless, (triton.cdiv(n, TILE),), (wires, target), (at, wires.stride(0), n), RANKS=wires.shape[0],
@@ -276,7 +276,7 @@ def decode_sum(
     for n, grid, where, constants in _planned(layout, start, stop)[1]:
         _start(
             _decode_sum, grid, (wires, target), (at, wires.stride(0), *where, n),
-            RANKS=wires.shape[0], BITS=step.bits, HADAMARD=step.transforms(n) and not step.rotated, BF16=by_hand,
+            RANKS=wires.shape[0], BITS=step.bits, HADAMARD=step.transforms(n) and not step.in_hadamard_domain, BF16=by_hand,
             **where_out, **constants,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ from flashcomm.gpu.tile import pieces, tile_bytes, warps
 from flashcomm.wire.format import StepFormat, WireFormat
 
 POLLS_PER_SECOND = (2000, 400)  # of a waiting program in the interpreter, roughly: of a flag, of a tile of `fused_ll`
-PHASES = ("", "the quantised message", "the quantised sum", "the staged bytes", "the fetching of earlier bytes")
+PHASES = ("", "the quantized message", "the quantized sum", "the staged bytes", "the fetching of earlier bytes")
 Launch = Callable[[int, int], None]  # from the address of a message to that of its result
 
 
@@ -33,7 +33,7 @@ class Region(Protocol):
     """Zeroed memory per rank that all ranks read and write: of `transports.symmetric` or `transports.shared`."""
 
     rank: int
-    world: int
+    world_size: int
     n_bytes: int
     device: torch.device
     mapped: bool  # what peers write to is host memory
@@ -124,15 +124,15 @@ class FusedCollectives:
 
     def tuning(self, kind: int, numel: int, row: int, fmt: WireFormat, itemsize: int) -> Tuning:
         """How a message of `numel` values in rows of `row` is cut up."""
-        world, unit = self.region.world, fmt.unit
+        world_size, unit = self.region.world_size, fmt.unit
         least, small, large = tunings(fmt, row % unit != 0)
         n_units = numel // row * -(-row // unit)
         if kind == REDUCE_SCATTER:
-            n_units = -(-n_units // world)
+            n_units = -(-n_units // world_size)
         units, bytes1, bytes2 = _tile(unit, fmt, itemsize, least)
-        n_tiles = -(-n_units // (units * world if kind == TWO_SHOT else units))
+        n_tiles = -(-n_units // (units * world_size if kind == TWO_SHOT else units))
         sent = {ONE_SHOT: bytes1, TWO_SHOT: max(bytes1, bytes2), REDUCE_SCATTER: bytes1, ALL_GATHER: bytes2}[kind]
-        if n_tiles * sent * (world - 1) <= LL_SENT and n_units <= self.capacity(kind, unit, fmt, itemsize, least):
+        if n_tiles * sent * (world_size - 1) <= LL_SENT and n_units <= self.capacity(kind, unit, fmt, itemsize, least):
             return least
         return large if numel >= LARGE_NUMEL else small
 
@@ -163,42 +163,42 @@ class FusedCollectives:
         if self._status[0]:
             _, phase, peer, expected, seen = self._status
             raise CommunicationError(
-                f"rank {self.region.rank} of {self.region.world}: waited {self.timeout_s:g} s (FLASHCOMM_TIMEOUT_S) "
+                f"rank {self.region.rank} of {self.region.world_size}: waited {self.timeout_s:g} s (FLASHCOMM_TIMEOUT_S) "
                 f"for {PHASES[phase]} of rank {peer}: expected call {expected}, saw {seen}. That rank died, is stuck "
                 "or did not make the call; results since then are NaN. Make a new Communicator on the ranks left"
             )
 
     def capacity(self, kind: int, unit: int, fmt: WireFormat, itemsize: int, tuning: Tuning) -> int:
         """Units of a slice that fit one launch (all-reduce: of the message)."""
-        world, (units, bytes1, bytes2) = self.region.world, _tile(unit, fmt, itemsize, tuning)
+        world_size, (units, bytes1, bytes2) = self.region.world_size, _tile(unit, fmt, itemsize, tuning)
         if kind == ONE_SHOT:
-            need = world * bytes1
+            need = world_size * bytes1
         elif kind == TWO_SHOT:
-            need = world * (bytes1 + bytes2)
+            need = world_size * (bytes1 + bytes2)
         else:
-            need = world * (bytes1 if kind == REDUCE_SCATTER else bytes2)
+            need = world_size * (bytes1 if kind == REDUCE_SCATTER else bytes2)
         tiles = min((self.ll_half if tuning.ll else self.half) // need, tuning.run * sync.MAX_BLOCKS)
-        return tiles * units * (world if kind == TWO_SHOT else 1)
+        return tiles * units * (world_size if kind == TWO_SHOT else 1)
 
     def _launches(self, kind: int, x: Tensor, row: int, fmt: WireFormat, tuning: Tuning) -> Iterator[Launch]:
-        world, itemsize, unit = self.region.world, x.element_size(), fmt.unit
+        world_size, itemsize, unit = self.region.world_size, x.element_size(), fmt.unit
         units, bytes1, _ = _tile(unit, fmt, itemsize, tuning)
         capacity = self.capacity(kind, unit, fmt, itemsize, tuning)
-        numel = x.numel() // world if kind == REDUCE_SCATTER else x.numel()
+        numel = x.numel() // world_size if kind == REDUCE_SCATTER else x.numel()
         for part in messages(numel, row, unit, capacity):
             per_row = -(-part.row // unit)
             n_units = part.numel // part.row * per_row
             if kind == TWO_SHOT:
-                n_tiles = -(-n_units // (units * world))
+                n_tiles = -(-n_units // (units * world_size))
                 slice_units, stride, total = n_tiles * units, n_tiles * units, n_units
             elif kind == ONE_SHOT:
                 n_tiles, slice_units, stride, total = -(-n_units // units), n_units, 0, n_units
             else:
                 n_tiles, slice_units, total = -(-n_units // units), n_units, 1 << 60
                 stride = numel // part.row * per_row
-            roles = {ONE_SHOT: 2, TWO_SHOT: 2 * world + 1}.get(kind, world + 1)
+            roles = {ONE_SHOT: 2, TWO_SHOT: 2 * world_size + 1}.get(kind, world_size + 1)
             steps = -(-n_tiles // tuning.run) + (2 if kind == TWO_SHOT else 1) * tuning.lag
-            second = world * n_tiles * bytes1 if kind == TWO_SHOT else 0
+            second = world_size * n_tiles * bytes1 if kind == TWO_SHOT else 0
             limit = int(self.timeout_s * (POLLS_PER_SECOND[tuning.ll] if INTERPRETED else 1e9))
             half = self.ll_half if tuning.ll else self.half
             numbers = (
@@ -216,7 +216,7 @@ class FusedCollectives:
                 second,
             )
             tails = part.row % unit != 0 or part.start * itemsize % 16 != 0  # then nothing is loaded 16 bytes at a time
-            constants = _constants(kind, world, unit, units, tails, fmt, x.dtype, itemsize, tuning)
+            constants = _constants(kind, world_size, unit, units, tails, fmt, x.dtype, itemsize, tuning)
             constants += (("MAPPED", self.region.mapped and not INTERPRETED),)
             yield self._launch(x, part.start * itemsize, (*numbers, limit, tuning.lag), constants, steps * roles)
 
@@ -270,7 +270,7 @@ def _at(address: int, dtype: torch.dtype) -> Tensor:
 
 def _pieces(step: StepFormat) -> int:
     """P of `triton_tile`: the more, the fewer values cross threads, and the less of a line a thread reads at once."""
-    if step.lossless:
+    if step.uncompressed:
         return 1
     return max(pieces(step), 8 if step.hadamard and step.bits >= 6 else 4)
 
@@ -293,14 +293,14 @@ def _tile(unit: int, fmt: WireFormat, itemsize: int, tuning: Tuning) -> tuple[in
 
 
 @lru_cache(maxsize=256)
-def _constants(kind: int, world: int, unit: int, units: int, tails: bool, fmt: WireFormat, dtype: torch.dtype,
+def _constants(kind: int, world_size: int, unit: int, units: int, tails: bool, fmt: WireFormat, dtype: torch.dtype,
             itemsize: int, tuning: Tuning) -> tuple[tuple[str, Any], ...]:  # fmt: skip
-    out: dict[str, Any] = {"KIND": kind, "WORLD": world, "RUN": tuning.run, "TAILS": tails}
-    out |= {"UNIT": unit, "UNITS": units, "ROTATED": kind == TWO_SHOT and fmt.middle[0].rotated}
+    out: dict[str, Any] = {"KIND": kind, "WORLD": world_size, "RUN": tuning.run, "TAILS": tails}
+    out |= {"UNIT": unit, "UNITS": units, "ROTATED": kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain}
     both = zip((fmt.reduce, fmt.gather), _both_pieces(fmt), _tile(unit, fmt, itemsize, tuning)[1:], strict=True)
     for i, (step, p, n_bytes) in enumerate(both):
-        shrunk = step.shrunk(step.group) or 0.0
-        values = {"BITS": step.bits, "SHRUNK": shrunk, "TURNED": step.hadamard, "GROUP": step.group}
+        clip_ratio = step.clip_ratio(step.group) or 0.0
+        values = {"BITS": step.bits, "SHRUNK": clip_ratio, "TURNED": step.hadamard, "GROUP": step.group}
         values |= {"P": p, "BYTES": n_bytes}
         out |= {f"{name}{i + 1}": value for name, value in values.items()}
     out |= {"REAL": not INTERPRETED, "DELAY": 0, "LL": tuning.ll, "BF16": INTERPRETED and dtype == torch.bfloat16}

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 
 from flashcomm.gpu.sync import ABORT_AT, clock, give_up, home, long_words, words
-from flashcomm.gpu.tile import expand, narrow, pack_plane, plane_units, put_words, quads, quantise
+from flashcomm.gpu.tile import expand, narrow, pack_plane, plane_units, put_words, quads, quantize
 from flashcomm.wire.format import StepFormat
 
 
 def tile_bytes(step: StepFormat, n_groups: int, itemsize: int, pieces: int) -> int:
     """Bytes of a tile of n_groups groups as `put` writes it."""
-    if step.lossless:
+    if step.uncompressed:
         return n_groups * step.group * itemsize * 2
     unit = 4 if step.group // pieces % 4 == 0 else 1
     return n_groups * (step.group * step.bits // 8 // unit + 1) * 8
@@ -54,7 +54,7 @@ def put(base, y, n, epoch, out, BITS: tl.constexpr, SHRUNK: tl.constexpr, HADAMA
     else:
         U: tl.constexpr = 4 if M % 4 == 0 else 1
         b = tl.arange(0, B)
-        codes, word, zero = quantise(y, n, BITS, SHRUNK, HADAMARD, P, B, M)
+        codes, word, zero = quantize(y, n, BITS, SHRUNK, HADAMARD, P, B, M)
         if U == 4:
             codes = quads(codes, P, B, M)
         for i in tl.static_range(4):

@@ -29,7 +29,7 @@ assert LIMIT == 2.0**126
 
 def pieces(step: StepFormat) -> int:
     """P for a format: the values in a byte of its narrowest plane, or more."""
-    return 1 if step.lossless else max(2, 8 // min(width for width, _ in step.planes))
+    return 1 if step.uncompressed else max(2, 8 // min(width for width, _ in step.planes))
 
 
 def warps(b: int, m: int) -> int:
@@ -39,7 +39,7 @@ def warps(b: int, m: int) -> int:
 
 def tile_bytes(step: StepFormat, n_groups: int, itemsize: int) -> int:
     """Bytes of a tile of n_groups groups as `put` writes it; a multiple of 16 for n_groups a multiple of 16."""
-    if step.lossless:
+    if step.uncompressed:
         return n_groups * step.group * itemsize
     return n_groups * (step.group * step.bits // 8 + (2 if step.packed else 4))
 
@@ -113,7 +113,7 @@ def _square_error(y, scale, inverse, zero, unit, LEVELS: tl.constexpr, WHOLE: tl
 
 
 @triton.jit
-def quantise(y, n, BITS: tl.constexpr, SHRUNK: tl.constexpr, TURNED: tl.constexpr, P: tl.constexpr,
+def quantize(y, n, BITS: tl.constexpr, SHRUNK: tl.constexpr, TURNED: tl.constexpr, P: tl.constexpr,
              B: tl.constexpr, M: tl.constexpr):  # fmt: skip
     """Codes (B, P, M), the 16-bit word of the scale and the zero (B, 1, 1), all int32, of y (float32, 0 past a group).
 
@@ -150,7 +150,7 @@ def quantise(y, n, BITS: tl.constexpr, SHRUNK: tl.constexpr, TURNED: tl.constexp
 
 @triton.jit
 def quads(codes, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """Four neighbouring codes to a word, int32 (B, P, M / 4), as their bytes are in memory."""
+    """Four neighboring codes to a word, int32 (B, P, M / 4), as their bytes are in memory."""
     four = tl.reshape(codes, (B, P, M // 4, 4))
     return tl.sum(four << (tl.arange(0, 4) * 8)[None, None, None, :], 3)
 

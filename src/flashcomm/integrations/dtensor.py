@@ -37,7 +37,7 @@ class Link:
     """What a style knows of its mesh: the Communicator's name, the number of ranks, this one."""
 
     name: str
-    world: int
+    world_size: int
     rank: int
 
     @classmethod
@@ -46,21 +46,21 @@ class Link:
         return cls(ops.op_name(format, group), group.size(), mesh.get_local_rank())
 
     def all_reduce(self, partial: Tensor) -> Tensor:
-        return ops.call("all_reduce", partial, self.name, self.world)
+        return ops.call("all_reduce", partial, self.name, self.world_size)
 
     def reduce_scatter(self, partial: Tensor, dim: int) -> Tensor:
         """This rank's part along dim of the sum; parts are those of torch.chunk, so that the last may be smaller."""
         rows = partial.movedim(dim, 0)
-        share = -(-rows.shape[0] // self.world)
-        part = ops.call("reduce_scatter", _padded(rows, share * self.world), self.name, self.world)
+        share = -(-rows.shape[0] // self.world_size)
+        part = ops.call("reduce_scatter", _padded(rows, share * self.world_size), self.name, self.world_size)
         mine = max(0, min(share, rows.shape[0] - self.rank * share))
         return part[:mine].movedim(0, dim).contiguous()
 
     def all_gather(self, part: Tensor, dim: int, length: int) -> Tensor:
         """The whole of the tensor, `length` long along dim, of which this rank has the part that torch.chunk gives."""
-        share = -(-length // self.world)
+        share = -(-length // self.world_size)
         rows = _padded(part.movedim(dim, 0), share)
-        return ops.call("all_gather", rows, self.name, self.world)[:length].movedim(0, dim).contiguous()
+        return ops.call("all_gather", rows, self.name, self.world_size)[:length].movedim(0, dim).contiguous()
 
 
 class FlashRowwiseParallel(RowwiseParallel):

@@ -79,7 +79,7 @@ class Halves:
                 self._turn[1 - h].release()
 
         def other() -> None:
-            with modes.again():
+            with modes.twice_reduced():
                 half(1)
 
         with ExitStack() as stack:
@@ -116,7 +116,7 @@ class Halves:
         modes = _Modes()
 
         def in_pool() -> Tensor:
-            with modes.again():
+            with modes.twice_reduced():
                 return work()
 
         return self._pool.submit(in_pool).result
@@ -151,7 +151,7 @@ class _Modes:
         self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def twice_reduced(self) -> Iterator[None]:
         """The same in the thread that enters this."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._inference))

@@ -89,7 +89,7 @@ class FlashProcessGroup(dist.ProcessGroup):
             return False
         settings = self._settings[x.device.type]
         least = MIN_BYTES[x.device.type] if settings.min_bytes is None else settings.min_bytes
-        return not (self._format(x) or settings.format).lossless and x.numel() * x.element_size() >= least
+        return not (self._format(x) or settings.format).uncompressed and x.numel() * x.element_size() >= least
 
     def _communicator(self, device_type: str) -> Communicator:
         if device_type not in self._communicators:

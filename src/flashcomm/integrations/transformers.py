@@ -30,7 +30,7 @@ from flashcomm.integrations.transformers_overlap import overlap as overlap  # a 
 from flashcomm.plan import Plan
 from flashcomm.routing import policy
 from flashcomm.settings import Settings
-from flashcomm.wire.format import LOSSLESS, WireFormat
+from flashcomm.wire.format import UNCOMPRESSED, WireFormat
 
 try:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
@@ -104,8 +104,8 @@ class Reducer:
         shape = partial.shape if whole is None else (whole // partial.shape[-1], partial.shape[-1])
         if not comm.explain(shape, partial.dtype, fmt).route.coded:
             return comm.all_reduce(partial, format=fmt, whole=whole)
-        total = comm.all_reduce(self.plan.send(layer, partial, comm.world), format=fmt, whole=whole)
-        return self.plan.receive(layer, total, comm.world, partial.dtype)
+        total = comm.all_reduce(self.plan.send(layer, partial, comm.world_size), format=fmt, whole=whole)
+        return self.plan.receive(layer, total, comm.world_size, partial.dtype)
 
     def note(self, partial: Tensor, mesh: Any, layer: str) -> None:
         """Remember a message, if somebody wants to know."""
@@ -120,11 +120,11 @@ class Reducer:
         like = torch.empty(shape, dtype=message.dtype, device="meta")
         call = policy.Call(like.numel(), shape[-1], like.element_size(), group.size(), "cpu")
         if self.mode == "native":
-            return policy.wire_bytes("native", call, WireFormat.parse(LOSSLESS))
+            return policy.wire_bytes("native", call, WireFormat.parse(UNCOMPRESSED))
         comm = self.communicator(group)
         fmt = self.plan.format_of(message.layer, like) if self.plan else comm.format
         route = comm.explain((message.whole // shape[-1], shape[-1]), message.dtype, fmt).route
-        copied, call = route.algorithm == "copy", replace(call, local_world=comm.machine.local_world)
+        copied, call = route.algorithm == "copy", replace(call, local_world_size=comm.machine.local_world_size)
         return 0 if copied else policy.wire_bytes(route.algorithm, call, WireFormat.parse(route.fmt))
 
     def communicator(self, group: Any) -> Communicator:

@@ -67,7 +67,7 @@ def prepare(config: Any) -> None:
         raise SettingsError(f"additional_config must be a dict to go with flashcomm, not {config.additional_config!r}")
     config.additional_config["flashcomm"] = plan.digest  # vLLM's cache of compiled graphs depends on it, too
     fusions = getattr(config.compilation_config, "pass_config", None)
-    if lossless(plan) or why_not(config) or fusions is None:
+    if uncompressed(plan) or why_not(config) or fusions is None:
         return
     if fusions.fuse_allreduce_rms is None:
         fusions.fuse_allreduce_rms = False
@@ -75,10 +75,10 @@ def prepare(config: Any) -> None:
         log.warning("fuse_allreduce_rms was asked for: messages that FlashInfer fuses with RMSNorm are not coded")
 
 
-def lossless(plan: Plan) -> bool:
+def uncompressed(plan: Plan) -> bool:
     """Whether nothing is compressed under this plan."""
     parts = [plan.format, *([plan.decode] if plan.decode else []), *(part.format for part in plan.layers.values())]
-    return all(fmt.lossless for fmt in parts)
+    return all(fmt.uncompressed for fmt in parts)
 
 
 class FlashGroup:
@@ -142,8 +142,8 @@ class Reducer:
         self._count(f"{route.fmt} {route.algorithm}", x, route.wire_bytes)
         if not layer:
             return self.comm.all_reduce(x, format=fmt)
-        total = self.comm.all_reduce(self.plan.send(layer, x, self.comm.world), format=fmt)
-        return self.plan.receive(layer, total, self.comm.world, x.dtype)
+        total = self.comm.all_reduce(self.plan.send(layer, x, self.comm.world_size), format=fmt)
+        return self.plan.receive(layer, total, self.comm.world_size, x.dtype)
 
     def serve(self, layer: str) -> str:
         """The name under which `torch.ops.flashcomm.all_reduce` sums what this layer gives."""
@@ -171,7 +171,7 @@ class Reducer:
         ways = {
             way: dict(zip(("calls", "message_bytes", "sent_bytes"), n, strict=True)) for way, n in self.ways.items()
         }
-        return {"rank": self.comm.rank, "world": self.comm.world, "format": str(self.plan.format), "ways": ways}
+        return {"rank": self.comm.rank, "world": self.comm.world_size, "format": str(self.plan.format), "ways": ways}
 
     def _format(self, x: Tensor, layer: str) -> WireFormat:
         if layer:

@@ -39,19 +39,19 @@ class RankContext:
     """What a target knows of its place: `emit(obj)` hands a picklable object to the caller's `on_event`."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     emit: Emit
 
 
 def run(
     target: Callable[..., object],
-    world: int,
+    world_size: int,
     args: Sequence[object] = (),
     *,
     device: str = "cpu",
     link: int | str | None = None,
-    local_world: int = 1,
+    local_world_size: int = 1,
     on_event: Emit | None = None,
     timeout_s: float = 600,
 ) -> object:
@@ -70,22 +70,24 @@ def run(
     raised, with "rank N: " before its message unless all ranks raised the same; FlashcommError when a rank raised
     something else or died; CommunicationError past `timeout_s`. `__cause__` has the rank's traceback.
     """
-    if world < 1 or device not in ("cpu", "cuda"):
-        raise SettingsError(f"world={world}, device={device!r}: world is 1 or more, device is 'cpu' or 'cuda'")
+    if world_size < 1 or device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"world_size={world_size}, device={device!r}: world is 1 or more, device is 'cpu' or 'cuda'"
+        )
     rate = links.parse_rate(link) if isinstance(link, str) else link
     if rate is not None and device == "cuda":
         raise SettingsError("a link limits TCP between CPU ranks, and nccl would bypass it: drop link or device='cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
     on_event = on_event or (lambda event: None)
-    job = _Job(target, tuple(args), world, device, timeout_s, local_world)
-    if world % local_world:
-        raise SettingsError(f"local_world={local_world}: {world} ranks do not make nodes of that many")
+    job = _Job(target, tuple(args), world_size, device, timeout_s, local_world_size)
+    if world_size % local_world_size:
+        raise SettingsError(f"local_world_size={local_world_size}: {world_size} ranks do not make nodes of that many")
     if all(name in os.environ for name in _TORCHRUN):
         return _join(job, rate, on_event)
-    if device == "cuda" and world > torch.cuda.device_count() and not shares_gpus():
+    if device == "cuda" and world_size > torch.cuda.device_count() and not shares_gpus():
         raise SettingsError(
-            f"world={world} needs a GPU for each rank and {torch.cuda.device_count()} can be seen; ranks may "
+            f"world_size={world_size} needs a GPU for each rank and {torch.cuda.device_count()} can be seen; ranks may "
             f"share one, for tests of bits and never for timing, with {_SHARES_GPUS}=1"
         )
     if rate is None:
@@ -106,10 +108,10 @@ def shares_gpus() -> bool:
 class _Job:
     target: Callable[..., object]
     args: tuple[object, ...]
-    world: int
+    world_size: int
     device: str
     timeout_s: float
-    local_world: int
+    local_world_size: int
 
 
 def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
@@ -117,7 +119,7 @@ def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the forked copies of the caller's handlers end here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the ranks warn that these addresses have no names
-    return _run_ranks(job, emit, links.Network(job.world // job.local_world, rate))
+    return _run_ranks(job, emit, links.Network(job.world_size // job.local_world_size, rate))
 
 
 def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) -> object:
@@ -134,13 +136,13 @@ def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) 
             common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
         else:  # rank 0 hosts the store, and in its namespace every port is free
             common = {"MASTER_ADDR": links.address(0), "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": links.INTERFACE}
-        common |= {"WORLD_SIZE": str(job.world), "LOCAL_WORLD_SIZE": str(job.world)}
+        common |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.world_size)}
         if job.device == "cpu":
             common["CUDA_VISIBLE_DEVICES"] = ""  # transformers would otherwise give every rank a GPU
-        for rank in range(job.world):
+        for rank in range(job.world_size):
             env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             hosts_store = network is not None and rank == 0
-            with network.inside(rank // job.local_world) if network else contextlib.nullcontext():
+            with network.inside(rank // job.local_world_size) if network else contextlib.nullcontext():
                 children.start("spawn", f"rank {rank}", _rank_body, job, env, hosts_store)
         return children.watch(on_event, job.timeout_s)[0]
 
@@ -149,15 +151,17 @@ def _rank_body(emit: Emit, job: _Job, env: dict[str, str], hosts_store: bool) ->
     """Be a rank in a process that `_run_ranks` started."""
     os.environ.update(env)
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    store = TCPStore(host, port, job.world, hosts_store, timedelta(seconds=job.timeout_s))
+    store = TCPStore(host, port, job.world_size, hosts_store, timedelta(seconds=job.timeout_s))
     return _run_target(job, emit, store)
 
 
 def _join(job: _Job, rate: int | None, on_event: Emit) -> object:
     """Be the rank that torchrun says this process is."""
     size, rank, stdout = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), sys.stdout
-    if job.world != size:
-        raise SettingsError(f"world={job.world} was asked for under a torchrun of {size} ranks: ask for {size}")
+    if job.world_size != size:
+        raise SettingsError(
+            f"world_size={job.world_size} was asked for under a torchrun of {size} ranks: ask for {size}"
+        )
     if rate is not None:
         raise SettingsError("a link needs ranks that flashcomm starts itself: drop link, or run without torchrun")
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -174,19 +178,19 @@ def _join(job: _Job, rate: int | None, on_event: Emit) -> object:
 
 def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
     """Call the target inside a process group, as the rank that the environment names; the result if that is 0."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda, where = job.device == "cuda", torch.device("cpu")
     if cuda:
         local = int(os.environ.get("LOCAL_RANK", rank))
         where = torch.device("cuda", local % torch.cuda.device_count() if shares_gpus() else local)
         torch.cuda.set_device(where)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world_size))))
     nccl = cuda and not shares_gpus()
     group: dict[str, Any] = {"backend": "nccl", "device_id": where} if nccl else {"backend": "gloo"}
     timeout = timedelta(seconds=job.timeout_s)
-    dist.init_process_group(**group, store=store, rank=rank, world_size=world, timeout=timeout)
-    result = job.target(RankContext(rank, world, where, emit), *job.args)
+    dist.init_process_group(**group, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    result = job.target(RankContext(rank, world_size, where, emit), *job.args)
     if dist.is_initialized():
         dist.barrier()  # nobody leaves, and takes a connection or the store along, while another rank needs it
         dist.destroy_process_group()

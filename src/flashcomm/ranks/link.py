@@ -92,10 +92,10 @@ class Network:
     Raises UnavailableError if the kernel refuses or pyroute2 is missing, SettingsError for a rate or world not allowed.
     """
 
-    def __init__(self, world: int, rate: int) -> None:
+    def __init__(self, world_size: int, rate: int) -> None:
         _allowed(rate, f"{rate} bits per second")
-        if not 1 <= world <= MAX_WORLD:
-            raise SettingsError(f"a link joins 1 to {MAX_WORLD} ranks, not {world}")
+        if not 1 <= world_size <= MAX_WORLD:
+            raise SettingsError(f"a link joins 1 to {MAX_WORLD} ranks, not {world_size}")
         try:
             from pyroute2 import IPRoute
             from pyroute2.netlink.exceptions import NetlinkError
@@ -111,7 +111,7 @@ class Network:
                 netlink.link("add", ifname="bridge", kind="bridge")
                 bridge = _index(netlink, "bridge")
                 netlink.link("set", index=bridge, state="up")
-            for rank in range(world):
+            for rank in range(world_size):
                 _unshare(_CLONE_NEWNET)
                 self._ranks.append(_open_namespace())
                 _enter(self._switch)
@@ -178,7 +178,7 @@ def probe() -> str | None:
 
 def _probe_child(sender: Connection) -> None:
     try:
-        Network(world=2, rate=10**8)
+        Network(world_size=2, rate=10**8)
         sender.send(None)
     except FlashcommError as error:
         sender.send(str(error))

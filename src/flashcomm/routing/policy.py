@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from flashcomm.wire.format import LOSSLESS, Layout, WireFormat, bounds
+from flashcomm.wire.format import UNCOMPRESSED, Layout, WireFormat, bounds
 
 CHOSEN = ("native", "one_shot", "two_shot")  # what `auto` chooses from
 ALGORITHMS = (*CHOSEN, "hierarchical")
@@ -43,13 +43,13 @@ class Call:
     numel: int
     row: int
     itemsize: int
-    world: int
+    world_size: int
     device_type: str
-    local_world: int = 0  # ranks of a node; 0: as many as there are, or not known
+    local_world_size: int = 0  # ranks of a node; 0: as many as there are, or not known
 
     @property
     def nodes(self) -> int:
-        return self.world // self.local_world if self.local_world else 1
+        return self.world_size // self.local_world_size if self.local_world_size else 1
 
     @property
     def n_bytes(self) -> int:
@@ -84,7 +84,7 @@ class Table:
         def distance(way: str) -> float:
             other = WireFormat.parse(way.split()[0])
             bits = abs((other.reduce.bits if algorithm == "one_shot" else other.bits) - step.bits)
-            return bits + 8 * (other.lossless != fmt.lossless) + (other.reduce.hadamard != fmt.reduce.hadamard)
+            return bits + 8 * (other.uncompressed != fmt.uncompressed) + (other.reduce.hadamard != fmt.reduce.hadamard)
 
         ways = [way for way in self.us if way.endswith(f" {algorithm}")]
         return min(ways, key=distance, default=None)
@@ -100,7 +100,7 @@ class Machine:
     transport: str = "process_group"
     table: Table | None = None
     rejected: tuple[tuple[str, str], ...] = ()
-    local_world: int = 0
+    local_world_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Route:
     wire_bytes: int
     reason: str
     transport: str = "process_group"
-    fmt: str = LOSSLESS
+    fmt: str = UNCOMPRESSED
 
     @property
     def coded(self) -> bool:
-        return self.algorithm not in ("native", "copy") and self.fmt != LOSSLESS
+        return self.algorithm not in ("native", "copy") and self.fmt != UNCOMPRESSED
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def wire_bytes(algorithm: str, call: Call, fmt: WireFormat) -> int:
 
     Not counted: the padding of chunks and tiles, the check's 128 bytes a peer, flags, and what TCP or PCIe add.
     """
-    w = call.world
+    w = call.world_size
     if algorithm == "native":
         return 2 * (w - 1) * call.n_bytes // w
     if algorithm == "one_shot":
@@ -165,15 +165,15 @@ def _shard(call: Call, fmt: WireFormat, shards: int) -> tuple[int, int]:
     return down, up
 
 
-def worth_nodes(world: int, local_world: int) -> bool:
+def worth_nodes(world_size: int, local_world_size: int) -> bool:
     """Whether less crosses between N nodes of L ranks than in two-shot: (N-1)/L of the message against 2(N-1)/N."""
-    return local_world > 1 and 1 < world // local_world < 2 * local_world
+    return local_world_size > 1 and 1 < world_size // local_world_size < 2 * local_world_size
 
 
 def admit(call: Call, fmt: WireFormat, min_bytes: int | None) -> str:
     """Why a message should not be coded whatever the machine, or ""."""
-    if fmt.lossless:
-        return f"format {LOSSLESS} does not compress"
+    if fmt.uncompressed:
+        return f"format {UNCOMPRESSED} does not compress"
     if min_bytes is not None and call.n_bytes < min_bytes:
         return f"{call.n_bytes} message bytes are fewer than min_bytes={min_bytes}: coding would not pay"
     fewest, native = min(wire_bytes(a, call, fmt) for a in ("one_shot", "two_shot")), wire_bytes("native", call, fmt)
@@ -191,8 +191,8 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, m
     way is fastest; without one, what is too small or gains nothing goes uncoded, the rest one-shot where that sends no
     more bytes than two-shot or so few that latency rules.
     """
-    if call.world == 1 or call.numel == 0:
-        why = "a world of one" if call.world == 1 else "no values"
+    if call.world_size == 1 or call.numel == 0:
+        why = "a world of one" if call.world_size == 1 else "no values"
         return _choice(call, fmt, machine, "copy", f"{why}: nothing travels, nothing is coded", {})
     if algorithm != "auto":
         asked = f"algorithm={algorithm} was asked for"
@@ -201,8 +201,8 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, m
             if call.n_bytes < least:
                 small = f"{call.n_bytes} message bytes are fewer than min_bytes={least}"
                 return _choice(call, fmt, machine, "native", small, {"hierarchical": small})
-            if not worth_nodes(call.world, call.local_world):
-                asked += f", and {call.nodes} nodes of {call.world // call.nodes} ranks gain nothing by it"
+            if not worth_nodes(call.world_size, call.local_world_size):
+                asked += f", and {call.nodes} nodes of {call.world_size // call.nodes} ranks gain nothing by it"
                 algorithm = "two_shot"
         return _choice(call, fmt, machine, algorithm, asked, dict.fromkeys(CHOSEN, asked))
     uncoded = admit(call, fmt, min_bytes)
@@ -210,14 +210,14 @@ def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, m
         return _measured(call, fmt, machine, machine.table, uncoded, min_bytes is not None)
     if not uncoded and min_bytes is None:
         uncoded = admit(call, fmt, _least(call, machine))
-    lossless, because = WireFormat.parse(LOSSLESS), ""
+    uncompressed, because = WireFormat.parse(UNCOMPRESSED), ""
     if uncoded and machine.transport == "host":
-        fmt, because, uncoded = lossless, f"{uncoded}; ", ""
+        fmt, because, uncoded = uncompressed, f"{uncoded}; ", ""
     if uncoded and machine.transport in FUSED:
         why = f"{uncoded}; one kernel over peers' memory, not compressed"
         if call.n_bytes <= 256 << 10:
             return _choice(
-                call, lossless, machine, "one_shot", why, {"native": "more launches", "two_shot": "two hops"}
+                call, uncompressed, machine, "one_shot", why, {"native": "more launches", "two_shot": "two hops"}
             )
     if uncoded:
         return _choice(call, fmt, machine, "native", uncoded, {"one_shot": uncoded, "two_shot": uncoded})
@@ -239,15 +239,15 @@ def _least(call: Call, machine: Machine) -> int:
 
 def _measured(call: Call, fmt: WireFormat, machine: Machine, table: Table, uncoded: str, forced: bool) -> Choice:
     """The fastest way by the table; forced: the coded ones only, unless `uncoded` says why not."""
-    lossless = WireFormat.parse(LOSSLESS)
+    uncompressed = WireFormat.parse(UNCOMPRESSED)
     size = call.numel * 2  # tables are of bfloat16
     times: dict[tuple[str, WireFormat], float] = {}
     if uncoded or not forced:
         times["native", fmt] = table.time("native", size)
     for algorithm in ("one_shot", "two_shot"):
-        for way_of in (lossless,) if uncoded else (fmt,) if forced else (fmt, lossless):
+        for way_of in (uncompressed,) if uncoded else (fmt,) if forced else (fmt, uncompressed):
             if (way := table.coded(way_of, algorithm)) and (
-                WireFormat.parse(way.split()[0]).lossless == way_of.lossless
+                WireFormat.parse(way.split()[0]).uncompressed == way_of.uncompressed
             ):
                 times[algorithm, way_of] = table.time(way, size)
     if not times:  # a table without coded ways, and min_bytes wants one
@@ -266,14 +266,14 @@ def _choice(
 ) -> Choice:
     n_bytes = 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt)
     coded = algorithm not in ("native", "copy")
-    transport, name = (machine.transport, str(fmt)) if coded else ("process_group", LOSSLESS)
+    transport, name = (machine.transport, str(fmt)) if coded else ("process_group", UNCOMPRESSED)
     if algorithm == "hierarchical":  # composed of exchanges: one kernel over everybody's memory has no use for nodes
         transport = "host" if transport == "host" else "process_group"
     elif transport == "host" and n_bytes <= MAPPED_BYTES:
         transport = "mapped"
-    if algorithm != "hierarchical" and coded and worth_nodes(call.world, call.local_world):
-        crossing = (call.nodes - 1) * _shard(call, fmt, call.local_world)[0]
-        flat = (call.world - call.local_world) * sum(_shard(call, fmt, call.world))
+    if algorithm != "hierarchical" and coded and worth_nodes(call.world_size, call.local_world_size):
+        crossing = (call.nodes - 1) * _shard(call, fmt, call.local_world_size)[0]
+        flat = (call.world_size - call.local_world_size) * sum(_shard(call, fmt, call.world_size))
         more = f"a third rounding, so only if asked for: {crossing} bytes a rank to other nodes, two_shot {flat}"
         others = others | {"hierarchical": more}
     rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]

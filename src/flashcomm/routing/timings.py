@@ -21,15 +21,15 @@ def own_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcomm"
 
 
-def file_name(machine: str, world: int, transport: str) -> str:
+def file_name(machine: str, world_size: int, transport: str) -> str:
     """`nvidia-h200-x2-symmetric.json` and the like."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{machine} x{world} {transport}".lower()).strip("-") + ".json"
+    return re.sub(r"[^a-z0-9]+", "-", f"{machine} x{world_size} {transport}".lower()).strip("-") + ".json"
 
 
-def find(machine: str, world: int, transport: str) -> Table | None:
+def find(machine: str, world_size: int, transport: str) -> Table | None:
     """The table for this kind of machine, if there is one that can be read."""
     for directory in (own_directory(), BUILT_IN):
-        path = directory / file_name(machine, world, transport)
+        path = directory / file_name(machine, world_size, transport)
         try:
             return from_dict(json.loads(path.read_text()))
         except (OSError, ValueError, KeyError, TypeError):

@@ -49,12 +49,12 @@ class Problem(enum.IntEnum):
     WEIGHT = 12
     EPS = 13
 
-    def text(self, x: Any, device: torch.device, world: int) -> str:
+    def text(self, x: Any, device: torch.device, world_size: int) -> str:
         """For the rank whose tensor it is: what was given, what is allowed, what to do."""
         got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-        return f"got {got}: {self.advice(device, world)}"
+        return f"got {got}: {self.advice(device, world_size)}"
 
-    def advice(self, device: torch.device, world: int) -> str:
+    def advice(self, device: torch.device, world_size: int) -> str:
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         return {
             Problem.NONE: "",
@@ -63,7 +63,7 @@ class Problem(enum.IntEnum):
             Problem.DEVICE: f"the tensor must be on {device} for this group's backend; move it there",
             Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense()",
             Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
-            Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world}; pad it",
+            Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world_size}; pad it",
             Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
             Problem.FORMAT: "format= is no wire format; give one such as 'int4-had', or leave it out",
             Problem.MEMORY: "a tensor with memory of its own is needed; of a DTensor give .to_local()",
@@ -88,7 +88,7 @@ def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any = None) -> Problem:
+def problem_with(name: str, x: Any, device: torch.device, world_size: int, out: Any = None) -> Problem:
     """What is wrong with this rank's tensor for the call `name`, if anything."""
     if not isinstance(x, Tensor):
         return Problem.NO_TENSOR
@@ -104,7 +104,9 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
         return Problem.GRADIENT
     if x.dim() > _MAX_DIMS:
         return Problem.DIMS
-    if name in ("reduce_scatter", "all_gather") and (x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world)):
+    if name in ("reduce_scatter", "all_gather") and (
+        x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world_size)
+    ):
         return Problem.DIVIDE
     if out is not None and not (
         isinstance(out, Tensor)
@@ -117,16 +119,16 @@ def problem_with(name: str, x: Any, device: torch.device, world: int, out: Any =
     return Problem.NONE
 
 
-def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.device, world: int) -> Problem:
+def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.device, world_size: int) -> Problem:
     """What is wrong with this rank's arguments of all_reduce_add_rms_norm, if anything; x's faults come first."""
-    problem = problem_with("all_reduce_add_rms_norm", x, device, world)
+    problem = problem_with("all_reduce_add_rms_norm", x, device, world_size)
     if problem:
         return problem
     for other, shape, wrong in (
         (residual, x.shape, Problem.RESIDUAL),
         (weight, x.shape[-1:], Problem.WEIGHT),
     ):
-        if problem_with("all_reduce_add_rms_norm", other, device, world):
+        if problem_with("all_reduce_add_rms_norm", other, device, world_size):
             return wrong
         if (other.shape, other.dtype, other.device) != (shape, x.dtype, x.device):
             return wrong
@@ -156,7 +158,7 @@ def agree_on_call(
         if CALLS[call] == CALLS[-1]:
             lines.append(f"  rank {rank}: {CALLS[call]}")
         elif code:
-            lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world)}")
+            lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world_size)}")
         else:
             lines.append(f"  rank {rank}: {what} of {tuple(sizes[:dims])} {str(DTYPES[dtype]).removeprefix('torch.')}")
     raise InputError("the ranks did not make the same valid call; nothing was sent:\n" + "\n".join(lines))
@@ -198,7 +200,7 @@ def _digest(settings: object) -> int:
 def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str) -> Tensor:
     """uint8 (world, n) on the CPU: every rank's `mine` (n,). Waits for it on the host."""
     sent = transport.n_bytes_sent
-    out = torch.empty((transport.world, mine.numel()), dtype=torch.uint8, device=transport.device)
+    out = torch.empty((transport.world_size, mine.numel()), dtype=torch.uint8, device=transport.device)
     transport.all_gather(out, mine.to(transport.device), what, overlap=False).wait()
     transport.n_bytes_sent = sent  # the counter is of messages
     return out.cpu()

@@ -53,14 +53,17 @@ def connect(group: dist.ProcessGroup, transport: ProcessGroupTransport, settings
     device, asked = transport.device, settings.transport
     fused, staged = None, None
     nodes: tuple[Transport, Transport] | None = None
-    local_world = _local_world(transport, settings)
-    if settings.algorithm == "hierarchical" and policy.worth_nodes(transport.world, local_world):
-        begin = transport.rank // local_world * local_world
-        parts = range(begin, begin + local_world), range(transport.rank % local_world, transport.world, local_world)
+    local_world_size = _local_world_size(transport, settings)
+    if settings.algorithm == "hierarchical" and policy.worth_nodes(transport.world_size, local_world_size):
+        begin = transport.rank // local_world_size * local_world_size
+        parts = (
+            range(begin, begin + local_world_size),
+            range(transport.rank % local_world_size, transport.world_size, local_world_size),
+        )
         nodes = transport.among(parts[0]), transport.among(parts[1])
     rejected: tuple[tuple[str, str], ...] = ()
     name = "process_group"
-    for kind in candidates(device.type, asked) if transport.world > 1 else ():
+    for kind in candidates(device.type, asked) if transport.world_size > 1 else ():
         region, why = _join(group, transport, settings, kind, nodes is not None)
         if region is not None:
             name = kind.NAME
@@ -71,20 +74,20 @@ def connect(group: dist.ProcessGroup, transport: ProcessGroupTransport, settings
         if asked != "auto":
             raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
         rejected += ((kind.NAME, why),)
-    if device.type == "cuda" and name == "process_group" and transport.world > 1 and not has_nccl(group):
+    if device.type == "cuda" and name == "process_group" and transport.world_size > 1 and not has_nccl(group):
         rejected += (("nccl", "the group has another backend, so that messages go by way of the CPU, slowly"),)
     if rejected and transport.rank == 0:
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
-    table = timings.find(machine_name(device), transport.world, name) if transport.rank == 0 else None
+    table = timings.find(machine_name(device), transport.world_size, name) if transport.rank == 0 else None
     told = consistency.tell(transport, timings.as_dict(table) if table else None, "sharing the table of times")[0]
-    machine = Machine(name, timings.from_dict(told) if told else None, rejected, local_world)
+    machine = Machine(name, timings.from_dict(told) if told else None, rejected, local_world_size)
     return Connected(machine, fused, staged, nodes)
 
 
-def _local_world(transport: ProcessGroupTransport, settings: Settings) -> int:
+def _local_world_size(transport: ProcessGroupTransport, settings: Settings) -> int:
     """How many consecutive ranks a node has: as the setting says, or as found; 0 where ranks have no such order."""
-    if settings.local_world:
-        return asked_local_world(settings, transport.world)
+    if settings.local_world_size:
+        return asked_local_world_size(settings, transport.world_size)
     places = consistency.tell(transport, near(transport.device), "looking for nodes")
     found = grouped(places)
     if not found and settings.algorithm == "hierarchical":
@@ -95,13 +98,13 @@ def _local_world(transport: ProcessGroupTransport, settings: Settings) -> int:
     return found
 
 
-def asked_local_world(settings: Settings, world: int) -> int:
+def asked_local_world_size(settings: Settings, world_size: int) -> int:
     """The setting, for groups that fit into a node their size; 0 where it is not set or does not divide the world.
     Raises SettingsError in the latter case if nodes are asked for."""
-    asked = min(settings.local_world, world)
-    if asked and world % asked:
+    asked = min(settings.local_world_size, world_size)
+    if asked and world_size % asked:
         if settings.algorithm == "hierarchical":
-            raise SettingsError(f"local_world={asked}: {world} ranks do not make nodes of that many")
+            raise SettingsError(f"local_world_size={asked}: {world_size} ranks do not make nodes of that many")
         return 0
     return asked
 
@@ -179,8 +182,8 @@ def _join(
     try:
         from flashcomm.gpu.sync import MAX_RANKS
 
-        if transport.world > MAX_RANKS:
-            raise UnavailableError(f"{transport.world} ranks; {MAX_RANKS} are supported")
+        if transport.world_size > MAX_RANKS:
+            raise UnavailableError(f"{transport.world_size} ranks; {MAX_RANKS} are supported")
         made = kind.make(transport.device, *_sizes(settings, kind, nodes))
         place = made.place
     except (UnavailableError, ImportError) as error:  # of this rank alone, perhaps: the others hear of it

@@ -77,7 +77,7 @@ class SharedRegion:
 
     def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
         """Map the regions at everybody's `place`. They may be used once every rank is known to have returned."""
-        self.rank, self.world = group.rank(), group.size()
+        self.rank, self.world_size = group.rank(), group.size()
         try:
             files = [os.open(place, os.O_RDWR) for place in places]
             self._maps = [mmap.mmap(file, self.size) for file in files]

@@ -78,7 +78,7 @@ class ProcessGroupTransport:
     ) -> None:
         self.group, self.device, self.timeout_s = group, device, timeout_s
         self._members = range(group.size()) if members is None else members
-        self.rank, self.world = self._members.index(group.rank()), len(self._members)
+        self.rank, self.world_size = self._members.index(group.rank()), len(self._members)
         self.n_bytes_sent, self._whole = 0, whole  # which counts for its parts, and whose thread they use
         self._by_cpu: ProcessGroupTransport | None = None  # what takes GPU tensors over a group without NCCL
         if device.type == "cuda" and not has_nccl(group):
@@ -97,7 +97,7 @@ class ProcessGroupTransport:
 
         overlap=False, where nothing is to be done before `wait()`, spares CPUs the way over another thread.
         """
-        self._count(inp.numel() // self.world * (self.world - 1))
+        self._count(inp.numel() // self.world_size * (self.world_size - 1))
         if self._by_cpu:
             there = torch.empty_like(out, device="cpu")
             self._by_cpu.all_to_all(there, inp.cpu(), what, overlap=False).wait()
@@ -109,20 +109,20 @@ class ProcessGroupTransport:
     def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
         """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. inp may be row `rank`
         of out. overlap: see above."""
-        self._count(inp.numel() * (self.world - 1))
+        self._count(inp.numel() * (self.world_size - 1))
         if self._by_cpu:
             there = torch.empty_like(out, device="cpu")
             self._by_cpu.all_gather(there, inp.cpu(), what, overlap=False).wait()
             return self._brought(there, out, what)
         if self._lane:
             return self._on_cpu(lambda: self._steps(out, lambda rank: inp), what, overlap)
-        if self.world < self.group.size():
-            return self._pending(self._rows(out, inp.expand(self.world, -1).contiguous()), what)
+        if self.world_size < self.group.size():
+            return self._pending(self._rows(out, inp.expand(self.world_size, -1).contiguous()), what)
         return self._pending(self.group._allgather_base(out.view(-1), inp, AllgatherOptions()), what)
 
     def all_reduce_native(self, x: Tensor, what: str) -> Pending:
         """The backend's own sum of x, in place; its algorithm and its order of additions."""
-        self._count(2 * (self.world - 1) * x.numel() * x.element_size() // self.world)
+        self._count(2 * (self.world_size - 1) * x.numel() * x.element_size() // self.world_size)
         if self._by_cpu:
             there = x.cpu()
             self._by_cpu.all_reduce_native(there, what).wait()
@@ -144,7 +144,7 @@ class ProcessGroupTransport:
     def _rows(self, out: Tensor, inp: Tensor) -> Any:
         """The all-to-all of rows by the backend's own; ranks that are no members get and give nothing."""
         n, everybody = inp.shape[1], range(self.group.size())
-        sizes = [n if r in self._members else 0 for r in everybody] if self.world < len(everybody) else []
+        sizes = [n if r in self._members else 0 for r in everybody] if self.world_size < len(everybody) else []
         return self.group.alltoall_base(out.view(-1), inp.view(-1), sizes, sizes, AllToAllOptions())
 
     def _brought(self, there: Tensor, out: Tensor, what: str) -> Pending:
@@ -165,8 +165,8 @@ class ProcessGroupTransport:
         limit, ranks = timedelta(seconds=self.timeout_s), self._members
         if out[self.rank].data_ptr() != piece_for(self.rank).data_ptr():
             out[self.rank].copy_(piece_for(self.rank))
-        for k in range(1, self.world):
-            source, target = (self.rank - k) % self.world, (self.rank + k) % self.world
+        for k in range(1, self.world_size):
+            source, target = (self.rank - k) % self.world_size, (self.rank + k) % self.world_size
             received = self.group.recv([out[source]], ranks[source], _TAG)
             sent = self.group.send([piece_for(target)], ranks[target], _TAG)
             received.wait(limit)

@@ -32,7 +32,7 @@ class SharedMemory(Protocol):
     """Zeroed host memory per rank, all of it mapped by every rank."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     status: Tensor  # int32 (5,) in host memory: what `staging_flags.turn` reports
     mappings: list[int]  # addresses of everybody's memory
@@ -71,8 +71,8 @@ class StagedTransport:
         whole: StagedTransport | None = None,
         place: int = 0,
     ) -> None:
-        ranks = range(memory.world) if ranks is None else ranks
-        self.rank, self.world, self.device = ranks.index(memory.rank), len(ranks), memory.device
+        ranks = range(memory.world_size) if ranks is None else ranks
+        self.rank, self.world_size, self.device = ranks.index(memory.rank), len(ranks), memory.device
         self.slot_bytes = slot_bytes
         self._memory, self._at, self._timeout_s, self._place, self._next = memory, at, timeout_s, place, 0
         begins = [memory.mappings[rank] + at + place * staging_bytes(slot_bytes) for rank in ranks]
@@ -116,16 +116,16 @@ class StagedTransport:
 
         def put(slot: int, start: int, size: int, stream: int) -> None:
             if size == n:  # rows lie one after the other, in both
-                for first, last in ((0, self.rank), (self.rank + 1, self.world)):
+                for first, last in ((0, self.rank), (self.rank + 1, self.world_size)):
                     self._copy(slot + first * n, source + first * n, (last - first) * n, stream)
                 return
-            for peer in range(self.world):
+            for peer in range(self.world_size):
                 self._copy(slot + peer * size, source + peer * n + start, size if peer != self.rank else 0, stream)
 
         def fetch(slot: int, peer: int, start: int, size: int, stream: int) -> None:
             self._copy(target + peer * n + start, slot + self.rank * size, size, stream)
 
-        return self._exchange(n, self.slot_bytes // self.world, put, fetch, out)
+        return self._exchange(n, self.slot_bytes // self.world_size, put, fetch, out)
 
     def close(self) -> None:
         """Wait for this rank's exchanges."""
@@ -151,8 +151,8 @@ class StagedTransport:
             put(self._slots[self.rank][slot], start, size, lane.down)
             self._turns[AFTER_PUT](slot, out, lane.down)
             self._turns[BEFORE_FETCH](slot, out, lane.up)
-            for k in range(1, self.world):
-                peer = (self.rank + k) % self.world
+            for k in range(1, self.world_size):
+                peer = (self.rank + k) % self.world_size
                 fetch(self._slots[peer][slot], peer, start, size, lane.up)
             self._turns[AFTER_FETCH](slot, out, lane.up)
             events += lane.end()
@@ -162,7 +162,7 @@ class StagedTransport:
         """Launch one step of a slot's turn on a stream; out is what the exchange writes."""
         first = (self._counts, self._flags, self._memory.status)
         numbers = (SLOTS, self._place, self.rank, self._limit)
-        constants = {"STEP": step, "WORLD": self.world, "REAL": not INTERPRETED}
+        constants = {"STEP": step, "WORLD": self.world_size, "REAL": not INTERPRETED}
         if INTERPRETED:
 
             def interpret(slot: int, out: Tensor, stream: int) -> None:

@@ -64,7 +64,7 @@ class SymmetricRegion:
 
     def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
         """Map the peers' regions. Collective; they may be used once every rank is known to have returned."""
-        self.rank, self.world = group.rank(), group.size()
+        self.rank, self.world_size = group.rank(), group.size()
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before anybody sees it
             self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)

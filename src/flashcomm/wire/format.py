@@ -29,7 +29,7 @@ from flashcomm.errors import FormatError
 ALIGN = 16  # bytes; every section of a wire buffer starts at a multiple of it
 GROUPS = (16, 32, 64, 128, 256)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-LOSSLESS = "bf16"
+UNCOMPRESSED = "bf16"
 LIMIT = 2.0**126  # see StepFormat.limit
 
 _STEP = re.compile(r"int(?P<bits>[1-9]\d*)(?P<options>(?:-[a-z0-9]+)*)")
@@ -47,7 +47,7 @@ class StepFormat:
 
     `bits` is 2 to 8, or 16 for values sent as they are, in the tensor's own dtype; `group` is the number of
     values that share a scale. With `hadamard` the Hadamard transform of each group is coded, so that one large
-    value does not take the precision of all its neighbours. Raises FormatError for anything else.
+    value does not take the precision of all its neighbors. Raises FormatError for anything else.
 
     `rotated` is no format of its own: same bytes, but the values on both sides of the codec are the transforms.
     A sum of transforms is the transform of the sum, so a reduce step and a gather step with the same groups need
@@ -57,21 +57,21 @@ class StepFormat:
     bits: int
     group: int = DEFAULT_GROUP
     hadamard: bool = False
-    rotated: bool = False
+    in_hadamard_domain: bool = False
 
     RAW_BITS: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         if self.bits == self.RAW_BITS:
             if self.group != DEFAULT_GROUP or self.hadamard:
-                raise FormatError(f"'{LOSSLESS}' takes no options; {_HELP}")
+                raise FormatError(f"'{UNCOMPRESSED}' takes no options; {_HELP}")
         elif self.bits not in WIDTHS:
             raise FormatError(f"{self.bits} bits asked for, 2 to 8 are allowed; {_HELP}")
         elif self.group not in GROUPS:
             raise FormatError(f"a group of {self.group} asked for, {', '.join(map(str, GROUPS))} are allowed; {_HELP}")
 
     @property
-    def lossless(self) -> bool:
+    def uncompressed(self) -> bool:
         return self.bits == self.RAW_BITS
 
     @property
@@ -107,7 +107,7 @@ class StepFormat:
         """Magnitudes of y from here on count as not finite: below it nothing on the way to x^ overflows."""
         return LIMIT / n if self.transforms(n) else LIMIT
 
-    def shrunk(self, n: int) -> float | None:
+    def clip_ratio(self, n: int) -> float | None:
         """The smaller range tried beside that of all n values of a group, as a part of it, or None.
 
         Transforms look like noise, whose few largest values are not worth the precision they cost all others.
@@ -115,14 +115,14 @@ class StepFormat:
         return {2: 0.6875, 3: 0.8125, 4: 0.90625}.get(self.bits) if self.transforms(n) else None
 
     def __str__(self) -> str:
-        if self.lossless:
-            return LOSSLESS
+        if self.uncompressed:
+            return UNCOMPRESSED
         group = "" if self.group == DEFAULT_GROUP else f"-g{self.group}"
         return f"int{self.bits}{group}{'-had' if self.hadamard else ''}"
 
     @classmethod
     def parse(cls, text: str) -> StepFormat:
-        if text == LOSSLESS:
+        if text == UNCOMPRESSED:
             return cls(cls.RAW_BITS)
         match = _STEP.fullmatch(text)
         if not match or int(match["bits"]) == cls.RAW_BITS:
@@ -152,8 +152,8 @@ class WireFormat:
     gather: StepFormat
 
     @property
-    def lossless(self) -> bool:
-        return self.reduce.lossless and self.gather.lossless
+    def uncompressed(self) -> bool:
+        return self.reduce.uncompressed and self.gather.uncompressed
 
     @property
     def unit(self) -> int:
@@ -166,15 +166,15 @@ class WireFormat:
         return (_bits(self.reduce) + _bits(self.gather)) / 2
 
     @property
-    def middle(self) -> tuple[StepFormat, StepFormat]:
+    def between_steps(self) -> tuple[StepFormat, StepFormat]:
         """How to decode the reduce step and encode its sum: rotated where both steps transform the same groups."""
         a, b = self.reduce, self.gather
         if a.hadamard and b.hadamard and a.group == b.group:
-            return replace(a, rotated=True), replace(b, rotated=True)
+            return replace(a, in_hadamard_domain=True), replace(b, in_hadamard_domain=True)
         return a, b
 
     @property
-    def again(self) -> WireFormat:
+    def twice_reduced(self) -> WireFormat:
         """Two reduce steps, one after the other."""
         return WireFormat(self.reduce, self.reduce)
 
@@ -198,7 +198,7 @@ def _parse(text: str) -> WireFormat:
 
 
 def _bits(step: StepFormat) -> float:
-    return step.bits if step.lossless else step.bits + (16 if step.packed else 24) / step.group
+    return step.bits if step.uncompressed else step.bits + (16 if step.packed else 24) / step.group
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Layout:
     def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The bytes [a, b) between sections of the wire buffer of the values [start, stop), which are zeros."""
         at = self.sections(start, stop)
-        if self.step.lossless:
+        if self.step.uncompressed:
             return [((stop - start) * self.itemsize, at.nbytes)]
         used = [self.plane_bytes_before(w, stop) - self.plane_bytes_before(w, start) for w, _ in self.step.planes]
         begins = [*at.planes, at.scale] if self.step.packed else [*at.planes, at.scale, at.zero]
@@ -259,7 +259,7 @@ class Layout:
 
 @lru_cache(maxsize=4096)
 def _sections(layout: Layout, start: int, stop: int) -> Sections:
-    if layout.step.lossless:
+    if layout.step.uncompressed:
         size = _aligned((stop - start) * layout.itemsize)
         return Sections((0,), size, size, 0, size)
     n_groups, at, planes = layout.groups_before(stop) - layout.groups_before(start), 0, []

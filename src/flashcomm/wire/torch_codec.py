@@ -1,4 +1,4 @@
-"""Encode and decode in plain torch: the definition of every bit. Nothing here is optimised, so nothing is in doubt.
+"""Encode and decode in plain torch: the definition of every bit. Nothing here is optimized, so nothing is in doubt.
 
 Per group of values, y being the values, or their transform H x in -had formats, L = 2^bits - 1 the largest code, and
 every operation in float32 and rounded once:
@@ -45,7 +45,7 @@ def up(x: Tensor, mantissa: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """H x for each row of x (groups, n), n a power of 2: not normalised, so that H H x is n x."""
+    """H x for each row of x (groups, n), n a power of 2: not normalized, so that H H x is n x."""
     y, h = x, 1
     while h < x.shape[1]:
         a, b = y.view(x.shape[0], -1, 2, h).unbind(2)
@@ -53,15 +53,15 @@ def hadamard(x: Tensor) -> Tensor:
     return y
 
 
-def quantise(x: Tensor, step: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(x: Tensor, step: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (uint8), scale (float32, NaN where not finite) and zero (uint8) of x (float32, shape (groups, n))."""
     n = x.shape[1]
-    y = hadamard(x) if step.transforms(n) and not step.rotated else x
+    y = hadamard(x) if step.transforms(n) and not step.in_hadamard_domain else x
     low, high = y.amin(1).clamp_max(0.0), y.amax(1).clamp_min(0.0)
     finite = torch.maximum(low.abs(), high.abs()) < step.limit(n)  # False for NaN
     y, low, high = (torch.where(finite.view(-1, *[1] * (v.dim() - 1)), v, 0.0) for v in (y, low, high))
     codes, scale, zero = _in_range(y, low, high, step)
-    if (part := step.shrunk(n)) is not None:
+    if (part := step.clip_ratio(n)) is not None:
         inverse, smaller = 1.0 / scale, _in_range(y, low * part, high * part, step)
         better = _square_error(y, *smaller, inverse) < _square_error(y, codes, scale, zero, inverse)
         codes = torch.where(better[:, None], smaller[0], codes)
@@ -85,7 +85,7 @@ def _square_error(y: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, inverse
     return torch.round(error * 16.0).square().sum(1)
 
 
-def dequantise(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """scale * (codes - zero) in float32, shape (groups, n): exact, or NaN where the scale is NaN."""
     return scale[:, None] * (codes.to(torch.int32) - zero.to(torch.int32)[:, None]).to(torch.float32)
 
@@ -133,12 +133,12 @@ def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> Non
     """
     flat, at = x.view(-1), layout.sections(start, stop)
     out[: at.nbytes].zero_()
-    if layout.step.lossless:
+    if layout.step.uncompressed:
         out[: x.numel() * x.element_size()].copy_(flat.view(torch.uint8))
         return
     scales = _section(out, at.scale, at.n_groups, torch.int16)
     for part in _classes(layout, start, stop, x.device):
-        codes, scale, zero = quantise(part.take(flat).to(torch.float32), layout.step)
+        codes, scale, zero = quantize(part.take(flat).to(torch.float32), layout.step)
         scales[part.groups] = words(scale, zero, layout.step)
         if not layout.step.packed:
             _section(out, at.zero, at.n_groups, torch.uint8)[part.groups] = zero
@@ -153,13 +153,13 @@ def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor
     dtype: that of the message, which lossless buffers hold; out may be float32 scratch all the same.
     """
     at = layout.sections(start, stop)
-    if layout.step.lossless:
+    if layout.step.uncompressed:
         raw = [_section(wire, 0, stop - start, dtype).to(torch.float32) for wire in wires]
         out.copy_(_sum(raw))
         return
     for part in _classes(layout, start, stop, wires.device):
         total = _sum([_decode(wire, layout.step, at, part) for wire in wires])
-        if layout.step.transforms(part.n) and not layout.step.rotated:
+        if layout.step.transforms(part.n) and not layout.step.in_hadamard_domain:
             total = hadamard(total) * (1.0 / part.n)
         part.put(out, total.to(out.dtype))
 
@@ -174,7 +174,7 @@ def _decode(wire: Tensor, step: StepFormat, at: Sections, part: _Class) -> Tenso
     scale, zero = from_words(_section(wire, at.scale, at.n_groups, torch.int16)[part.groups], step)
     if not step.packed:
         zero = _section(wire, at.zero, at.n_groups, torch.uint8)[part.groups]
-    return dequantise(codes, scale, zero)
+    return dequantize(codes, scale, zero)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:
@@ -192,14 +192,16 @@ def error_bound(x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
     worst y, plus the transform's own roundings, log2(n) * 2^-23 * max|y|. Zero where lossless.
     """
     values, bound = x.reshape(-1).to(torch.float32), torch.zeros(x.numel(), device=x.device)
-    if layout.step.lossless:
+    if layout.step.uncompressed:
         return bound
     for part in _classes(layout, start, stop, x.device):
         y, n = part.take(values), part.n
         turned = layout.step.transforms(n)
         y = hadamard(y) if turned else y
-        off = (quantise(y, replace(layout.step, rotated=True))[1] * (0.5 + 2**-14))[:, None] + y.abs() * 2**-22
-        if (f := layout.step.shrunk(n)) is not None:
+        off = (quantize(y, replace(layout.step, in_hadamard_domain=True))[1] * (0.5 + 2**-14))[
+            :, None
+        ] + y.abs() * 2**-22
+        if (f := layout.step.clip_ratio(n)) is not None:
             off = off + (1 - f) * y.abs().amax(1, keepdim=True)
         if turned:
             off = off.amax(1, keepdim=True) + n.bit_length() * 2**-23 * y.abs().amax(1, keepdim=True)
