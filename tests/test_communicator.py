@@ -13,6 +13,7 @@ from support import gloo_group, raise_first, run_ranks, same_bits
 from flashcomm import Communicator, FlashcommError, WireFormat, reference
 from flashcomm.errors import ClosedError, CommunicationError, FormatError, InputError, SettingsError
 from flashcomm.routing import policy
+from flashcomm.routing.route import Choice, Message
 from flashcomm.settings import Settings, parse_size
 
 
@@ -309,7 +310,7 @@ class TestLife:
             return dict(comm.sent)
 
         for sent in raise_first(run_ranks(3, body)):
-            assert set(sent) == {"all_reduce/two_shot", "reduce_scatter/composed", "all_gather/composed"}
+            assert set(sent) == {"all_reduce/two_shot", "reduce_scatter/pipelined", "all_gather/pipelined"}
         told = [record.getMessage() for record in caplog.records]
         of_rank_0 = [text for text in told if text.startswith("Communicator(rank 0 of 3, int4/int8, cpu): ")]
         assert len(of_rank_0) == 6
@@ -335,23 +336,23 @@ class TestPolicy:
         algorithm: str = "auto",
         row: int = 576,
         min_bytes: int = 65536,
-    ) -> policy.Choice:
-        call = policy.Call(numel, row, 2, world_size, "cpu")
+    ) -> Choice:
+        call = Message(numel, row, 2, world_size, "cpu")
         return policy.choose(call, WireFormat.parse(fmt), algorithm, min_bytes)
 
     def test_auto(self) -> None:
         assert self.choose(512 * 576, 2).route.algorithm == "one_shot"
         assert self.choose(512 * 576, 3).route.algorithm == "two_shot"
         assert self.choose(80 * 576, 3).route.algorithm == "one_shot"
-        assert self.choose(576, 3).route.algorithm == "native"
-        assert self.choose(512 * 576, 3, "bf16").route.algorithm == "native"
-        assert self.choose(512 * 576, 3, row=1).route.algorithm == "native"  # 3 bytes a value would be sent for 2
+        assert self.choose(576, 3).route.algorithm == "backend"
+        assert self.choose(512 * 576, 3, "bf16").route.algorithm == "backend"
+        assert self.choose(512 * 576, 3, row=1).route.algorithm == "backend"  # 3 bytes a value would be sent for 2
         assert self.choose(512 * 576, 1).route.algorithm == "copy"
         assert self.choose(0, 3, row=0).route.algorithm == "copy"
 
     def test_a_sweep_admits_every_algorithm_somewhere(self) -> None:
         seen = {self.choose(n * 576, w).route.algorithm for n in (1, 80, 512) for w in range(1, 9)}
-        assert seen == {"copy", "native", "one_shot", "two_shot"}
+        assert seen == {"copy", "backend", "one_shot", "two_shot"}
 
     def test_explicit_wins(self) -> None:
         for algorithm in policy.CHOSEN:
@@ -362,7 +363,7 @@ class TestPolicy:
         for world_size in (2, 3):
             for n in (1, 80, 512):
                 choice = self.choose(n * 576, world_size)
-                assert {choice.route.algorithm, *(r.algorithm for r in choice.rejected)} == set(policy.CHOSEN)
+                assert {choice.route.algorithm, *(r.name for r in choice.rejected)} == set(policy.CHOSEN)
                 assert all(r.reason for r in choice.rejected)
                 assert choice.route.reason
                 assert f"{choice.route.wire_bytes} bytes a rank" in str(choice)
@@ -383,7 +384,7 @@ def test_batch_of_settings_reaches_the_result() -> None:
     def body(group: dist.ProcessGroup, rank: int) -> list[torch.Tensor]:
         return [
             Communicator(group, "int3", algorithm=a).all_reduce(tensors[rank])
-            for a in ("one_shot", "two_shot", "native")
+            for a in ("one_shot", "two_shot", "backend")
         ]
 
     one, two, native = raise_first(run_ranks(2, body))[0]

@@ -56,7 +56,7 @@ def halves(ctx: RankContext) -> None:
     assert torch.equal(torch.ops.flashcomm.all_gather(x, name, world_size), whole)
     assert torch.equal(x, kept)
     (comm,) = ops.communicators()
-    assert dict(comm.calls) == {"reduce_scatter/composed": 2, "all_gather/composed": 2}
+    assert dict(comm.calls) == {"reduce_scatter/pipelined": 2, "all_gather/pipelined": 2}
 
     pair, lonely = dist.new_group([0, 1]), dist.new_group([2])
     part, whole = reference.reduce_scatter(per_rank[:2], fmt), reference.all_gather(per_rank[:2], fmt)

@@ -1,20 +1,22 @@
 """The settings of a Communicator: keyword argument > `FLASHCOMM_*` environment variable > default, read once.
 
     FLASHCOMM_FORMAT       wire format                                          int6-had/int7-had
-    FLASHCOMM_ALGORITHM    auto, native, one_shot, two_shot or hierarchical     auto
-    FLASHCOMM_LOCAL_WORLD  ranks of a node, for hierarchical: consecutive ones  ranks of a host; on one host those whose
-                                                                                GPUs have the same CPUs near
-    FLASHCOMM_MIN_BYTES    `auto` codes no smaller messages, and all larger     what was measured, or `policy.MIN_BYTES`
-    FLASHCOMM_TRANSPORT    auto, process_group, symmetric (peers' GPU memory),  auto: symmetric where it can be had,
-                           host (pinned host memory, GPUs of one host),         then host; on CPUs process_group
-                           shared (CPUs, in Triton's interpreter)
-    FLASHCOMM_WORKSPACE_BYTES  peers' memory a rank gives; larger messages go in parts   256M
-                           (host: at most 68M of it, with nodes 140M)
-    FLASHCOMM_CHUNK_BYTES  message bytes coded and sent at a time (process_group)  4M on CPUs, 32M on GPUs
+    FLASHCOMM_ALGORITHM    auto, backend, one_shot, two_shot or hierarchical    auto
+    FLASHCOMM_LOCAL_WORLD  consecutive ranks of a node, for hierarchical        the ranks of a host; on one host, those
+                           (argument: local_world_size)                         whose GPUs are near the same CPUs
+    FLASHCOMM_MIN_BYTES    message bytes from which on `auto` quantizes         auto: as measured, or
+                                                                                `policy.MIN_BYTES`
+    FLASHCOMM_TRANSPORT    auto, process_group, symmetric (GPU memory of        auto: symmetric, then host_memory; on
+                           peers), host_memory (pinned, GPUs of one host),      CPUs process_group
+                           cpu_shared (a test double for GPUs, on CPUs)
+    FLASHCOMM_WORKSPACE_BYTES  memory that a rank offers to its peers;          256M (host_memory takes at most 68M of
+                           larger messages go in parts                          it, 140M with nodes)
+    FLASHCOMM_CHUNK_BYTES  message bytes encoded and sent at a time             4M on CPUs, 32M on GPUs
+                           (process_group)
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs
-    FLASHCOMM_DEBUG        off, or info: print the first use of every path,     off
-                           and calls and bytes at its 10th, 100th, ...
+    FLASHCOMM_DEBUG        info: log the first use of every route, and calls    off
+                           and bytes at its 10th, 100th, ... use
 
 All of them must be equal on all ranks of a group.
 """
@@ -26,15 +28,16 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from flashcomm.errors import SettingsError
 from flashcomm.routing import policy
 from flashcomm.wire.format import WireFormat
 
 DEFAULT_FORMAT = "int6-had/int7-had"  # the fewest bits with at most 1 % loss (docs/accuracy.md)
-TRANSPORTS = ("auto", "process_group", "symmetric", "host", "shared")
-ALGORITHMS = ("auto", *policy.ALGORITHMS)
+TRANSPORTS = ("auto", "process_group", "symmetric", "host_memory", "cpu_shared")
+ALGORITHMS = (policy.AUTO, *policy.ALGORITHMS)
+_RENAMED = {"native": "backend", "host": "host_memory", "shared": "cpu_shared"}  # values of flashcomm 0.1
 NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
     *("DEBUG", "LOCAL_WORLD"),
@@ -44,13 +47,27 @@ _PREFIX = "FLASHCOMM_"
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
+class Arguments(TypedDict, total=False):
+    """What a Communicator can be given. None counts as not given."""
+
+    algorithm: str | None
+    min_bytes: int | str | None
+    transport: str | None
+    workspace_bytes: int | str | None
+    chunk_bytes: int | str | None
+    timeout_s: float | None
+    check: bool | None
+    debug: str | None
+    local_world_size: int | None
+
+
 @dataclass(frozen=True)
 class Settings:
     """Resolved and checked; `fmt` is a WireFormat in text form, so that settings compare across ranks as text."""
 
     fmt: str
     algorithm: str
-    min_bytes: int | None  # None: what the policy says
+    min_bytes: int | str  # or "auto"
     transport: str
     workspace_bytes: int
     chunk_bytes: int
@@ -58,7 +75,7 @@ class Settings:
     check: bool
     debug: str
     local_world_size: int = 0  # 0: what is found
-    plan: str = ""  # the digest of the plan that a seam follows with these settings
+    plan: str = ""  # the digest of the plan that an integration follows with these settings
 
     @property
     def format(self) -> WireFormat:
@@ -73,6 +90,9 @@ class Settings:
 
         Raises FormatError or SettingsError. Warns of FLASHCOMM_* names it does not know.
         """
+        if "local_world" in given:
+            warnings.warn("local_world= is now local_world_size=", DeprecationWarning, stacklevel=3)
+            given["local_world_size"] = given.pop("local_world")
         unknown = sorted(set(given) - set(_ARGUMENTS.values()))
         if unknown:
             raise SettingsError(f"unknown settings {', '.join(unknown)}: there are {', '.join(_ARGUMENTS.values())}")
@@ -87,7 +107,7 @@ class Settings:
         return cls(
             fmt=_format(value("FORMAT", DEFAULT_FORMAT)),
             algorithm=_one_of("algorithm", value("ALGORITHM", "auto"), ALGORITHMS),
-            min_bytes=None if (least := value("MIN_BYTES", None)) is None else parse_size("min_bytes", least),
+            min_bytes=least if (least := value("MIN_BYTES", "auto")) == "auto" else parse_size("min_bytes", least),
             transport=_one_of("transport", value("TRANSPORT", "auto"), TRANSPORTS),
             workspace_bytes=parse_size("workspace_bytes", value("WORKSPACE_BYTES", 256 << 20), least=4 << 20),
             chunk_bytes=parse_size("chunk_bytes", value("CHUNK_BYTES", 4 << 20 if cpu else 32 << 20), least=1),
@@ -118,8 +138,8 @@ def parse_size(name: str, value: int | str, least: int = 0) -> int:
 def _format(value: Any) -> str:
     if str(value).strip().lower().endswith(".json"):
         raise SettingsError(
-            f"format={value!r} is a plan, with formats by layer; one call has one format. Give plans to a seam: "
-            "flashcomm.integrations.transformers.enable, or backend='flashcomm'"
+            f"format={value!r} is a plan, with formats by layer; one call has one format. Give plans to an "
+            "integration: flashcomm.integrations.transformers.enable, or backend='flashcomm'"
         )
     return str(WireFormat.parse(value))
 
@@ -136,7 +156,7 @@ def _seconds(value: float | str) -> float:
 
 def _ranks(value: int | str | None) -> int:
     if value is not None and not (str(value).strip().isdecimal() and int(value) > 0):
-        raise SettingsError(f"local_world_size={value!r}: give the number of ranks of a node")
+        raise SettingsError(f"local_world_size={value!r}: give the number of ranks in a node")
     return 0 if value is None else int(value)
 
 
@@ -145,6 +165,9 @@ def _flag(name: str, value: bool | str) -> bool:
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value in _RENAMED and _RENAMED[value] in allowed:
+        warnings.warn(f"{name}={value!r} is now {_RENAMED[value]!r}", DeprecationWarning, stacklevel=4)
+        value = _RENAMED[value]
     if value not in allowed:
         raise SettingsError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
     return value

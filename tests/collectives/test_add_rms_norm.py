@@ -100,7 +100,7 @@ class TestImplementations:
 
 
 class TestCommunicator:
-    @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "native"])
+    @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "backend"])
     def test_equals_the_reference(self, algorithm: str) -> None:
         shape = (4, 3, 600)
         everybody = [tough(shape, BF16, rank) for rank in range(3)]
@@ -116,14 +116,14 @@ class TestCommunicator:
                 assert dict(comm.calls) == {f"all_reduce_add_rms_norm/{algorithm}": 2}
                 assert same_bits(kept[0], everybody[rank])
                 assert same_bits(kept[1], residual)
-                if algorithm == "native":
+                if algorithm == "backend":
                     total = comm.all_reduce(everybody[rank])
                     assert same_pair(out[0], reference.add_rms_norm(total, residual, weight, 1e-5))
                 return out
 
         for got in raise_first(run_ranks(3, body)):
             for pair, fmt, eps in zip(got, ("int4-had", "int8"), (1e-5, 0.0), strict=True):
-                if algorithm != "native":
+                if algorithm != "backend":
                     total = getattr(reference, algorithm)(everybody, WireFormat.parse(fmt))
                     assert same_pair(pair, reference.add_rms_norm(total, residual, weight, eps))
 
@@ -216,7 +216,7 @@ def test_as_an_op_and_compiled() -> None:
 
 
 ON_GPUS = N_GPUS >= 2
-DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "shared")
+DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "cpu_shared")
 
 
 def on_ranks(body: object, world_size: int, *args: object) -> object:

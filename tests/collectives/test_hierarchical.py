@@ -15,7 +15,7 @@ from flashcomm.collectives import hierarchical
 from flashcomm.errors import InputError, SettingsError, UnavailableError
 from flashcomm.ranks.launch import RankContext, run
 from flashcomm.routing import policy
-from flashcomm.routing.policy import Call, Machine
+from flashcomm.routing.route import Executor, Machine, Message
 from flashcomm.settings import Settings
 from flashcomm.setup import discovery
 from flashcomm.wire import torch_codec
@@ -109,7 +109,7 @@ def test_nodes_that_gain_nothing() -> None:
         *((4, 4, "two_shot"), (4, 1, "two_shot"), (4, 0, "two_shot"), (8, 2, "two_shot")),
         *((4, 2, "hierarchical"), (6, 2, "hierarchical"), (8, 4, "hierarchical")),
     ):
-        choice = policy.choose(Call(4096, 512, 2, world_size, "cpu", local_world_size), INT4, "hierarchical", 0)
+        choice = policy.choose(Message(4096, 512, 2, world_size, "cpu", local_world_size), INT4, "hierarchical", 0)
         assert choice.route.algorithm == way, (world_size, local_world_size)
     for wrong in (0, 3):
         with pytest.raises(InputError, match="4 ranks do not make nodes of"):
@@ -117,38 +117,46 @@ def test_nodes_that_gain_nothing() -> None:
 
 
 def test_small_messages_go_to_the_backend() -> None:
-    for numel, given, way in ((1 << 14, None, "native"), (1 << 15, None, "hierarchical"), (1 << 14, 0, "hierarchical")):
-        call = Call(numel, 512, 2, 4, "cpu", 2)
+    for numel, given, way in (
+        (1 << 14, None, "backend"),
+        (1 << 15, None, "hierarchical"),
+        (1 << 14, 0, "hierarchical"),
+    ):
+        call = Message(numel, 512, 2, 4, "cpu", 2)
         assert policy.choose(call, INT4, "hierarchical", given).route.algorithm == way, numel
-    told = str(policy.choose(Call(64, 64, 2, 4, "cpu", 2), INT4, "hierarchical", 1 << 20))
+    told = str(policy.choose(Message(64, 64, 2, 4, "cpu", 2), INT4, "hierarchical", 1 << 20))
     assert "128 message bytes are fewer than min_bytes=1048576" in told
 
 
 def test_a_closed_communicator_keeps_no_exchange() -> None:
     def body(group: object, rank: int) -> bool:
         comm = make(group, "int4", 2)
-        had = comm._context.nodes is not None
+        had = comm._executors[Executor.PIPELINED].context.nodes is not None
         comm.close()
-        return had and comm._context.nodes is None
+        return had and not comm._executors
 
     assert raise_first(run_ranks(4, body)) == [True] * 4
 
 
 def test_what_crosses_and_what_does_not() -> None:
     """Of 8 ranks in 2 nodes: 3/4 of the message twice within the node, 1/4 once across."""
-    call = Call(1 << 20, 4096, 2, 8, "cpu", 4)
+    call = Message(1 << 20, 4096, 2, 8, "cpu", 4)
     message = policy.wire_bytes("one_shot", call, INT4) // 7
     assert policy.wire_bytes("hierarchical", call, INT4) == message * (3 + 1 + 3) // 4
     assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
     told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
     crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
     assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
-    assert "hierarchical" not in str(policy.choose(Call(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
+    assert "hierarchical" not in str(policy.choose(Message(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
 
 
 def test_it_goes_by_exchanges_and_never_by_one_kernel() -> None:
-    for transport, over in (("symmetric", "process_group"), ("host", "host"), ("process_group", "process_group")):
-        call = Call(1 << 12, 512, 2, 8, "cuda", 4)
+    for transport, over in (
+        ("symmetric", "process_group"),
+        ("host_memory", "host_memory"),
+        ("process_group", "process_group"),
+    ):
+        call = Message(1 << 12, 512, 2, 8, "cuda", 4)
         assert policy.choose(call, INT4, "hierarchical", 0, Machine(transport)).route.transport == over
 
 
@@ -295,6 +303,6 @@ def on_gpus(ctx: RankContext, transport: str) -> None:
 
 
 @pytest.mark.skipif(N_GPUS < 4, reason=f"{N_GPUS} CUDA devices, 4 are needed")
-@pytest.mark.parametrize("transport", ["host", "process_group"])
+@pytest.mark.parametrize("transport", ["host_memory", "process_group"])
 def test_on_four_gpus(transport: str) -> None:
     run(on_gpus, 4, (transport,), device="cuda")

@@ -224,7 +224,7 @@ def test_inference_mode_and_its_absence_on_one_workspace() -> None:
     raise_first(run_ranks(2, body))
 
 
-@pytest.mark.parametrize("algorithm", ["native", "one_shot", "two_shot"])
+@pytest.mark.parametrize("algorithm", ["backend", "one_shot", "two_shot"])
 def test_out_may_be_the_input(algorithm: str) -> None:
     tensors = [tough((5, 1152), torch.float32, r) for r in range(3)]
 

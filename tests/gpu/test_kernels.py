@@ -24,13 +24,13 @@ from flashcomm.errors import CommunicationError, FlashcommError, InputError, Set
 from flashcomm.gpu import all_reduce, launch
 from flashcomm.ranks import processes
 from flashcomm.ranks.launch import RankContext, run
-from flashcomm.routing import policy
+from flashcomm.routing.route import Executor, Machine
 from flashcomm.transports import cpu_shared, symmetric
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 ON_GPUS = N_GPUS >= 2
-DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "shared")
+DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "cpu_shared")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -48,8 +48,8 @@ def make(fmt: str, algorithm: str = "auto", **more: object) -> Communicator:
 
 def epochs_inside(comm: Communicator, ll: bool) -> None:
     """Cut messages up for words that carry the epoch from now on, or for flags."""
-    assert comm._fused is not None
-    comm._fused.tuning = lambda *_: launch.LL if ll else launch.SMALL  # type: ignore[method-assign]
+    assert comm._executors
+    comm._executors[Executor.KERNEL].kernels.tuning = lambda *_: launch.LL if ll else launch.SMALL  # type: ignore[method-assign]
 
 
 def same_as_reference(comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device) -> None:
@@ -96,7 +96,7 @@ def slices(ctx: RankContext) -> None:
                 assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank]), (fmt, shape)
                 got = comm.all_gather(parts[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.all_gather(parts, comm.format)), (fmt, shape)
-            assert set(comm.calls) == {"reduce_scatter/fused", "all_gather/fused"}
+            assert set(comm.calls) == {"reduce_scatter/kernel", "all_gather/kernel"}
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -105,7 +105,7 @@ def test_reduce_scatter_and_all_gather_equal_the_reference(world_size: int) -> N
 
 
 def make_kernels(ctx: RankContext, workspace: int) -> launch.FusedCollectives:
-    region = (symmetric if ON_GPUS else cpu_shared).make(ctx.device, launch.region_bytes(workspace))
+    region = (symmetric if ON_GPUS else cpu_shared).create(ctx.device, launch.region_bytes(workspace))
     places: list[str] = [""] * ctx.world_size
     dist.all_gather_object(places, region.place)
     region.join(dist.group.WORLD, places)
@@ -189,8 +189,8 @@ def test_calls_of_alternating_shapes() -> None:
 def slow_reader(ctx: RankContext, delay: int, how: launch.Tuning) -> None:
     """Rank 0 is slow between its wait and its read; nobody may overwrite what it is going to read."""
     with make("int8", timeout_s=15) as comm:
-        assert comm._fused is not None
-        comm._fused.delay = delay if ctx.rank == 0 else 0
+        assert comm._executors
+        comm._executors[Executor.KERNEL].kernels.delay = delay if ctx.rank == 0 else 0
         for call in range(8):
             everybody = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world_size)]
             algorithm = ("one_shot", "two_shot")[call % 2]
@@ -202,9 +202,9 @@ def same_as_reference_by(
 ) -> None:
     x = everybody[comm.rank].to(device)
     out = torch.empty_like(x)
-    assert comm._fused is not None
+    assert comm._executors
     kind = all_reduce.ONE_SHOT if algorithm == "one_shot" else all_reduce.TWO_SHOT
-    comm._fused.plan(kind, x, x.shape[-1], comm.format, how)(x.data_ptr(), out.data_ptr())
+    comm._executors[Executor.KERNEL].kernels.plan(kind, x, x.shape[-1], comm.format, how)(x.data_ptr(), out.data_ptr())
     assert same_bits(out.cpu(), getattr(reference, algorithm)(everybody, comm.format)), algorithm
 
 
@@ -234,8 +234,10 @@ def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
             _calls(comm, x, out)
         assert str(raised.value).startswith(f"rank {ctx.rank} of {ctx.world_size}: waited 2 s")
         assert out.isnan().all()
-        assert comm._fused is not None
-        assert set(comm._fused.region.peers.tolist()) == {comm._fused.local}  # it disturbs nobody from now on
+        assert comm._executors
+        assert set(comm._executors[Executor.KERNEL].kernels.region.peers.tolist()) == {
+            comm._executors[Executor.KERNEL].kernels.local
+        }  # it disturbs nobody from now on
         assert time.monotonic() - begin < 30
         with pytest.raises(CommunicationError, match="Make a new Communicator"):
             comm.all_reduce(x)
@@ -310,8 +312,8 @@ def only_aligned(plan: Callable[..., launch.Launch]) -> Callable[..., launch.Lau
 
 def odd_tensors(ctx: RankContext) -> None:
     with make("int4", "one_shot") as comm:
-        assert comm._fused is not None
-        comm._fused.plan = only_aligned(comm._fused.plan)  # type: ignore[method-assign]
+        assert comm._executors
+        comm._executors[Executor.KERNEL].kernels.plan = only_aligned(comm._executors[Executor.KERNEL].kernels.plan)  # type: ignore[method-assign]
         everybody = [tough((6, 577), BF16, rank) for rank in range(ctx.world_size)]
         want = reference.one_shot([x[:, 1:] for x in everybody], comm.format)
         x = everybody[ctx.rank].to(ctx.device)
@@ -364,24 +366,24 @@ def test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks(monkeypatch: py
 
     for got in body("symmetric"):
         assert isinstance(got, SettingsError)
-        assert "allowed is 'shared'" in str(got)
+        assert "allowed is 'cpu_shared'" in str(got)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    for got in body("shared"):
+    for got in body("cpu_shared"):
         assert isinstance(got, UnavailableError)
         assert "rank 0: it is for Triton's interpreter" in str(got)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with monkeypatch.context() as without:  # a Triton that is there and cannot be imported
         without.delattr("flashcomm.gpu.launch")
         without.setitem(sys.modules, "flashcomm.gpu.launch", None)
-        for got in body("shared"):
+        for got in body("cpu_shared"):
             assert isinstance(got, UnavailableError)
             assert "rank 0: " in str(got)
     monkeypatch.setattr(cpu_shared.os, "posix_fallocate", _full)
-    for got in body("shared"):
+    for got in body("cpu_shared"):
         assert isinstance(got, UnavailableError)
         assert "of shared memory: No space left on device" in str(got)
     for comm in raise_first(body("auto")):
-        assert comm.machine == policy.Machine(local_world_size=2)  # type: ignore[attr-defined]
+        assert comm.machine == Machine(local_world_size=2)  # type: ignore[attr-defined]
         comm.close()  # type: ignore[attr-defined]
 
 
@@ -391,12 +393,12 @@ def _full(*_: object) -> None:
 
 def test_what_peers_memory_needs() -> None:
     fine = {"host": "a", "device": 0, "blind": [], "why": ""}
-    assert symmetric.verdict([fine, fine | {"device": 1}]) == ""
-    assert symmetric.verdict([fine, fine | {"host": "b"}]) == "rank 1 is on another host than rank 0"
-    assert "no peer access to GPU 0 (rank 0)" in symmetric.verdict([fine, fine | {"device": 1, "blind": [0]}])
-    assert symmetric.verdict([fine, fine | {"why": "no triton"}]) == "rank 1: no triton"
+    assert symmetric.why_not([fine, fine | {"device": 1}]) == ""
+    assert symmetric.why_not([fine, fine | {"host": "b"}]) == "rank 1 is on another host than rank 0"
+    assert "no peer access to GPU 0 (rank 0)" in symmetric.why_not([fine, fine | {"device": 1, "blind": [0]}])
+    assert symmetric.why_not([fine, fine | {"why": "no triton"}]) == "rank 1: no triton"
     if not ON_GPUS:
-        assert symmetric.facts(torch.device("cuda", 0))["why"] == "TRITON_INTERPRET=1 keeps kernels on the CPU"
+        assert symmetric.probe(torch.device("cuda", 0))["why"] == "TRITON_INTERPRET=1 keeps kernels on the CPU"
 
 
 def test_messages_are_cut_without_gaps_or_straddling_groups() -> None:

@@ -1,5 +1,5 @@
 """Bytes through host memory: in real processes over `transports.shared`, flags in Triton's interpreter; over pinned
-memory and copy engines where there are two GPUs (there by way of Communicators, with transport="host").
+memory and copy engines where there are two GPUs (there by way of Communicators, with transport="host_memory").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flashcomm.collectives import pipelined
 from flashcomm.errors import CommunicationError, UnavailableError
 from flashcomm.ranks.launch import RankContext, run
 from flashcomm.routing import policy
-from flashcomm.routing.policy import Call, Machine
+from flashcomm.routing.route import Machine, Message
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -127,29 +127,29 @@ def test_without_a_rank_results_are_nan_and_the_rank_is_named() -> None:
 
 
 def test_the_policy_over_host_memory() -> None:
-    machine = Machine("host")
+    machine = Machine("host_memory")
 
     def way(n_bytes: int, fmt: str, world_size: int = 2, min_bytes: int | None = None) -> tuple[str, str, str]:
-        call = Call(n_bytes // 2, min(4096, n_bytes // 2), 2, world_size, "cuda")
+        call = Message(n_bytes // 2, min(4096, n_bytes // 2), 2, world_size, "cuda")
         route = policy.choose(call, WireFormat.parse(fmt), "auto", min_bytes, machine).route
-        return route.algorithm, route.fmt, route.transport
+        return route.algorithm, str(route.format), route.transport
 
-    assert way(4 << 10, "int4") == ("one_shot", "bf16", "mapped")
-    assert way(64 << 10, "int4") == ("one_shot", "int4", "mapped")
-    assert way(64 << 20, "int4") == ("one_shot", "int4", "host")
-    assert way(64 << 20, "bf16") == ("one_shot", "bf16", "host")
-    assert way(64 << 20, "int4", world_size=4) == ("two_shot", "int4", "host")
-    assert way(64 << 20, "bf16", world_size=4) == ("two_shot", "bf16", "host")
-    assert way(64 << 10, "int4", min_bytes=1 << 20) == ("one_shot", "bf16", "mapped")
+    assert way(4 << 10, "int4") == ("one_shot", "bf16", "host_memory")
+    assert way(64 << 10, "int4") == ("one_shot", "int4", "host_memory")
+    assert way(64 << 20, "int4") == ("one_shot", "int4", "host_memory")
+    assert way(64 << 20, "bf16") == ("one_shot", "bf16", "host_memory")
+    assert way(64 << 20, "int4", world_size=4) == ("two_shot", "int4", "host_memory")
+    assert way(64 << 20, "bf16", world_size=4) == ("two_shot", "bf16", "host_memory")
+    assert way(64 << 10, "int4", min_bytes=1 << 20) == ("one_shot", "bf16", "host_memory")
 
 
 def over_host(ctx: RankContext) -> None:
     """Small messages by kernels on mapped memory, large ones by copies, in one graph, replayed with changing inputs."""
     shapes = [(8, 4096), (1500, 4096), (3, 600), (700, 4096)]
     for fmt in ("int4", "bf16", "int6-had/int7-had"):
-        with over_cuda(fmt, transport="host", min_bytes=0, timeout_s=20) as comm:
+        with over_cuda(fmt, transport="host_memory", min_bytes=0, timeout_s=20) as comm:
             routes = {comm.explain(shape, BF16).route.transport for shape in shapes}
-            assert routes == {"mapped", "host"}
+            assert routes == {"host_memory"}
             sets = [
                 [[tough(shape, BF16, 10 * turn + r) for r in range(ctx.world_size)] for shape in shapes]
                 for turn in range(3)
@@ -184,14 +184,14 @@ def test_host_memory_in_graphs_and_between_them() -> None:
 
 def host_slices(ctx: RankContext) -> None:
     for fmt in ("int4/int8", "bf16"):
-        with over_cuda(fmt, transport="host", timeout_s=20) as comm:
+        with over_cuda(fmt, transport="host_memory", timeout_s=20) as comm:
             for rows in (1, 3000):
                 whole = [tough((rows * ctx.world_size, 576), BF16, r) for r in range(ctx.world_size)]
                 got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank])
                 got = comm.all_gather(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.all_gather(whole, comm.format))
-        with over_cuda(fmt, transport="host", algorithm="two_shot", timeout_s=20) as comm:
+        with over_cuda(fmt, transport="host_memory", algorithm="two_shot", timeout_s=20) as comm:
             everybody = [tough((2500, 600), FP32, r) for r in range(ctx.world_size)]
             got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
             assert same_bits(got, reference.two_shot(everybody, comm.format))
@@ -214,7 +214,7 @@ def _twice(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def gone_on_gpus(ctx: RankContext, shape: tuple[int, int]) -> None:
-    with over_cuda("int4", transport="host", min_bytes=0, timeout_s=2) as comm:
+    with over_cuda("int4", transport="host_memory", min_bytes=0, timeout_s=2) as comm:
         x = tough(shape, BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
         if ctx.rank == 1:
@@ -240,7 +240,7 @@ def cannot_pin(ctx: RankContext) -> None:
     with pytest.raises(
         UnavailableError, match=r"rank 1: .* cannot be pinned \(CUDA error 2\): allow more locked memory"
     ):
-        over_cuda("int4", transport="host")
+        over_cuda("int4", transport="host_memory")
     with over_cuda("int4", transport="auto", min_bytes=0) as comm:
         assert comm.machine.transport == "symmetric"
 

@@ -6,7 +6,7 @@
 
 Row-parallel weights are split along their input and column-parallel ones along their output, as the model's own
 tensor-parallel plan says; each partial sum goes through the real codec, in the order of the real collective. On equal
-kernels the results are those of ranks, bit for bit (`native` sums excepted, which are summed here in rank order).
+kernels the results are those of ranks, bit for bit (the backend's sums excepted, which are summed here in rank order).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from flashcomm.codecs import codec_for
 from flashcomm.errors import InputError
 from flashcomm.plan import Plan
 from flashcomm.routing import policy
+from flashcomm.routing.route import Message, Route
 from flashcomm.wire.format import WireFormat
 
 ROWWISE = ("rowwise", "rowwise_rep", "rowwise_split_input")
@@ -152,17 +153,17 @@ class TensorParallel:
 
     def _all_reduce(self, name: str, partials: list[Tensor]) -> Tensor:
         fmt = self._plan.format_of(name, partials[0])
-        if not self._route(partials[0], fmt).coded:
+        if not self._route(partials[0], fmt).low_bit:
             return self.reduce(partials, fmt)
         total = self.reduce([self._plan.send(name, p, self.world_size) for p in partials], fmt)
         return self._plan.receive(name, total, self.world_size, partials[0].dtype)
 
-    def _route(self, x: Tensor, fmt: WireFormat) -> policy.Route:
+    def _route(self, x: Tensor, fmt: WireFormat) -> Route:
         return policy.choose(self._call(x, x.element_size()), fmt, self.algorithm, self.min_bytes).route
 
-    def _call(self, x: Tensor, itemsize: int) -> policy.Call:
+    def _call(self, x: Tensor, itemsize: int) -> Message:
         row = x.shape[-1] if x.dim() else 1
-        return policy.Call(x.numel(), row, itemsize, self.world_size, "cpu", self.local_world_size)
+        return Message(x.numel(), row, itemsize, self.world_size, "cpu", self.local_world_size)
 
     def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
         """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""
@@ -171,7 +172,7 @@ class TensorParallel:
         if way != "copy":
             self._sent += policy.wire_bytes(way, self._call(x, 2), fmt)  # as of bf16
             self._values += 2 * (self.world_size - 1) / self.world_size * x.numel()
-        if way in ("copy", "native"):
+        if way in ("copy", "backend"):
             total = x.float()
             for tensor in tensors[1:]:
                 total = total + tensor.float()

@@ -34,7 +34,7 @@ from flashcomm.bench.timing import Timing
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError
 from flashcomm.ranks.launch import RankContext
-from flashcomm.routing.policy import Route
+from flashcomm.routing.route import Route
 
 BLOCK_NUMEL = 1 << 24  # values that are verified at a time
 HOST_CALLS = 50  # calls in a sample at most, on CPUs
@@ -57,7 +57,7 @@ class Ours(Way):
         return self.route.wire_bytes
 
     def expected(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        if not self.route.coded:
+        if not self.route.low_bit:
             return None
         return reference.all_reduce(self.route.algorithm, tensors, self.comm.format, self.comm.machine.local_world_size)
 
@@ -167,7 +167,7 @@ def _automatic(
 
 def _what_runs(way: Ours) -> tuple[str, Route]:
     """What decides how long a call takes: `native` sends the same whatever the format."""
-    return way.format if way.route.coded else "", replace(way.route, reason="")
+    return way.format if way.route.low_bit else "", replace(way.route, reason="")
 
 
 def example(shape: tuple[int, ...], dtype: torch.dtype, index: int, rank: int) -> Tensor:

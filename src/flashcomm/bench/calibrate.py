@@ -32,7 +32,7 @@ def measure(
         for algorithm in ("one_shot", "two_shot")
         for fmt in ("bf16", *formats)
     }
-    us: dict[str, list[float]] = {"native": [], **{name: [] for name in comms}}
+    us: dict[str, list[float]] = {"backend": [], **{name: [] for name in comms}}
     mode = "graph" if device == "cuda" else "eager"
     for size in sizes:
         ctx.emit(size)

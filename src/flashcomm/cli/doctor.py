@@ -14,6 +14,7 @@ import flashcomm
 from flashcomm.cli.report import cpu_name
 from flashcomm.ranks import link
 from flashcomm.routing import policy, timings
+from flashcomm.routing.route import Machine, Message
 from flashcomm.settings import Settings
 from flashcomm.setup import discovery
 
@@ -33,14 +34,14 @@ def examine(world_size: int, row: int, itemsize: int, settings: Settings, device
     }
 
 
-def _found(device: str, world_size: int, settings: Settings) -> policy.Machine:
+def _found(device: str, world_size: int, settings: Settings) -> Machine:
     """What ranks 0 to world-1, one for each GPU, would find; see `links.connect`."""
     name, rejected = "process_group", []
     for kind in discovery.candidates(device, settings.transport):
         here = min(world_size, torch.cuda.device_count()) if device == "cuda" else world_size
-        facts = [kind.facts(torch.device(device, rank)) for rank in range(here)]
+        facts = [kind.probe(torch.device(device, rank)) for rank in range(here)]
         missing = f"{world_size} ranks and {here} GPUs here" if here < world_size else ""
-        if why := missing or kind.verdict(facts):
+        if why := missing or kind.why_not(facts):
             rejected.append((kind.NAME, why))
         else:
             name = kind.NAME
@@ -51,10 +52,10 @@ def _found(device: str, world_size: int, settings: Settings) -> policy.Machine:
     local_world_size = discovery.asked_local_world_size(settings, world_size)
     if not settings.local_world_size:
         here = torch.cuda.device_count() if device == "cuda" else 1
-        local_world_size = discovery.grouped(
-            [discovery.near(torch.device(device, rank % here)) for rank in range(world_size)]
+        local_world_size = discovery.node_size(
+            [discovery.locality(torch.device(device, rank % here)) for rank in range(world_size)]
         )
-    return policy.Machine(name, table, tuple(rejected), local_world_size)
+    return Machine(name, table, tuple(rejected), local_world_size)
 
 
 def _machine() -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _paths(device: str, found: policy.Machine) -> dict[str, str]:
+def _paths(device: str, found: Machine) -> dict[str, str]:
     """Each thing a message could go through, and whether it can here."""
     try:
         import llvmlite
@@ -99,7 +100,9 @@ def _paths(device: str, found: policy.Machine) -> dict[str, str]:
         else "no: " + ("torch finds no CUDA device" if dist.is_nccl_available() else "not in this torch"),
         "chosen device": device,
         "chosen transport": found.transport,
-        "table of times": found.table.source if found.table else "none: rules of thumb; `flashcomm calibrate` measures",
+        "table of times": found.timings.source
+        if found.timings
+        else "none: rules of thumb; `flashcomm calibrate` measures",
         **{name: f"no: {why}" for name, why in found.rejected},
     }
 
@@ -114,18 +117,16 @@ def _cuda_codec() -> str:
 
 
 def _choice(
-    size: int, row: int, itemsize: int, world_size: int, settings: Settings, device: str, found: policy.Machine
+    size: int, row: int, itemsize: int, world_size: int, settings: Settings, device: str, found: Machine
 ) -> dict[str, Any]:
-    call = policy.Call(
-        size // itemsize, min(row, size // itemsize), itemsize, world_size, device, found.local_world_size
-    )
+    call = Message(size // itemsize, min(row, size // itemsize), itemsize, world_size, device, found.local_world_size)
     choice = policy.choose(call, settings.format, settings.algorithm, settings.min_bytes, found)
     return {
         "size": size,
         "path": choice.route.algorithm,
-        "format": choice.route.fmt,
+        "format": str(choice.route.format),
         "transport": choice.route.transport,
         "wire_bytes": choice.route.wire_bytes,
         "why": choice.route.reason,
-        "not": {r.algorithm: r.reason for r in choice.rejected},
+        "not": {r.name: r.reason for r in choice.rejected},
     }

@@ -104,7 +104,7 @@ def messages(numel: int, row: int, unit: int, capacity: int) -> Iterator[Message
                 yield Message(start, piece, piece)
 
 
-class FusedCollectives:
+class KernelCollectives:
     """The collectives over one region. Calls must come in the same order on all ranks, on one stream at a time."""
 
     def __init__(self, region: Region, timeout_s: float, delay: int = 0) -> None:
@@ -136,12 +136,18 @@ class FusedCollectives:
             return least
         return large if numel >= LARGE_NUMEL else small
 
-    def plan(self, kind: int, x: Tensor, row: int, fmt: WireFormat, how: Tuning | None = None) -> Launch:
+    def plan(self, kind: Any, x: Tensor, row: int, fmt: WireFormat, how: Tuning | None = None) -> Launch:
         """What to call with the addresses of tensors like x: of the message and of the result, which may be the same
         in an all-reduce; both contiguous and 16-byte aligned. Compiles what is new for x's dtype and the format.
 
         row: values of a row. Raises InputError while a graph is captured, if there is something to compile.
         """
+        kind = {
+            "one_shot": ONE_SHOT,
+            "two_shot": TWO_SHOT,
+            "reduce_scatter": REDUCE_SCATTER,
+            "all_gather": ALL_GATHER,
+        }.get(kind, kind)
         if how is None:
             how = self.tuning(kind, x.numel(), row, fmt, x.element_size())
             if not INTERPRETED:  # so that later no length compiles anything

@@ -88,7 +88,7 @@ class FlashProcessGroup(dist.ProcessGroup):
         if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings or x.dim() > 8:
             return False
         settings = self._settings[x.device.type]
-        least = MIN_BYTES[x.device.type] if settings.min_bytes is None else settings.min_bytes
+        least = MIN_BYTES[x.device.type] if isinstance(settings.min_bytes, str) else settings.min_bytes
         return not (self._format(x) or settings.format).uncompressed and x.numel() * x.element_size() >= least
 
     def _communicator(self, device_type: str) -> Communicator:

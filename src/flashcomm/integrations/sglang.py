@@ -30,7 +30,7 @@ from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, UnavailableError
 from flashcomm.integrations.rendezvous import roll_call
 from flashcomm.plan import Plan
-from flashcomm.routing.policy import FUSED
+from flashcomm.routing.route import Executor
 from flashcomm.settings import Settings
 from flashcomm.wire.torch_codec import DTYPES
 
@@ -61,7 +61,7 @@ class QuickReduce:
             return False
         route = self.comm.explain(x.shape, x.dtype).route
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        return route.coded and (route.transport in (*FUSED, "host") or not captured)
+        return route.low_bit and (route.executor in (Executor.KERNEL, Executor.COPY_ENGINES) or not captured)
 
     def quick_all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, as a new tensor."""

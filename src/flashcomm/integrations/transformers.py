@@ -29,6 +29,7 @@ from flashcomm.integrations.interleave import current as running
 from flashcomm.integrations.transformers_overlap import overlap as overlap  # a part of this seam
 from flashcomm.plan import Plan
 from flashcomm.routing import policy
+from flashcomm.routing import route as routing
 from flashcomm.settings import Settings
 from flashcomm.wire.format import UNCOMPRESSED, WireFormat
 
@@ -102,7 +103,7 @@ class Reducer:
             return comm.all_reduce(partial, whole=whole)
         fmt = self.plan.format_of(layer, partial)
         shape = partial.shape if whole is None else (whole // partial.shape[-1], partial.shape[-1])
-        if not comm.explain(shape, partial.dtype, fmt).route.coded:
+        if not comm.explain(shape, partial.dtype, fmt).route.low_bit:
             return comm.all_reduce(partial, format=fmt, whole=whole)
         total = comm.all_reduce(self.plan.send(layer, partial, comm.world_size), format=fmt, whole=whole)
         return self.plan.receive(layer, total, comm.world_size, partial.dtype)
@@ -118,14 +119,14 @@ class Reducer:
         """Payload bytes that a rank sends for a message under the settings in force."""
         group, shape = message.group, message.shape
         like = torch.empty(shape, dtype=message.dtype, device="meta")
-        call = policy.Call(like.numel(), shape[-1], like.element_size(), group.size(), "cpu")
+        call = routing.Message(like.numel(), shape[-1], like.element_size(), group.size(), "cpu")
         if self.mode == "native":
-            return policy.wire_bytes("native", call, WireFormat.parse(UNCOMPRESSED))
+            return policy.wire_bytes("backend", call, WireFormat.parse(UNCOMPRESSED))
         comm = self.communicator(group)
         fmt = self.plan.format_of(message.layer, like) if self.plan else comm.format
         route = comm.explain((message.whole // shape[-1], shape[-1]), message.dtype, fmt).route
         copied, call = route.algorithm == "copy", replace(call, local_world_size=comm.machine.local_world_size)
-        return 0 if copied else policy.wire_bytes(route.algorithm, call, WireFormat.parse(route.fmt))
+        return 0 if copied else policy.wire_bytes(route.algorithm, call, route.format)
 
     def communicator(self, group: Any) -> Communicator:
         """The group's Communicator of the settings in force; making one is collective."""

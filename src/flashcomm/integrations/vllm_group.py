@@ -26,7 +26,7 @@ from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError, PlanError, SettingsError
 from flashcomm.integrations.rendezvous import roll_call
 from flashcomm.plan import Plan, is_decode
-from flashcomm.routing.policy import Route
+from flashcomm.routing.route import Route
 from flashcomm.settings import Settings
 from flashcomm.wire.format import WireFormat
 
@@ -136,10 +136,10 @@ class Reducer:
             return self.own(x)
         fmt = self._format(x, layer)
         route = self._route(x.shape[0], x.dtype, fmt)
-        if not route.coded:
+        if not route.low_bit:
             self._count("vllm, not worth coding", x, 0)
             return self.own(x)
-        self._count(f"{route.fmt} {route.algorithm}", x, route.wire_bytes)
+        self._count(f"{route.format} {route.algorithm}", x, route.wire_bytes)
         if not layer:
             return self.comm.all_reduce(x, format=fmt)
         total = self.comm.all_reduce(self.plan.send(layer, x, self.comm.world_size), format=fmt)
@@ -161,7 +161,7 @@ class Reducer:
         done = set()
         for n, fmt in plans:
             route = self._route(n, dtype, fmt)
-            if route.coded and (route.algorithm, str(fmt)) not in done:
+            if route.low_bit and (route.algorithm, str(fmt)) not in done:
                 done.add((route.algorithm, str(fmt)))
                 self.comm.all_reduce(torch.zeros(n, self.hidden, dtype=dtype, device=self.comm.device), format=fmt)
         self.comm.synchronize()

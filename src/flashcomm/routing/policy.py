@@ -1,281 +1,222 @@
-"""Which way a message goes: pure functions of values that are equal on every rank.
+"""Which route a message takes: a pure function of values that are equal on every rank.
 
-Nothing here touches a tensor, a group or a clock, so every rank decides alike. A way is an algorithm over a transport:
+Nothing here touches a tensor, a group or a clock, so every rank decides alike. The algorithms of an all-reduce:
 
-    native     the backend's own all-reduce, not compressed
-    one_shot   everybody sends all to everybody: one hop, one rounding
-    two_shot   reduce-scatter and all-gather: two hops, two roundings, the fewest bytes
-    hierarchical  the same within nodes, one hop across them: three roundings, fewer bytes between nodes; only if asked
-    copy       a world of one, or no values
+    backend       torch.distributed's own, uncompressed
+    one_shot      every rank sends its whole message to every other: one hop, one rounding
+    two_shot      reduce-scatter, then all-gather: two hops, two roundings, the fewest bytes
+    hierarchical  two_shot within nodes around one hop across them: three roundings, fewer bytes between nodes;
+                  only on request
+    copy          one rank, or no values
 
-`admit` says whether a way can be taken at all, `choose` takes the fastest of those that can: by the times measured for
-machines of this kind, and by rules of thumb where there are none. `algorithm` and `min_bytes` win over both.
+`choose` takes the fastest that can be had: by the times measured on machines of this kind, by rules of thumb where
+there are none. The settings `algorithm` and `min_bytes` win over both.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
+from flashcomm.routing.route import Choice, Executor, Machine, Message, Rejected, Route
+from flashcomm.routing.timings import BACKEND, Timings
 from flashcomm.wire.format import UNCOMPRESSED, Layout, WireFormat, bounds
 
-CHOSEN = ("native", "one_shot", "two_shot")  # what `auto` chooses from
-ALGORITHMS = (*CHOSEN, "hierarchical")
-FUSED = ("symmetric", "mapped", "shared")  # transports over which one kernel does it all
-MAPPED_BYTES = 288 << 10  # wire bytes a rank sends up to which `host` means kernels on mapped memory, not copies
-STAGED_CHUNK_BYTES = 8 << 20  # of a message, at most, that goes through host memory at a time
-ONE_SHOT_BYTES = 64 << 10  # wire bytes a rank sends below which one hop beats less volume
-MIN_BYTES = {
-    "cpu": 64 << 10,
+AUTO = "auto"
+CANDIDATES = ("backend", "one_shot", "two_shot")  # what `auto` chooses from
+ALGORITHMS = (*CANDIDATES, "hierarchical")
+HOST_KERNEL_BYTES = 288 << 10  # wire bytes of a rank up to which host memory means the kernel, not copy engines
+HOST_CHUNK_BYTES = 8 << 20  # message bytes, at most, that copy engines move at a time
+ONE_SHOT_BYTES = 64 << 10  # wire bytes of a rank below which one hop beats fewer bytes
+SMALL_BYTES = 256 << 10  # message bytes up to which our kernel beats the backend without compression
+MIN_BYTES = {  # below which messages are not quantized where nothing was set or measured, by transport or device
     "symmetric": 64 << 10,
-    "host": 8 << 10,
-    "shared": 0,
+    "host_memory": 8 << 10,
+    "cpu_shared": 0,
+    "cpu": 64 << 10,
     "cuda": 1 << 20,
-}  # of a coded message, unmeasured
+}
+_NO_MACHINE = Machine()
+_PLAIN = WireFormat.parse(UNCOMPRESSED)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a call is, as far as decisions go: sizes in values and bytes, all equal on every rank."""
+def wire_bytes(algorithm: str, message: Message, fmt: WireFormat) -> int:
+    """Payload bytes that a rank sends, the largest over ranks; a ring is assumed for `backend`.
 
-    numel: int
-    row: int
-    itemsize: int
-    world_size: int
-    device_type: str
-    local_world_size: int = 0  # ranks of a node; 0: as many as there are, or not known
-
-    @property
-    def nodes(self) -> int:
-        return self.world_size // self.local_world_size if self.local_world_size else 1
-
-    @property
-    def n_bytes(self) -> int:
-        return self.numel * self.itemsize
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Measured times of all-reduces of bfloat16, in us, for `sizes` in bytes, by way: "native", "int4 one_shot"."""
-
-    source: str  # machine, date: what `explain` shows
-    sizes: tuple[int, ...]
-    us: dict[str, tuple[float, ...]]
-
-    def time(self, way: str, n_bytes: int) -> float:
-        """Straight lines between logarithms of the sizes measured; beyond them in proportion, or as the smallest."""
-        times = self.us[way]
-        if n_bytes <= self.sizes[0]:
-            return times[0]
-        if n_bytes >= self.sizes[-1]:
-            return times[-1] * n_bytes / self.sizes[-1]
-        for i, (low, high) in enumerate(pairwise(self.sizes)):
-            if n_bytes <= high:
-                part = math.log(n_bytes / low) / math.log(high / low)
-                return math.exp((1 - part) * math.log(times[i]) + part * math.log(times[i + 1]))
-        raise AssertionError
-
-    def coded(self, fmt: WireFormat, algorithm: str) -> str | None:
-        """The measured way that is nearest to a format: by transform first, then by bits."""
-        step = fmt.reduce if algorithm == "one_shot" else fmt
-
-        def distance(way: str) -> float:
-            other = WireFormat.parse(way.split()[0])
-            bits = abs((other.reduce.bits if algorithm == "one_shot" else other.bits) - step.bits)
-            return bits + 8 * (other.uncompressed != fmt.uncompressed) + (other.reduce.hadamard != fmt.reduce.hadamard)
-
-        ways = [way for way in self.us if way.endswith(f" {algorithm}")]
-        return min(ways, key=distance, default=None)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the ranks of a group found that they can do, all alike: the transport of coded messages, and its times.
-
-    rejected: other transports, each with the reason. local_world: as in `Call`.
+    Not counted: padding of chunks and tiles, the 128 bytes of the check, flags, and what TCP or PCIe add.
     """
-
-    transport: str = "process_group"
-    table: Table | None = None
-    rejected: tuple[tuple[str, str], ...] = ()
-    local_world_size: int = 0
-
-
-@dataclass(frozen=True)
-class Route:
-    """The way a call goes; `wire_bytes` is the payload one rank sends to others."""
-
-    algorithm: str
-    wire_bytes: int
-    reason: str
-    transport: str = "process_group"
-    fmt: str = UNCOMPRESSED
-
-    @property
-    def coded(self) -> bool:
-        return self.algorithm not in ("native", "copy") and self.fmt != UNCOMPRESSED
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A way not taken, and why."""
-
-    algorithm: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `choose` found; `str()` of it is what `Communicator.explain` and `flashcomm doctor` print."""
-
-    route: Route
-    rejected: tuple[Rejected, ...]
-
-    def __str__(self) -> str:
-        route = self.route
-        way = route.algorithm if route.algorithm in ("native", "copy") else f"{route.algorithm} as {route.fmt}"
-        over = "" if route.algorithm == "copy" else f" over {route.transport}"
-        lines = [f"{way}{over}: {route.wire_bytes} bytes a rank; {route.reason}"]
-        return "\n".join(lines + [f"  not {r.algorithm}: {r.reason}" for r in self.rejected])
-
-
-def wire_bytes(algorithm: str, call: Call, fmt: WireFormat) -> int:
-    """Payload bytes a rank sends for an all-reduce, the largest over ranks; a ring is assumed for `native`.
-
-    Not counted: the padding of chunks and tiles, the check's 128 bytes a peer, flags, and what TCP or PCIe add.
-    """
-    w = call.world_size
-    if algorithm == "native":
-        return 2 * (w - 1) * call.n_bytes // w
-    if algorithm == "one_shot":
-        return (w - 1) * Layout(fmt.reduce, call.row, call.itemsize).nbytes(0, call.numel)
+    w = message.world_size
+    if algorithm == "backend":
+        return 2 * (w - 1) * message.n_bytes // w
     if algorithm == "two_shot":
-        return (w - 1) * sum(_shard(call, fmt, w))
-    local = w // call.nodes
-    return (local - 1) * sum(_shard(call, fmt, local)) + (call.nodes - 1) * _shard(call, fmt, local)[0]
+        return (w - 1) * sum(_shard_bytes(message, fmt, w))
+    if algorithm == "hierarchical":
+        local = w // message.nodes
+        within, across = sum(_shard_bytes(message, fmt, local)), _shard_bytes(message, fmt, local)[0]
+        return (local - 1) * within + (message.nodes - 1) * across
+    step = fmt.gather if algorithm == "all_gather" else fmt.reduce
+    numel = message.numel // w if algorithm == "reduce_scatter" else message.numel
+    return (w - 1) * Layout(step, message.row, message.itemsize).nbytes(0, numel)
 
 
-def _shard(call: Call, fmt: WireFormat, shards: int) -> tuple[int, int]:
+def _shard_bytes(message: Message, fmt: WireFormat, n_shards: int) -> tuple[int, int]:
     """Bytes of the largest of so many shards, as the reduce step and the gather step send it."""
-    spans = list(pairwise(bounds(0, call.numel, call.row, fmt.unit, shards)))
-    layouts = [Layout(step, call.row, call.itemsize) for step in (fmt.reduce, fmt.gather)]
-    down, up = (max(layout.nbytes(*span) for span in spans) for layout in layouts)
-    return down, up
+    spans = list(pairwise(bounds(0, message.numel, message.row, fmt.unit, n_shards)))
+    layouts = [Layout(step, message.row, message.itemsize) for step in (fmt.reduce, fmt.gather)]
+    reduce, gather = (max(layout.nbytes(*span) for span in spans) for layout in layouts)
+    return reduce, gather
 
 
-def worth_nodes(world_size: int, local_world_size: int) -> bool:
-    """Whether less crosses between N nodes of L ranks than in two-shot: (N-1)/L of the message against 2(N-1)/N."""
+def nodes_pay(world_size: int, local_world_size: int) -> bool:
+    """Whether hierarchical sends less between N nodes of L ranks: (N-1)/L of the message, not two-shot's 2(N-1)/N."""
     return local_world_size > 1 and 1 < world_size // local_world_size < 2 * local_world_size
 
 
-def admit(call: Call, fmt: WireFormat, min_bytes: int | None) -> str:
-    """Why a message should not be coded whatever the machine, or ""."""
+@lru_cache(maxsize=4096)
+def choose(
+    message: Message,
+    fmt: WireFormat,
+    algorithm: str = AUTO,
+    min_bytes: int | str = AUTO,
+    machine: Machine = _NO_MACHINE,
+) -> Choice:
+    """The route of a message, and why the alternatives were passed over.
+
+    Args:
+        message: The call.
+        fmt: The wire format that was asked for.
+        algorithm: "auto" or one of `ALGORITHMS`. Explicit ones win over everything but a group of one rank;
+            `hierarchical` needs nodes that gain by it and at least `min_bytes`.
+        min_bytes: Message bytes from which on to quantize; "auto" leaves it to timings and rules of thumb.
+        machine: What the ranks found.
+    """
+    w, op = message.world_size, message.op
+    if w == 1 or message.numel == 0:
+        why = "one rank" if w == 1 else "no values"
+        return _choice(message, fmt, machine, "copy", f"{why}: nothing travels")
+    if message.row % fmt.unit and machine.transport in ("symmetric", "cpu_shared"):
+        # Rows that end in a short group are rare: the kernel does without them.
+        tails = (machine.transport, f"rows of {message.row} values are no multiple of {fmt.unit}")
+        machine = replace(machine, transport="process_group", timings=None, rejected=(*machine.rejected, tails))
+    if op != "all_reduce":
+        return _choice(message, fmt, machine, op, "the only algorithm of this collective")
+    if algorithm != AUTO:
+        return _explicit(message, fmt, machine, algorithm, min_bytes)
+    uncompressed = why_not_quantized(message, fmt, min_bytes)
+    if machine.timings is not None:
+        return _measured(message, fmt, machine, machine.timings, uncompressed, min_bytes != AUTO)
+    if not uncompressed and min_bytes == AUTO:
+        uncompressed = why_not_quantized(message, fmt, _least(message, machine))
+    if uncompressed and machine.transport == "host_memory":  # faster than the backend, also uncompressed
+        return _by_bytes(message, _PLAIN, machine, f"{uncompressed}; ")
+    if uncompressed and machine.transport != "process_group" and message.n_bytes <= SMALL_BYTES:
+        why = f"{uncompressed}; one kernel, uncompressed"
+        return _choice(message, _PLAIN, machine, "one_shot", why, backend="more launches", two_shot="two hops")
+    if uncompressed:
+        return _choice(message, fmt, machine, "backend", uncompressed, one_shot=uncompressed, two_shot=uncompressed)
+    return _by_bytes(message, fmt, machine, "")
+
+
+def why_not_quantized(message: Message, fmt: WireFormat, min_bytes: int | str) -> str:
+    """Why a message should not be quantized whatever the machine; "" if it may be."""
     if fmt.uncompressed:
-        return f"format {UNCOMPRESSED} does not compress"
-    if min_bytes is not None and call.n_bytes < min_bytes:
-        return f"{call.n_bytes} message bytes are fewer than min_bytes={min_bytes}: coding would not pay"
-    fewest, native = min(wire_bytes(a, call, fmt) for a in ("one_shot", "two_shot")), wire_bytes("native", call, fmt)
-    if fewest >= native:
-        return f"{fmt} would send {fewest} bytes a rank for rows of {call.row}, no compression {native}"
+        return f"format {fmt} does not compress"
+    if isinstance(min_bytes, int) and message.n_bytes < min_bytes:
+        return f"{message.n_bytes} message bytes are fewer than min_bytes={min_bytes}: quantizing would not pay"
+    fewest, backend = (
+        min(wire_bytes(a, message, fmt) for a in ("one_shot", "two_shot")),
+        wire_bytes("backend", message, fmt),
+    )
+    if fewest >= backend:
+        return f"{fmt} would send {fewest} bytes a rank for rows of {message.row}, uncompressed {backend}"
     return ""
 
 
-@lru_cache(maxsize=4096)
-def choose(call: Call, fmt: WireFormat, algorithm: str, min_bytes: int | None, machine: Machine = Machine()) -> Choice:
-    """The route of an all-reduce, and why the other ways were passed over.
+def _explicit(message: Message, fmt: WireFormat, machine: Machine, algorithm: str, min_bytes: int | str) -> Choice:
+    why = f"algorithm={algorithm} was asked for"
+    if algorithm == "hierarchical":
+        least = min_bytes if isinstance(min_bytes, int) else _least(message, machine)
+        if message.n_bytes < least:
+            why = f"{message.n_bytes} message bytes are fewer than min_bytes={least}"
+            return _choice(message, fmt, machine, "backend", why, hierarchical=why)
+        if not nodes_pay(message.world_size, message.local_world_size):
+            why += f", and {message.nodes} nodes of {message.world_size // message.nodes} ranks gain nothing by it"
+            algorithm = "two_shot"
+    return _choice(message, fmt, machine, algorithm, why, **dict.fromkeys(CANDIDATES, why))
 
-    An explicit `algorithm` wins over everything but a world of one, `hierarchical` only from `min_bytes` on and where
-    there are nodes that gain by it. Otherwise `min_bytes` (None: not set) decides whether to code, and the table which
-    way is fastest; without one, what is too small or gains nothing goes uncoded, the rest one-shot where that sends no
-    more bytes than two-shot or so few that latency rules.
-    """
-    if call.world_size == 1 or call.numel == 0:
-        why = "a world of one" if call.world_size == 1 else "no values"
-        return _choice(call, fmt, machine, "copy", f"{why}: nothing travels, nothing is coded", {})
-    if algorithm != "auto":
-        asked = f"algorithm={algorithm} was asked for"
-        if algorithm == "hierarchical":
-            least = _least(call, machine) if min_bytes is None else min_bytes
-            if call.n_bytes < least:
-                small = f"{call.n_bytes} message bytes are fewer than min_bytes={least}"
-                return _choice(call, fmt, machine, "native", small, {"hierarchical": small})
-            if not worth_nodes(call.world_size, call.local_world_size):
-                asked += f", and {call.nodes} nodes of {call.world_size // call.nodes} ranks gain nothing by it"
-                algorithm = "two_shot"
-        return _choice(call, fmt, machine, algorithm, asked, dict.fromkeys(CHOSEN, asked))
-    uncoded = admit(call, fmt, min_bytes)
-    if machine.table is not None:
-        return _measured(call, fmt, machine, machine.table, uncoded, min_bytes is not None)
-    if not uncoded and min_bytes is None:
-        uncoded = admit(call, fmt, _least(call, machine))
-    uncompressed, because = WireFormat.parse(UNCOMPRESSED), ""
-    if uncoded and machine.transport == "host":
-        fmt, because, uncoded = uncompressed, f"{uncoded}; ", ""
-    if uncoded and machine.transport in FUSED:
-        why = f"{uncoded}; one kernel over peers' memory, not compressed"
-        if call.n_bytes <= 256 << 10:
-            return _choice(
-                call, uncompressed, machine, "one_shot", why, {"native": "more launches", "two_shot": "two hops"}
-            )
-    if uncoded:
-        return _choice(call, fmt, machine, "native", uncoded, {"one_shot": uncoded, "two_shot": uncoded})
-    one, two, native = (wire_bytes(name, call, fmt) for name in ("one_shot", "two_shot", "native"))
-    saved = {"native": f"would send {native} bytes a rank"}
+
+def _by_bytes(message: Message, fmt: WireFormat, machine: Machine, because: str) -> Choice:
+    """One-shot if that sends no more than two-shot, or so little that latency rules; else two-shot."""
+    one, two, backend = (wire_bytes(name, message, fmt) for name in ("one_shot", "two_shot", "backend"))
+    saved = f"would send {backend} bytes a rank"
     if one <= two or one <= ONE_SHOT_BYTES:
-        why = because + "one hop and one rounding, " + ("no more bytes than two-shot" if one <= two else "few bytes")
-        others = saved | {"two_shot": f"would send {two} bytes a rank in two hops"}
-        return _choice(call, fmt, machine, "one_shot", why, others)
-    return _choice(
-        call, fmt, machine, "two_shot", f"{because}fewest bytes", saved | {"one_shot": f"would send {one} bytes a rank"}
-    )
+        why = "one hop and one rounding, " + ("no more bytes than two-shot" if one <= two else "few bytes")
+        hops = f"would send {two} bytes a rank in two hops"
+        return _choice(message, fmt, machine, "one_shot", because + why, backend=saved, two_shot=hops)
+    more = f"would send {one} bytes a rank"
+    return _choice(message, fmt, machine, "two_shot", f"{because}fewest bytes", backend=saved, one_shot=more)
 
 
-def _least(call: Call, machine: Machine) -> int:
-    """Below how many bytes messages are not coded where nothing was set or measured."""
-    return MIN_BYTES.get(machine.transport, MIN_BYTES.get(call.device_type, 0))
+def _least(message: Message, machine: Machine) -> int:
+    return MIN_BYTES.get(machine.transport, MIN_BYTES.get(message.device_type, 0))
 
 
-def _measured(call: Call, fmt: WireFormat, machine: Machine, table: Table, uncoded: str, forced: bool) -> Choice:
-    """The fastest way by the table; forced: the coded ones only, unless `uncoded` says why not."""
-    uncompressed = WireFormat.parse(UNCOMPRESSED)
-    size = call.numel * 2  # tables are of bfloat16
+def _measured(
+    message: Message, fmt: WireFormat, machine: Machine, timings: Timings, uncompressed: str, forced: bool
+) -> Choice:
+    """The fastest by the timings; forced: the quantized ones only, unless `uncompressed` says why not."""
+    size = message.numel * 2  # timings are of bfloat16
     times: dict[tuple[str, WireFormat], float] = {}
-    if uncoded or not forced:
-        times["native", fmt] = table.time("native", size)
+    if uncompressed or not forced:
+        times["backend", fmt] = timings.time(BACKEND, size)
     for algorithm in ("one_shot", "two_shot"):
-        for way_of in (uncompressed,) if uncoded else (fmt,) if forced else (fmt, uncompressed):
-            if (way := table.coded(way_of, algorithm)) and (
-                WireFormat.parse(way.split()[0]).uncompressed == way_of.uncompressed
-            ):
-                times[algorithm, way_of] = table.time(way, size)
-    if not times:  # a table without coded ways, and min_bytes wants one
+        for candidate in (_PLAIN,) if uncompressed else (fmt,) if forced else (fmt, _PLAIN):
+            key = timings.nearest(candidate, algorithm)
+            if key and WireFormat.parse(key.split()[0]).uncompressed == candidate.uncompressed:
+                times[algorithm, candidate] = timings.time(key, size)
+    if not times:  # nothing quantized was measured, and min_bytes wants it
         times["one_shot", fmt] = math.inf
     (best, best_fmt), us = min(times.items(), key=lambda item: item[1])
     others = {}
-    for name in CHOSEN:
+    for name in CANDIDATES:
         tried = min((t for (a, _), t in times.items() if a == name), default=None)
-        others[name] = uncoded or "not measured" if tried is None else f"{tried:.1f} us"
-    why = f"{us:.1f} us for {size >> 10} KiB, fastest of those measured ({table.source})"
-    return _choice(call, best_fmt, machine, best, f"{uncoded}; {why}" if uncoded else why, others)
+        others[name] = uncompressed or "not measured" if tried is None else f"{tried:.1f} us"
+    why = f"{us:.1f} us for {size >> 10} KiB, fastest of those measured ({timings.source})"
+    return _choice(message, best_fmt, machine, best, f"{uncompressed}; {why}" if uncompressed else why, **others)
 
 
-def _choice(
-    call: Call, fmt: WireFormat, machine: Machine, algorithm: str, reason: str, others: dict[str, str]
-) -> Choice:
-    n_bytes = 0 if algorithm == "copy" else wire_bytes(algorithm, call, fmt)
-    coded = algorithm not in ("native", "copy")
-    transport, name = (machine.transport, str(fmt)) if coded else ("process_group", UNCOMPRESSED)
-    if algorithm == "hierarchical":  # composed of exchanges: one kernel over everybody's memory has no use for nodes
-        transport = "host" if transport == "host" else "process_group"
-    elif transport == "host" and n_bytes <= MAPPED_BYTES:
-        transport = "mapped"
-    if algorithm != "hierarchical" and coded and worth_nodes(call.world_size, call.local_world_size):
-        crossing = (call.nodes - 1) * _shard(call, fmt, call.local_world_size)[0]
-        flat = (call.world_size - call.local_world_size) * sum(_shard(call, fmt, call.world_size))
-        more = f"a third rounding, so only if asked for: {crossing} bytes a rank to other nodes, two_shot {flat}"
-        others = others | {"hierarchical": more}
+def _choice(message: Message, fmt: WireFormat, machine: Machine, algorithm: str, reason: str, **others: str) -> Choice:
+    """The route of a chosen algorithm, with reasons against the others."""
+    fmt = _PLAIN if algorithm in ("copy", "backend") else fmt
+    n_bytes = 0 if algorithm == "copy" else wire_bytes(algorithm, message, fmt)
+    transport, executor, chunk_bytes = _placed(message, fmt, machine, algorithm, n_bytes)
+    if algorithm in ("one_shot", "two_shot") and nodes_pay(message.world_size, message.local_world_size):
+        across = (message.nodes - 1) * _shard_bytes(message, fmt, message.local_world_size)[0]
+        flat = (message.world_size - message.local_world_size) * sum(_shard_bytes(message, fmt, message.world_size))
+        others["hierarchical"] = (
+            f"a third rounding, so only if asked for: {across} bytes a rank to other nodes, two_shot {flat}"
+        )
     rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]
     rejected += [Rejected(name, why) for name, why in machine.rejected]
-    return Choice(Route(algorithm, n_bytes, reason, transport, name), tuple(rejected))
+    route = Route(message.op, algorithm, fmt, transport, executor, chunk_bytes, n_bytes, reason)
+    return Choice(route, tuple(rejected))
+
+
+def _placed(
+    message: Message, fmt: WireFormat, machine: Machine, algorithm: str, n_bytes: int
+) -> tuple[str, Executor, int]:
+    """Transport, executor and chunk size of an algorithm. `hierarchical` is made of exchanges: no kernel runs it."""
+    if algorithm == "copy":
+        return "process_group", Executor.COPY, 0
+    if algorithm == "backend":
+        return "process_group", Executor.BACKEND, 0
+    if machine.transport == "host_memory":
+        if algorithm != "hierarchical" and n_bytes <= HOST_KERNEL_BYTES and message.row % fmt.unit == 0:
+            return "host_memory", Executor.KERNEL, 0
+        chunk_bytes = min(HOST_CHUNK_BYTES, max(HOST_CHUNK_BYTES // 8, message.n_bytes // 4))
+        return "host_memory", Executor.COPY_ENGINES, chunk_bytes
+    if machine.transport == "process_group" or algorithm == "hierarchical":
+        return "process_group", Executor.PIPELINED, machine.chunk_bytes
+    return machine.transport, Executor.KERNEL, 0

@@ -1,19 +1,64 @@
-"""Tables of measured times: where they lie, and their JSON. `flashcomm calibrate` writes them, the policy reads them.
+"""Measured times of all-reduces: how they are read between sizes, where they lie, and their JSON.
 
-One for a kind of machine, a world size and a transport: first the user's own, then those that come with the package.
+`flashcomm calibrate` writes them, the policy reads them. There is one file for a kind of machine, a number of ranks and
+a transport: first the user's own, then those that come with the package.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from flashcomm.routing.policy import Table
+from flashcomm.wire.format import WireFormat
 
 BUILT_IN = Path(__file__).parent / "machines"
+BACKEND = "backend"  # the key of torch.distributed's own all-reduce
+_OLD_BACKEND = "native"  # its key in files of flashcomm 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Timings:
+    """Times of all-reduces of bfloat16.
+
+    Attributes:
+        source: Machine and date, which `explain` shows.
+        sizes: Message sizes in bytes, rising.
+        us: Microseconds per size, by "backend" or by format and algorithm, such as "int4 one_shot".
+    """
+
+    source: str
+    sizes: tuple[int, ...]
+    us: dict[str, tuple[float, ...]]
+
+    def time(self, key: str, n_bytes: int) -> float:
+        """Microseconds of a message: interpolated between logarithms of sizes, in proportion beyond the largest."""
+        times = self.us[key]
+        if n_bytes <= self.sizes[0]:
+            return times[0]
+        if n_bytes >= self.sizes[-1]:
+            return times[-1] * n_bytes / self.sizes[-1]
+        for i, (low, high) in enumerate(pairwise(self.sizes)):
+            if n_bytes <= high:
+                part = math.log(n_bytes / low) / math.log(high / low)
+                return math.exp((1 - part) * math.log(times[i]) + part * math.log(times[i + 1]))
+        raise AssertionError
+
+    def nearest(self, fmt: WireFormat, algorithm: str) -> str | None:
+        """The measured key nearest to a format: uncompressed or not first, then the transform, then bits."""
+        step = fmt.reduce if algorithm == "one_shot" else fmt
+
+        def distance(key: str) -> float:
+            other = WireFormat.parse(key.split()[0])
+            bits = abs((other.reduce.bits if algorithm == "one_shot" else other.bits) - step.bits)
+            return bits + 8 * (other.uncompressed != fmt.uncompressed) + (other.reduce.hadamard != fmt.reduce.hadamard)
+
+        return min((key for key in self.us if key.endswith(f" {algorithm}")), key=distance, default=None)
 
 
 def own_directory() -> Path:
@@ -26,8 +71,8 @@ def file_name(machine: str, world_size: int, transport: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{machine} x{world_size} {transport}".lower()).strip("-") + ".json"
 
 
-def find(machine: str, world_size: int, transport: str) -> Table | None:
-    """The table for this kind of machine, if there is one that can be read."""
+def find(machine: str, world_size: int, transport: str) -> Timings | None:
+    """The timings of this kind of machine, if there is a file that can be read."""
     for directory in (own_directory(), BUILT_IN):
         path = directory / file_name(machine, world_size, transport)
         try:
@@ -37,21 +82,21 @@ def find(machine: str, world_size: int, transport: str) -> Table | None:
     return None
 
 
-def as_dict(table: Table) -> dict[str, Any]:
-    return {"source": table.source, "sizes": list(table.sizes), "us": {way: list(t) for way, t in table.us.items()}}
+def as_dict(timings: Timings) -> dict[str, Any]:
+    return {"source": timings.source, "sizes": list(timings.sizes), "us": {k: list(t) for k, t in timings.us.items()}}
 
 
-def from_dict(data: dict[str, Any]) -> Table:
-    """Raises ValueError, KeyError or TypeError for what is no table."""
+def from_dict(data: dict[str, Any]) -> Timings:
+    """Timings of their JSON. Raises ValueError, KeyError or TypeError for anything else."""
     sizes = tuple(int(size) for size in data["sizes"])
-    us = {str(way): tuple(float(t) for t in times) for way, times in data["us"].items()}
-    if not sizes or sorted(set(sizes)) != list(sizes) or "native" not in us:
-        raise ValueError("a table needs rising sizes and the way 'native'")
+    us = {BACKEND if k == _OLD_BACKEND else str(k): tuple(float(t) for t in times) for k, times in data["us"].items()}
+    if not sizes or sorted(set(sizes)) != list(sizes) or BACKEND not in us:
+        raise ValueError(f"timings need rising sizes and times of {BACKEND!r}")
     if any(len(times) != len(sizes) or min(times) <= 0 for times in us.values()):
-        raise ValueError("a table needs a positive time of every way for every size")
-    return Table(str(data["source"]), sizes, us)
+        raise ValueError("timings need a positive time of every route for every size")
+    return Timings(str(data["source"]), sizes, us)
 
 
-def save(path: Path, table: Table) -> None:
+def save(path: Path, timings: Timings) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_dict(table), indent=1) + "\n")
+    path.write_text(json.dumps(as_dict(timings), indent=1) + "\n")

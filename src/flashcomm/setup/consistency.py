@@ -88,6 +88,13 @@ def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
+def result_shape(op: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
+    """The shape that a collective makes of an input's, on every rank."""
+    if op == "all_gather":
+        return (shape[0] * world_size, *shape[1:])
+    return (shape[0] // world_size, *shape[1:]) if op == "reduce_scatter" else shape
+
+
 def problem_with(name: str, x: Any, device: torch.device, world_size: int, out: Any = None) -> Problem:
     """What is wrong with this rank's tensor for the call `name`, if anything."""
     if not isinstance(x, Tensor):
@@ -110,7 +117,8 @@ def problem_with(name: str, x: Any, device: torch.device, world_size: int, out: 
         return Problem.DIVIDE
     if out is not None and not (
         isinstance(out, Tensor)
-        and (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
+        and out.shape == result_shape(name, tuple(x.shape), world_size)
+        and (out.dtype, out.device) == (x.dtype, x.device)
         and out.is_contiguous()
         and not (out.requires_grad and torch.is_grad_enabled())
         and (torch.is_inference_mode_enabled() or not out.is_inference())

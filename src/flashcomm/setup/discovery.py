@@ -1,7 +1,6 @@
-"""What a group's ranks find that they can do together: peers' memory or not, which of them are near to each other, and
-the times measured.
+"""What a group's ranks find that they can do together: transports, nodes and the executors that follow from them.
 
-Collective, at set-up: facts are exchanged once, and every rank comes to the same verdict.
+Collective, at set-up: every rank says what it has, and all come to the same verdict.
 """
 
 from __future__ import annotations
@@ -9,113 +8,148 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from flashcomm.codecs import codec_for
+from flashcomm.collectives import executors
+from flashcomm.collectives.pipelined import Context, Transport, Workspace
 from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.routing import policy, timings
-from flashcomm.routing.policy import Machine
+from flashcomm.routing.route import Executor, Machine
 from flashcomm.settings import Settings
 from flashcomm.setup import consistency
 from flashcomm.transports import cpu_shared, host_memory, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 
-if TYPE_CHECKING:
-    from flashcomm.collectives.pipelined import Transport
-    from flashcomm.gpu.launch import FusedCollectives
-    from flashcomm.transports.staging import StagedTransport
-
-MAPPED_WORKSPACE = 32 << 20  # of host memory for kernels: small messages only
+HOST_KERNEL_WORKSPACE = 32 << 20  # bytes of host memory for the kernel, which takes small messages only
 
 log = logging.getLogger("flashcomm")
 
 
-@dataclass(frozen=True)
-class Connected:
-    """What a Communicator has: the machine, as the policy sees it, and if they can be had the collectives over memory
-    that peers write to, bytes through host memory, and exchanges within and across nodes."""
+def connect(
+    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
+) -> tuple[Machine, dict[Executor, executors.Base]]:
+    """What the ranks can do, and what does it. Collective.
 
-    machine: Machine
-    fused: FusedCollectives | None
-    staged: StagedTransport | None
-    nodes: tuple[Transport, Transport] | None
-
-
-def connect(group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings) -> Connected:
-    """Collective. Raises, on every rank, SettingsError for a transport that is not for this device or nodes that the
-    world does not have, UnavailableError for what was asked for and cannot be had. `auto` falls back, and rank 0 says
-    why, once.
+    Raises:
+        SettingsError: On every rank, for a transport that is not for this device or nodes that the group cannot have.
+        UnavailableError: On every rank, for a transport that was asked for and cannot be had. "auto" falls back, and
+            rank 0 logs why, once.
     """
-    device, asked = transport.device, settings.transport
-    fused, staged = None, None
-    nodes: tuple[Transport, Transport] | None = None
+    device = transport.device
     local_world_size = _local_world_size(transport, settings)
-    if settings.algorithm == "hierarchical" and policy.worth_nodes(transport.world_size, local_world_size):
-        begin = transport.rank // local_world_size * local_world_size
-        parts = (
-            range(begin, begin + local_world_size),
-            range(transport.rank % local_world_size, transport.world_size, local_world_size),
-        )
-        nodes = transport.among(parts[0]), transport.among(parts[1])
-    rejected: tuple[tuple[str, str], ...] = ()
-    name = "process_group"
-    for kind in candidates(device.type, asked) if transport.world_size > 1 else ():
-        region, why = _join(group, transport, settings, kind, nodes is not None)
-        if region is not None:
-            name = kind.NAME
-            fused, staged = _over(region, settings, staged=kind is host_memory)
-            if staged is not None and nodes is not None:
-                nodes = staged.among(parts[0], 1), staged.among(parts[1], 2)
-            break
-        if asked != "auto":
-            raise UnavailableError(f"transport={asked!r} was asked for and cannot be had: {why}")
-        rejected += ((kind.NAME, why),)
+    nodes = _nodes(transport, local_world_size) if settings.algorithm == "hierarchical" else ()
+    kind, region, rejected = _region(group, transport, settings, bool(nodes))
+    name = kind.NAME if kind else "process_group"
     if device.type == "cuda" and name == "process_group" and transport.world_size > 1 and not has_nccl(group):
         rejected += (("nccl", "the group has another backend, so that messages go by way of the CPU, slowly"),)
     if rejected and transport.rank == 0:
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
-    table = timings.find(machine_name(device), transport.world_size, name) if transport.rank == 0 else None
-    told = consistency.tell(transport, timings.as_dict(table) if table else None, "sharing the table of times")[0]
-    machine = Machine(name, timings.from_dict(told) if told else None, rejected, local_world_size)
-    return Connected(machine, fused, staged, nodes)
+    mine = timings.find(machine_name(device), transport.world_size, name) if transport.rank == 0 else None
+    shared = consistency.tell(transport, timings.as_dict(mine) if mine else None, "sharing measured times")[0]
+    measured = timings.from_dict(shared) if shared else None
+    machine = Machine(name, measured, rejected, local_world_size, settings.chunk_bytes)
+    return machine, _executors(transport, settings, region, nodes)
+
+
+def _nodes(transport: ProcessGroupTransport, local_world_size: int) -> tuple[range, ...]:
+    """The ranks of this rank's node, and those of its place in each node; none where nodes gain nothing."""
+    if not policy.nodes_pay(transport.world_size, local_world_size):
+        return ()
+    begin, place = transport.rank // local_world_size * local_world_size, transport.rank % local_world_size
+    return range(begin, begin + local_world_size), range(place, transport.world_size, local_world_size)
+
+
+def _region(
+    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, nodes: bool
+) -> tuple[ModuleType | None, Any, tuple[tuple[str, str], ...]]:
+    """The best kind of memory that all ranks can write to, that memory, and why not the better kinds."""
+    rejected: tuple[tuple[str, str], ...] = ()
+    for kind in candidates(transport.device.type, settings.transport) if transport.world_size > 1 else ():
+        region, why = _rendezvous(group, transport, settings, kind, nodes)
+        if region is not None:
+            return kind, region, rejected
+        if settings.transport != "auto":
+            raise UnavailableError(f"transport={settings.transport!r} was asked for and cannot be had: {why}")
+        rejected += ((kind.NAME, why),)
+    return None, None, rejected
+
+
+def _executors(
+    transport: ProcessGroupTransport, settings: Settings, region: Any, nodes: tuple[range, ...]
+) -> dict[Executor, executors.Base]:
+    """An object for every executor that routes of this machine can name."""
+    device = transport.device
+    context = Context(settings.format, codec_for(device.type), transport, Workspace(device), settings.chunk_bytes)
+    across: tuple[Transport, Transport] | None = None
+    if nodes:
+        across = transport.among(nodes[0]), transport.among(nodes[1])
+    found: dict[Executor, executors.Base] = {
+        Executor.COPY: executors.Copy(),
+        Executor.BACKEND: executors.Backend(transport),
+        Executor.PIPELINED: executors.Pipelined(replace(context, nodes=across)),
+    }
+    if region is None:
+        return found
+    from flashcomm.gpu.launch import KernelCollectives
+
+    kernels = KernelCollectives(region, settings.timeout_s)
+    order = executors.StreamOrder(kernels, device)
+    if isinstance(region, host_memory.HostRegion):
+        from flashcomm.transports.staging import StagedTransport
+
+        staged = StagedTransport(region, region.n_bytes, _slot_bytes(settings), settings.timeout_s)
+        if nodes:
+            across = staged.among(nodes[0], 1), staged.among(nodes[1], 2)
+        through = replace(context, transport=staged, workspace=Workspace(device), nodes=across)
+        found[Executor.COPY_ENGINES] = executors.CopyEngines(through, staged, order)
+    found[Executor.KERNEL] = executors.Kernel(kernels, order)
+    return found
 
 
 def _local_world_size(transport: ProcessGroupTransport, settings: Settings) -> int:
     """How many consecutive ranks a node has: as the setting says, or as found; 0 where ranks have no such order."""
     if settings.local_world_size:
         return asked_local_world_size(settings, transport.world_size)
-    places = consistency.tell(transport, near(transport.device), "looking for nodes")
-    found = grouped(places)
+    places = consistency.tell(transport, locality(transport.device), "looking for nodes")
+    found = node_size(places)
     if not found and settings.algorithm == "hierarchical":
         raise UnavailableError(
             "algorithm='hierarchical' needs nodes of equally many, consecutive ranks; these are at "
-            f"{', '.join(' '.join(place).strip() for place in places)}: order the ranks by node, or set local_world"
+            f"{', '.join(' '.join(place).strip() for place in places)}: order the ranks by node, or set "
+            "local_world_size"
         )
     return found
 
 
 def asked_local_world_size(settings: Settings, world_size: int) -> int:
-    """The setting, for groups that fit into a node their size; 0 where it is not set or does not divide the world.
-    Raises SettingsError in the latter case if nodes are asked for."""
+    """The setting, for groups that fit into a node their size; 0 where it is not set or does not divide the group.
+
+    Raises:
+        SettingsError: It does not divide the group, and `hierarchical` needs nodes.
+    """
     asked = min(settings.local_world_size, world_size)
     if asked and world_size % asked:
         if settings.algorithm == "hierarchical":
-            raise SettingsError(f"local_world_size={asked}: {world_size} ranks do not make nodes of that many")
+            raise SettingsError(
+                f"local_world_size={asked}: {world_size} ranks cannot be divided into nodes of that size"
+            )
         return 0
     return asked
 
 
-def near(device: torch.device) -> list[str]:
-    """What ranks of one node have in common: the host, and on one host the CPUs near to their GPUs."""
+def locality(device: torch.device) -> list[str]:
+    """What the ranks of one node have in common: the host and, on one host, the CPUs near their GPUs."""
     return [cpu_shared.host_name(), host_memory.cpulist(device) if device.type == "cuda" else ""]
 
 
-def grouped(places: Sequence[Sequence[str]]) -> int:
-    """How many consecutive ranks a node has, of ranks that are `near` to these; 0 where they have no such order."""
+def node_size(places: Sequence[Sequence[str]]) -> int:
+    """How many consecutive ranks share a `locality`; 0 where ranks are not ordered so, or nodes differ in size."""
     hosts = [name for name, _ in places]
     names = hosts if len(set(hosts)) > 1 else [cpus for _, cpus in places]
     lengths = [len(list(same)) for _, same in itertools.groupby(names)]
@@ -123,8 +157,11 @@ def grouped(places: Sequence[Sequence[str]]) -> int:
 
 
 def candidates(device_type: str, asked: str) -> list[ModuleType]:
-    """The transports to be tried, best first, for the setting `transport`. Raises SettingsError for one of another
-    kind of device."""
+    """The kinds of memory to try for the setting `transport`, best first.
+
+    Raises:
+        SettingsError: The transport is for another kind of device.
+    """
     kinds = {kind.NAME: kind for kind in ((symmetric, host_memory) if device_type == "cuda" else (cpu_shared,))}
     if asked in kinds:
         return [kinds[asked]]
@@ -135,29 +172,17 @@ def candidates(device_type: str, asked: str) -> list[ModuleType]:
 
 
 def machine_name(device: torch.device) -> str:
-    """What tables call a machine of this kind."""
+    """What timings call a machine of this kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _over(region: Any, settings: Settings, staged: bool) -> tuple[FusedCollectives, StagedTransport | None]:
-    """What runs over a region that all ranks have joined."""
-    from flashcomm.gpu.launch import FusedCollectives
-
-    fused = FusedCollectives(region, settings.timeout_s)
-    if not staged:
-        return fused, None
-    from flashcomm.transports.staging import StagedTransport
-
-    return fused, StagedTransport(region, region.n_bytes, _slot_bytes(settings), settings.timeout_s)
 
 
 def _slot_bytes(settings: Settings) -> int:
     """What one chunk takes on its way through host memory, with something over for scales and padding."""
-    return min(settings.workspace_bytes // 8, policy.STAGED_CHUNK_BYTES * 9 // 8) // 64 * 64
+    return min(settings.workspace_bytes // 8, policy.HOST_CHUNK_BYTES * 9 // 8) // 64 * 64
 
 
 def _sizes(settings: Settings, kind: ModuleType, nodes: bool) -> tuple[int, ...]:
-    """Bytes of a region, and of what staging takes besides, more of it with nodes."""
+    """Bytes of a region, and of what copy engines need besides: more of it with nodes."""
     from flashcomm.gpu.launch import region_bytes
 
     if kind is not host_memory:
@@ -165,43 +190,42 @@ def _sizes(settings: Settings, kind: ModuleType, nodes: bool) -> tuple[int, ...]
     from flashcomm.transports.staging import PLACES, staging_bytes
 
     staging = (PLACES if nodes else 1) * staging_bytes(_slot_bytes(settings))
-    return region_bytes(min(settings.workspace_bytes, MAPPED_WORKSPACE)), staging
+    return region_bytes(min(settings.workspace_bytes, HOST_KERNEL_WORKSPACE)), staging
 
 
-def _join(
+def _rendezvous(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType, nodes: bool
 ) -> tuple[Any, str]:
-    """A region of this kind that all ranks have joined, or why not."""
-    facts = kind.facts(transport.device)
+    """A region of this kind that all ranks have mapped, or why not."""
+    probe = kind.probe(transport.device)
     if kind is symmetric and group not in dist.distributed_c10d._world.pg_names:
-        facts["why"] = facts["why"] or "the group has no name in this process, being the inner one of a c10d backend"
-    everybody = consistency.tell(transport, facts, "looking for peers' memory")
-    if why := kind.verdict(everybody):
+        probe["why"] = probe["why"] or "the group has no name in this process, being the inner one of a c10d backend"
+    if why := kind.why_not(consistency.tell(transport, probe, "looking for shared memory")):
         return None, why
-    made, mine, place = None, "", ""
+    region, mine, place = None, "", ""
     try:
         from flashcomm.gpu.sync import MAX_RANKS
 
         if transport.world_size > MAX_RANKS:
             raise UnavailableError(f"{transport.world_size} ranks; {MAX_RANKS} are supported")
-        made = kind.make(transport.device, *_sizes(settings, kind, nodes))
-        place = made.place
-    except (UnavailableError, ImportError) as error:  # of this rank alone, perhaps: the others hear of it
+        region = kind.create(transport.device, *_sizes(settings, kind, nodes))
+        place = region.place
+    except (UnavailableError, ImportError) as error:  # perhaps of this rank alone: the others are told
         mine = str(error)
-    told = consistency.tell(transport, (mine, place), "taking peers' memory")
-    why = _first(error for error, _ in told)
-    if made is None or why:
-        if made is not None:
-            made.close()
+    answers = consistency.tell(transport, (mine, place), "allocating shared memory")
+    why = _first(error for error, _ in answers)
+    if region is None or why:
+        if region is not None:
+            region.close()
         return None, why
     try:
-        made.join(group, [place for _, place in told])
+        region.join(group, [place for _, place in answers])
     except UnavailableError as error:
         mine = str(error)
-    if why := _first(consistency.tell(transport, mine, "mapping peers' memory")):
-        made.close()  # what this rank did get is pinned, or mapped
+    if why := _first(consistency.tell(transport, mine, "mapping shared memory")):
+        region.close()  # what this rank did get is pinned, or mapped
         return None, why
-    return made, ""
+    return region, ""
 
 
 def _first(errors: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from flashcomm.errors import UnavailableError
 
-NAME = "shared"
+NAME = "cpu_shared"
 
 
 def host_name() -> str:
@@ -31,8 +31,8 @@ def host_name() -> str:
         return socket.gethostname()
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """What this rank has to say on whether shared memory can be used; `verdict` judges everybody's."""
+def probe(device: torch.device) -> dict[str, Any]:
+    """What this rank has to say on whether shared memory can be used; `why_not` compares them."""
     why = ""
     if device.type != "cpu":
         why = "the tensors are not on the CPU"
@@ -41,7 +41,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     return {"host": host_name(), "why": why}
 
 
-def verdict(everybody: Sequence[dict[str, Any]]) -> str:
+def why_not(everybody: Sequence[dict[str, Any]]) -> str:
     """Why ranks of these facts cannot share memory, or ""."""
     for rank, mine in enumerate(everybody):
         if mine["why"]:
@@ -95,4 +95,4 @@ class SharedRegion:
             self._file = -1
 
 
-make = SharedRegion
+create = SharedRegion

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from flashcomm.errors import UnavailableError
 from flashcomm.transports import cpu_shared
 
-NAME = "host"
+NAME = "host_memory"
 _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """What this rank has to say on whether host memory can be shared; `verdict` judges everybody's."""
+def probe(device: torch.device) -> dict[str, Any]:
+    """What this rank has to say on whether host memory can be shared; `why_not` compares them."""
     why = ""
     if device.type != "cuda":
         why = "the tensors are not on GPUs"
@@ -35,7 +35,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     return {"host": cpu_shared.host_name(), "why": why}
 
 
-verdict = cpu_shared.verdict
+why_not = cpu_shared.why_not
 
 
 class HostRegion(cpu_shared.SharedRegion):
@@ -121,4 +121,4 @@ def cpulist(device: torch.device) -> str:
         return ""
 
 
-make = HostRegion
+create = HostRegion

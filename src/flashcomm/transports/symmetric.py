@@ -16,8 +16,8 @@ from flashcomm.transports import cpu_shared
 NAME = "symmetric"
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """What this rank has to say on whether peers' memory can be used; `verdict` judges everybody's."""
+def probe(device: torch.device) -> dict[str, Any]:
+    """What this rank has to say on whether peers' memory can be used; `why_not` compares them."""
     why = ""
     if device.type != "cuda":
         why = "the tensors are not on GPUs"
@@ -32,9 +32,9 @@ def facts(device: torch.device) -> dict[str, Any]:
     return {"host": cpu_shared.host_name(), "device": device.index, "blind": blind, "why": why}
 
 
-def verdict(everybody: Sequence[dict[str, Any]]) -> str:
+def why_not(everybody: Sequence[dict[str, Any]]) -> str:
     """Why ranks of these facts cannot use each other's memory, or ""."""
-    if why := cpu_shared.verdict(everybody):  # that much is asked of any memory
+    if why := cpu_shared.why_not(everybody):  # that much is asked of any memory
         return why
     for rank, mine in enumerate(everybody):
         for other, theirs in enumerate(everybody):
@@ -81,4 +81,4 @@ class SymmetricRegion:
         torch.cuda.synchronize(self.device)
 
 
-make = SymmetricRegion
+create = SymmetricRegion

@@ -1,0 +1,48 @@
+"""A fast path for all-reduces on GPUs: calls like an earlier one, with as little work on the host as possible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcomm.collectives.executors import Launch
+from flashcomm.wire.format import WireFormat
+
+MAX_KINDS = 4096  # of calls that are remembered
+PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is where they say; subclasses may only wrap others
+
+
+class RecentCalls:
+    """What repeats earlier all-reduces on a GPU, by shape, dtype and format."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[Any, tuple[str, int, Launch]] = {}
+
+    def keep(self, x: Tensor, format: Any, whole: int | None, name: str, n_bytes: int, again: Launch) -> None:
+        """Remember a call of that name that sent n_bytes."""
+        if len(self._kept) >= MAX_KINDS:
+            self._kept.clear()
+        self._kept[x.shape, x.dtype, format, whole] = name, n_bytes, again
+
+    def repeat(self, x: Any, format: Any, whole: int | None) -> tuple[Tensor, str, int] | None:
+        """The result of a call like an earlier one, its name and bytes; None if there was none or x is not as plain."""
+        if not self._kept or type(x) not in PLAIN or not (format is None or isinstance(format, (str, WireFormat))):
+            return None
+        kept, device = self._kept.get((x.shape, x.dtype, format, whole)), self._device.index
+        if kept is None or x.get_device() != device or not x.is_contiguous() or x.is_neg():
+            return None
+        source = x.data_ptr()
+        if source & 15 or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        if torch._C._cuda_getDevice() != device:  # kernels go to the current device
+            return None
+        name, n_bytes, again = kept
+        result = torch.empty_like(x)
+        again(source, result.data_ptr())
+        return result, name, n_bytes
+
+    def clear(self) -> None:
+        self._kept.clear()
