@@ -36,7 +36,7 @@ class TestSettings:
         given = Settings.resolve("cpu", env, format="int4", min_bytes=7, check=True)
         assert (given.fmt, given.min_bytes, given.check) == ("int4", 7, True)
         default = Settings.resolve("cpu", {})
-        assert (default.fmt, default.min_bytes, default.check) == ("int6-had/int7-had", None, True)
+        assert (default.fmt, default.min_bytes, default.check) == ("int6-had/int7-had", "auto", True)
         assert (default.transport, default.workspace_bytes) == ("auto", 256 << 20)
         on_gpu = Settings.resolve("cuda", {"FLASHCOMM_TRANSPORT": "symmetric", "FLASHCOMM_WORKSPACE_BYTES": "32M"})
         assert (on_gpu.check, on_gpu.transport, on_gpu.workspace_bytes) == (False, "symmetric", 32 << 20)
@@ -44,12 +44,12 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("env", "message"),
         [
-            ({"FLASHCOMM_ALGORITHM": "ring"}, "algorithm='ring': allowed are auto, native, one_shot, two_shot"),
+            ({"FLASHCOMM_ALGORITHM": "ring"}, "algorithm='ring': allowed are auto, backend, one_shot, two_shot"),
             ({"FLASHCOMM_MIN_BYTES": "-1"}, "min_bytes='-1': give a number of bytes"),
             ({"FLASHCOMM_CHUNK_BYTES": "0"}, "chunk_bytes='0': give a number of bytes of at least 1"),
             (
                 {"FLASHCOMM_TRANSPORT": "pigeon"},
-                "transport='pigeon': allowed are auto, process_group, symmetric, host, shared",
+                "transport='pigeon': allowed are auto, process_group, symmetric, host_memory, cpu_shared",
             ),
             ({"FLASHCOMM_WORKSPACE_BYTES": "1M"}, "workspace_bytes='1M': give a number of bytes of at least 4194304"),
             ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a positive number"),
@@ -273,7 +273,7 @@ class TestLife:
     def test_without_a_process_group(self) -> None:
         with pytest.raises(SettingsError, match="init_process_group"):
             Communicator(None, "int4")
-        with pytest.raises(SettingsError, match="not a member"):
+        with pytest.raises(SettingsError, match="a process group that this rank is a member of"):
             Communicator(dist.GroupMember.NON_GROUP_MEMBER, "int4")
 
     def test_device_that_the_group_has_not(self) -> None:
@@ -291,7 +291,7 @@ class TestLife:
             return dict(comm.calls), sent, comm.explain(x.shape, x.dtype).route.wire_bytes
 
         for calls, sent, planned in raise_first(run_ranks(3, body)):
-            assert calls == {"all_reduce/one_shot": 3, "all_reduce/native": 1}
+            assert calls == {"all_reduce/one_shot": 3, "all_reduce/backend": 1}
             assert sent == 3 * planned == 3 * 2 * (8 * 576 + 8 * 18 * 2)
 
     def test_bytes_by_way(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -355,7 +355,7 @@ class TestPolicy:
         assert seen == {"copy", "backend", "one_shot", "two_shot"}
 
     def test_explicit_wins(self) -> None:
-        for algorithm in policy.CHOSEN:
+        for algorithm in policy.CANDIDATES:
             assert self.choose(576, 3, algorithm=algorithm).route.algorithm == algorithm
         assert self.choose(576, 3, min_bytes=0).route.algorithm == "one_shot"
 
@@ -363,7 +363,7 @@ class TestPolicy:
         for world_size in (2, 3):
             for n in (1, 80, 512):
                 choice = self.choose(n * 576, world_size)
-                assert {choice.route.algorithm, *(r.name for r in choice.rejected)} == set(policy.CHOSEN)
+                assert {choice.route.algorithm, *(r.name for r in choice.rejected)} == set(policy.CANDIDATES)
                 assert all(r.reason for r in choice.rejected)
                 assert choice.route.reason
                 assert f"{choice.route.wire_bytes} bytes a rank" in str(choice)

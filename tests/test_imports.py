@@ -24,10 +24,10 @@ MAY_IMPORT = {
     "reference": {"errors", "wire"},
     "transports": {"errors"},
     "transports.staging": {"errors", "gpu", "transports"},
-    "collectives": {"errors", "wire", "gpu", "transports", "reference"},
+    "collectives": {"errors", "wire", "gpu", "transports", "reference", "routing"},
     "routing": {"errors", "wire.format"},
     "settings": {"errors", "wire.format", "routing"},
-    "setup": {"errors", "settings", "routing", "transports", "collectives", "gpu", "wire.torch_codec"},
+    "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "wire.torch_codec"},
     "communicator": {
         *(
             "errors",

@@ -28,7 +28,7 @@ FAST = Machine("symmetric", TIMINGS)
 
 
 def choose(
-    n_bytes: int, fmt: str, machine: Machine, algorithm: str = "auto", min_bytes: int | None = None, row: int = 4096
+    n_bytes: int, fmt: str, machine: Machine, algorithm: str = "auto", min_bytes: int | str = "auto", row: int = 4096
 ) -> Choice:
     call = Message(n_bytes // 2, min(row, n_bytes // 2), 2, 2, "cuda")
     return policy.choose(call, WireFormat.parse(fmt), algorithm, min_bytes, machine)
