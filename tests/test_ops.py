@@ -30,7 +30,7 @@ def functional(ctx: RankContext) -> None:
     assert torch.equal(x, kept)
     assert torch.equal(torch.ops.flashcomm.all_reduce(x, ops.op_name("int4")), want)
     flashcomm.all_reduce(x, "int4")
-    assert len(ops._table) == 1, "the same group and format share a Communicator"
+    assert len(ops._communicators) == 1, "the same group and format share a Communicator"
     small = torch.ones(3)
     assert flashcomm.all_reduce(small).tolist() == [float(ctx.world_size)] * 3  # default format; below min_bytes: exact
 

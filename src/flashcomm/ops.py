@@ -1,20 +1,18 @@
-"""`flashcomm.all_reduce`, its two halves, and the sum with what follows it in a layer (`all_reduce_add_rms_norm`) for
-people, `torch.ops.flashcomm.*` for compiled graphs and engines.
+"""Functional collectives: `flashcomm.all_reduce` and its kin for people, `torch.ops.flashcomm.*` for graphs and engines.
 
-All run a Communicator out of a table, made at the first call with its group and format (that call is collective and
-compares settings). The ops name it by one string, "group" or "format@group": the c10d name of a registered process
-group and the wire format, without which FLASHCOMM_FORMAT or the default decides.
+All run a Communicator that is made at the first call with its group and format; that call is collective and compares
+settings. The ops name it by one string, "group" or "format@group": the c10d name of a registered process group and the
+wire format, without which FLASHCOMM_FORMAT or the default decides.
 
-    torch.ops.flashcomm.all_reduce(Tensor x, str group) -> Tensor                  x's shape
-    torch.ops.flashcomm.reduce_scatter(Tensor x, str group, int world) -> Tensor   (world * n, ...) to (n, ...)
-    torch.ops.flashcomm.all_gather(Tensor x, str group, int world) -> Tensor       (n, ...) to (world * n, ...)
+    torch.ops.flashcomm.all_reduce(Tensor x, str group) -> Tensor
+    torch.ops.flashcomm.reduce_scatter(Tensor x, str group, int world_size) -> Tensor  (world_size * n, ...) to (n, ...)
+    torch.ops.flashcomm.all_gather(Tensor x, str group, int world_size) -> Tensor      (n, ...) to (world_size * n, ...)
     torch.ops.flashcomm.all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group)
-        -> (Tensor, Tensor)                                                        x's shape, both
+        -> (Tensor, Tensor)
 
-An engine's seam can `serve` names of its own, for sums of which it knows more than the group.
-
-All are functional: new contiguous tensors, x untouched. `world` is the size of the group, from which the shape of the
-result follows while a graph is traced, without a group at hand.
+All are functional: new contiguous tensors, x untouched. `world_size` is the size of the group, from which the result's
+shape follows while a graph is traced, without a group at hand. An engine's integration can `override` names of its own
+for sums of which it knows more than the group.
 """
 
 from __future__ import annotations
@@ -30,53 +28,46 @@ from flashcomm.communicator import Communicator
 from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
-_table: dict[tuple[str, str | None], Communicator] = {}
-_served: dict[str, Callable[[Tensor], Tensor]] = {}
+_communicators: dict[tuple[str, str | None], Communicator] = {}
+_overrides: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of x over the ranks of group (None: the default group), as a new tensor; see `Communicator.all_reduce`.
+    """The sum of x over the ranks of a group, as a new tensor; see `Communicator.all_reduce`.
 
-    format: a wire format such as "int4"; None leaves it to FLASHCOMM_FORMAT or the default. Works under
-    `torch.compile(fullgraph=True, dynamic=True)`. Raises as `Communicator` and `Communicator.all_reduce` do.
+    Works under `torch.compile(fullgraph=True, dynamic=True)`.
+
+    Args:
+        x: bf16, fp16 or fp32.
+        format: A wire format such as "int4". None leaves it to FLASHCOMM_FORMAT or the default.
+        group: None is the default group.
+
+    Raises:
+        FlashcommError: As `Communicator` and `Communicator.all_reduce`.
     """
-    return call("all_reduce", x, op_name(format, group), 0)
+    return all_reduce_by_name(x, op_name(format, group))
 
 
 def reduce_scatter(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """This rank's slice, along dimension 0, of the sum of x (world * n, ...); see `Communicator.reduce_scatter`.
+    """This rank's shard, along dimension 0, of the sum of x; see `Communicator.reduce_scatter`.
 
-    Coded whatever its size, as the format's first step. Compiles and raises as `all_reduce` does.
+    Args:
+        x: (world_size * n, ...). It is quantized whatever its size, as the format's reduce step.
+        format: As in `all_reduce`.
+        group: As in `all_reduce`.
     """
-    return call("reduce_scatter", x, op_name(format, group), _size(group))
+    return reduce_scatter_by_name(x, op_name(format, group), _size(group))
 
 
 def all_gather(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Every rank's x (n, ...), one after the other along dimension 0; see `Communicator.all_gather`.
+    """Every rank's x, one after the other along dimension 0; see `Communicator.all_gather`.
 
-    Coded whatever its size, as the format's second step. Compiles and raises as `all_reduce` does.
+    Args:
+        x: (n, ...). It is quantized whatever its size, as the format's gather step.
+        format: As in `all_reduce`.
+        group: As in `all_reduce`.
     """
-    return call("all_gather", x, op_name(format, group), _size(group))
-
-
-def call(kind: str, x: Tensor, name: str, world_size: int) -> Tensor:
-    """The collective `kind` of x in the Communicator of that `op_name`: plainly, or as an op where x is being traced.
-
-    For seams, which make the name once. world: of the group; not used by "all_reduce".
-    """
-    if torch.compiler.is_compiling():
-        op = getattr(torch.ops.flashcomm, kind)
-        return op(x, name) if kind == "all_reduce" else op(x, name, world_size)  # type: ignore[no-any-return]
-    return getattr(_kept(name, x), kind)(x)  # type: ignore[no-any-return]
-
-
-def communicators() -> list[Communicator]:
-    """The open Communicators of this module's table: `calls` and `sent` say what they did."""
-    return [kept for kept in _table.values() if not kept.closed]
-
-
-def _size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size() if group is None else group.size()
+    return all_gather_by_name(x, op_name(format, group), _size(group))
 
 
 def all_reduce_add_rms_norm(
@@ -87,19 +78,50 @@ def all_reduce_add_rms_norm(
     format: str | WireFormat | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm of `all_reduce(x, format, group)` + residual, and that sum, the new residual: two new tensors.
+    """The RMS norm of `all_reduce(x)` + residual, and that sum; see `Communicator.all_reduce_add_rms_norm`.
 
-    x, residual: (..., hidden); weight: (hidden,); see `Communicator.all_reduce_add_rms_norm`. Compiles and raises as
-    `all_reduce` does.
+    Args:
+        x: (..., hidden).
+        residual: Like x.
+        weight: (hidden,).
+        eps: Added to the mean square.
+        format: As in `all_reduce`.
+        group: As in `all_reduce`.
     """
+    name = op_name(format, group)
     if torch.compiler.is_compiling():
-        op = torch.ops.flashcomm.all_reduce_add_rms_norm
-        return op(x, residual, weight, eps, op_name(format, group))  # type: ignore[no-any-return]
-    return _kept(op_name(format, group), x).all_reduce_add_rms_norm(x, residual, weight, eps)
+        return torch.ops.flashcomm.all_reduce_add_rms_norm(x, residual, weight, eps, name)  # type: ignore[no-any-return]
+    return _communicator_for(name, x).all_reduce_add_rms_norm(x, residual, weight, eps)
+
+
+def all_reduce_by_name(x: Tensor, name: str) -> Tensor:
+    """`all_reduce` in the Communicator of an `op_name`, which integrations make once; an op where x is traced."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flashcomm.all_reduce(x, name)  # type: ignore[no-any-return]
+    return _communicator_for(name, x).all_reduce(x)
+
+
+def reduce_scatter_by_name(x: Tensor, name: str, world_size: int) -> Tensor:
+    """`reduce_scatter` as `all_reduce_by_name` does it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flashcomm.reduce_scatter(x, name, world_size)  # type: ignore[no-any-return]
+    return _communicator_for(name, x).reduce_scatter(x)
+
+
+def all_gather_by_name(x: Tensor, name: str, world_size: int) -> Tensor:
+    """`all_gather` as `all_reduce_by_name` does it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.flashcomm.all_gather(x, name, world_size)  # type: ignore[no-any-return]
+    return _communicator_for(name, x).all_gather(x)
+
+
+def communicators() -> list[Communicator]:
+    """The open Communicators behind these functions: `calls` and `sent` say what they did."""
+    return [comm for comm in _communicators.values() if not comm.closed]
 
 
 def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> str:
-    """The second argument of the ops for this format and group."""
+    """The string by which the ops know a format and a group."""
     if group is None:
         if not dist.is_initialized():
             raise SettingsError("no process group: call torch.distributed.init_process_group first, or pass group=")
@@ -111,106 +133,100 @@ def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | N
     return f"{text}@{group.group_name}"
 
 
-def serve(name: str, reduce: Callable[[Tensor], Tensor]) -> None:
-    """Make `torch.ops.flashcomm.all_reduce(x, name)` return reduce(x), in place of whatever was served by that name.
+def override(name: str, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Make `torch.ops.flashcomm.all_reduce(x, name)` return reduce(x), in place of any earlier override of that name.
 
-    reduce: returns a new contiguous tensor of x's shape and dtype, and leaves x as it is.
+    Args:
+        name: Any string; only the op looks it up.
+        reduce: Returns a new contiguous tensor of x's shape and dtype, and leaves x as it is.
     """
-    _served[name] = reduce
+    _overrides[name] = reduce
 
 
-def _kept(name: str, x: Tensor) -> Communicator:
+def _size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size() if group is None else group.size()
+
+
+def _communicator_for(name: str, x: Tensor) -> Communicator:
     """The Communicator of that name for x's device, made now if there is none for the group as it is now."""
     text, at, group_name = name.rpartition("@")
     try:
         group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     except RuntimeError as why:
         raise SettingsError(f"no process group named {group_name!r}: use flashcomm.ops.op_name(format, group)") from why
-    where = x.device.type if isinstance(x, Tensor) and x.device.type in ("cpu", "cuda") else None
-    kept = _table.get((name, where))
-    if kept is None or kept.group is not group or kept.closed:  # a group made anew may carry an old name
+    device = x.device.type if isinstance(x, Tensor) and x.device.type in ("cpu", "cuda") else None
+    comm = _communicators.get((name, device))
+    if comm is None or comm.group is not group or comm.closed:  # a new group may carry an old name
         _forget_destroyed_groups()
-        kept = _table[name, where] = Communicator(group, text if at else None, device=where)
-    return kept
+        comm = _communicators[name, device] = Communicator(group, text if at else None, device=device)
+    return comm
 
 
 def _forget_destroyed_groups() -> None:
-    """Let go of Communicators whose group is no longer registered under its name."""
-    for key, kept in list(_table.items()):
+    """Close Communicators whose group is no longer registered under its name."""
+    for key, comm in list(_communicators.items()):
         try:
-            alive = _resolve_process_group(key[0].rpartition("@")[2]) is kept.group  # type: ignore[arg-type]
+            alive = _resolve_process_group(key[0].rpartition("@")[2]) is comm.group  # type: ignore[arg-type]
         except RuntimeError:
             alive = False
         if not alive:
-            kept.close()
-            del _table[key]
-
-
-_library = torch.library.Library("flashcomm", "DEF")  # type: ignore[no-untyped-call]
-_library.define("all_reduce(Tensor x, str group) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("reduce_scatter(Tensor x, str group, int world) -> Tensor")  # type: ignore[no-untyped-call]
-_library.define("all_gather(Tensor x, str group, int world) -> Tensor")  # type: ignore[no-untyped-call]
+            comm.close()
+            del _communicators[key]
 
 
 def _run_all_reduce(x: Tensor, group: str) -> Tensor:
-    served = _served.get(group)
-    return _kept(group, x).all_reduce(x) if served is None else served(x)
+    override = _overrides.get(group)
+    return _communicator_for(group, x).all_reduce(x) if override is None else override(x)
 
 
 def _run_reduce_scatter(x: Tensor, group: str, world_size: int) -> Tensor:
-    return _of_size(_kept(group, x), group, world_size).reduce_scatter(x)
+    return _of_size(_communicator_for(group, x), group, world_size).reduce_scatter(x)
 
 
 def _run_all_gather(x: Tensor, group: str, world_size: int) -> Tensor:
-    return _of_size(_kept(group, x), group, world_size).all_gather(x)
+    return _of_size(_communicator_for(group, x), group, world_size).all_gather(x)
+
+
+def _run_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return _communicator_for(group, x).all_reduce_add_rms_norm(x, residual, weight, eps)
 
 
 def _of_size(comm: Communicator, group: str, world_size: int) -> Communicator:
     if comm.world_size != world_size:  # the result would not have the shape that the graph was traced with
+        ranks = comm.world_size
         raise SettingsError(
-            f"world_size={world_size} was given for group {group!r}, which has {comm.world_size} ranks: give that"
+            f"world_size={world_size} was given for group {group!r}, which has {ranks} ranks: give that"
         )
     return comm
 
 
-for _kind, _run in (
-    ("all_reduce", _run_all_reduce),
-    ("reduce_scatter", _run_reduce_scatter),
-    ("all_gather", _run_all_gather),
-):
-    _library.impl(_kind, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-@torch.library.register_fake("flashcomm::all_reduce", lib=_library)  # type: ignore[untyped-decorator]
 def _fake_all_reduce(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("flashcomm::reduce_scatter", lib=_library)  # type: ignore[untyped-decorator]
 def _fake_reduce_scatter(x: Tensor, group: str, world_size: int) -> Tensor:
     return x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
 
 
-@torch.library.register_fake("flashcomm::all_gather", lib=_library)  # type: ignore[untyped-decorator]
 def _fake_all_gather(x: Tensor, group: str, world_size: int) -> Tensor:
     return x.new_empty((x.shape[0] * world_size, *x.shape[1:]))
 
 
-_library.define(  # type: ignore[no-untyped-call]
-    "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group) -> (Tensor, Tensor)"
-)
+def _fake_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
+    return _fake_all_reduce(x, group), _fake_all_reduce(x, group)
 
 
-def _run_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
-    return _kept(group, x).all_reduce_add_rms_norm(x, residual, weight, eps)
-
-
-_library.impl("all_reduce_add_rms_norm", _run_norm, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-@torch.library.register_fake("flashcomm::all_reduce_add_rms_norm", lib=_library)  # type: ignore[untyped-decorator]
-def _fake_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    )
+_library = torch.library.Library("flashcomm", "DEF")  # type: ignore[no-untyped-call]
+for _signature, _run, _fake in (
+    ("all_reduce(Tensor x, str group) -> Tensor", _run_all_reduce, _fake_all_reduce),
+    ("reduce_scatter(Tensor x, str group, int world_size) -> Tensor", _run_reduce_scatter, _fake_reduce_scatter),
+    ("all_gather(Tensor x, str group, int world_size) -> Tensor", _run_all_gather, _fake_all_gather),
+    (
+        "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group) -> (Tensor, Tensor)",
+        _run_add_rms_norm,
+        _fake_add_rms_norm,
+    ),
+):
+    _name = _library.define(_signature)  # type: ignore[no-untyped-call]
+    _library.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"flashcomm::{_name}", _fake, lib=_library)

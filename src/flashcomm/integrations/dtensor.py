@@ -46,13 +46,13 @@ class Link:
         return cls(ops.op_name(format, group), group.size(), mesh.get_local_rank())
 
     def all_reduce(self, partial: Tensor) -> Tensor:
-        return ops.call("all_reduce", partial, self.name, self.world_size)
+        return ops.all_reduce_by_name(partial, self.name)
 
     def reduce_scatter(self, partial: Tensor, dim: int) -> Tensor:
         """This rank's part along dim of the sum; parts are those of torch.chunk, so that the last may be smaller."""
         rows = partial.movedim(dim, 0)
         share = -(-rows.shape[0] // self.world_size)
-        part = ops.call("reduce_scatter", _padded(rows, share * self.world_size), self.name, self.world_size)
+        part = ops.reduce_scatter_by_name(_padded(rows, share * self.world_size), self.name, self.world_size)
         mine = max(0, min(share, rows.shape[0] - self.rank * share))
         return part[:mine].movedim(0, dim).contiguous()
 
@@ -60,7 +60,7 @@ class Link:
         """The whole of the tensor, `length` long along dim, of which this rank has the part that torch.chunk gives."""
         share = -(-length // self.world_size)
         rows = _padded(part.movedim(dim, 0), share)
-        return ops.call("all_gather", rows, self.name, self.world_size)[:length].movedim(0, dim).contiguous()
+        return ops.all_gather_by_name(rows, self.name, self.world_size)[:length].movedim(0, dim).contiguous()
 
 
 class FlashRowwiseParallel(RowwiseParallel):

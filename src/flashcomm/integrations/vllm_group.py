@@ -148,7 +148,7 @@ class Reducer:
     def serve(self, layer: str) -> str:
         """The name under which `torch.ops.flashcomm.all_reduce` sums what this layer gives."""
         name = f"vllm/{self.name}/{layer}"
-        ops.serve(name, lambda x: self(x, layer))
+        ops.override(name, lambda x: self(x, layer))
         self.layers.append(layer)
         return name
 
