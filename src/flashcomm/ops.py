@@ -1,4 +1,4 @@
-"""Functional collectives: `flashcomm.all_reduce` and its kin for people, `torch.ops.flashcomm.*` for graphs and engines.
+"""Functional collectives: `flashcomm.all_reduce` and its kin for people, `torch.ops.flashcomm.*` for compiled graphs.
 
 All run a Communicator that is made at the first call with its group and format; that call is collective and compares
 settings. The ops name it by one string, "group" or "format@group": the c10d name of a registered process group and the

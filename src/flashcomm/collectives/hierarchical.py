@@ -1,14 +1,14 @@
-"""All-reduce over nodes: less crosses the slow link between hosts, or NUMA nodes.
+"""Hierarchical all-reduce: fewer bytes cross the slow link between hosts, or between NUMA nodes.
 
-Nodes have equally many, consecutive ranks. In one of L the message is reduce-scattered, each rank exchanges the sum of
-its shard with the ranks that have that shard in the other nodes, and the whole sum is gathered within the node:
+Nodes consist of equally many consecutive ranks. The message is reduce-scattered within each node of L ranks. Each rank
+exchanges the sum of its shard with the ranks that own that shard in the other nodes. The sum is gathered within nodes:
 
     stage 0                stage 1                                   stage 2                            stage 3
     encode, all-to-all ~   decode_sum, encode, all-gather across ~   decode_sum, encode, all-gather ~   decode shards
-    ~ in flight until the next stage of that chunk; buffers as in `composed`: each is free one stage after it is full
+    ~ in flight until the next stage of that chunk; buffers as in `pipelined`: each is free one stage after it is full
 
-To other nodes, of which there are N-1, a rank sends (N-1)/L of the message, once; in two-shot (N-1)/N of it, twice. The
-price is a third rounding, of nodes' sums (`reference.hierarchical`).
+With N nodes, a rank sends (N-1)/L of the message to other nodes, once; in two-shot (N-1)/N of it, twice. The price is
+a third rounding, of the nodes' sums (`reference.hierarchical`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flashcomm.wire.format import Layout, bounds
 
 
 def hierarchical(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """All-reduce x into out (same shape and dtype; out may be x) over the context's nodes. Both contiguous."""
+    """All-reduce x into out (same shape and dtype; out may be x) over the context's nodes."""
     assert ctx.nodes is not None
     inner, across = ctx.nodes
     reduce_layout, gather_layout = ctx.layout(ctx.fmt.reduce, x), ctx.layout(ctx.fmt.gather, x)
@@ -33,30 +33,30 @@ def hierarchical(x: Tensor, out: Tensor, ctx: Context) -> None:
     chunks = ctx.chunks(x, ctx.fmt.unit)
     shards = [bounds(start, stop, reduce_layout.row, ctx.fmt.unit, inner.world_size) for start, stop in chunks]
     flat_x, flat_out, within = x.view(-1), out.view(-1), replace(ctx, transport=inner)
-    flying: dict[int, tuple[Pending, Tensor]] = {}  # of a chunk only the last exchange
+    in_flight: dict[int, tuple[Pending, Tensor]] = {}  # the last exchange of each chunk
 
     def arrived(c: int) -> Tensor:
-        pending, wires = flying.pop(c)
+        pending, wires = in_flight.pop(c)
         pending.wait()
         return wires
 
     def scatter(c: int) -> None:
-        pieces = [(i, *span) for i, span in enumerate(pairwise(shards[c]))]
+        mine = [(i, *span) for i, span in enumerate(pairwise(shards[c]))]
         what = "hierarchical reduce within nodes"
-        flying[c] = scatter_shards(within, reduce_layout, flat_x, pieces, (c, len(chunks)), what)
+        in_flight[c] = scatter_shards(within, reduce_layout, flat_x, mine, (c, len(chunks)), what)
 
-    def pass_on(c: int, via: Transport, received: Layout, again: Layout, name: str) -> None:
-        """Sum what arrived of this rank's shard, decoded as `received`, and send it on, coded as `again`."""
+    def pass_on(c: int, via: Transport, received: Layout, sent: Layout, name: str) -> None:
+        """Sum what arrived of this rank's shard, decoded as `received`, and send it on, encoded as `sent`."""
         start, stop = shards[c][inner.rank : inner.rank + 2]
-        dtype = x.dtype if again.step.uncompressed else torch.float32
+        dtype = x.dtype if sent.step.uncompressed else torch.float32
         total = ctx.workspace.take("sum", 0, (stop - start) * dtype.itemsize).view(dtype)
-        size, wires = max(again.nbytes(*span) for span in pairwise(shards[c])), arrived(c)
-        everybodys = ctx.workspace.take(name, c, via.world_size * size).view(via.world_size, size)
+        size, wires = max(sent.nbytes(*span) for span in pairwise(shards[c])), arrived(c)
+        gathering = ctx.workspace.take(name, c, via.world_size * size).view(via.world_size, size)
         if stop > start:
             ctx.codec.decode_sum(wires, received, start, stop, total, x.dtype)
-            ctx.codec.encode(total, again, start, stop, everybodys[via.rank])
+            ctx.codec.encode(total, sent, start, stop, gathering[via.rank])
         what = f"hierarchical {name}, chunk {c + 1}/{len(chunks)}"
-        flying[c] = via.all_gather(everybodys, everybodys[via.rank], what, overlap=len(chunks) > 1), everybodys
+        in_flight[c] = via.all_gather(gathering, gathering[via.rank], what, overlap=len(chunks) > 1), gathering
 
     def cross(c: int) -> None:
         pass_on(c, across, part_layout, across_layout, "exchange across nodes")

@@ -1,7 +1,7 @@
-"""Collectives composed of a codec and two byte verbs: quantize, exchange, dequantize and reduce.
+"""Collectives made of a codec and two exchanges of bytes, pipelined over chunks of the message.
 
-A message is cut into chunks, and stages of neighboring chunks run side by side: while chunk c is on the wire, chunk
-c+1 is quantized and chunk c-1 reduced. Every function returns when all is done (on GPUs: enqueued).
+Stages of neighboring chunks run side by side: while chunk c is on the wire, chunk c+1 is quantized and chunk c-1
+reduced. Every function returns when all is done (on GPUs: enqueued). Input and output are contiguous.
 
                   stage 0                 stage 1                                     stage 2
     one_shot      encode, all-gather ~    decode_sum
@@ -9,11 +9,10 @@ c+1 is quantized and chunk c-1 reduced. Every function returns when all is done 
     ~ in flight until the next stage of that chunk
 
     buffer      written by             read by             free when
-    send[c%3]   encode                 the exchange of c   that exchange was waited for, one stage later
-    recv[c%3]   encode (the own row,   decode_sum of c     that decode returned (on GPUs: is enqueued on the same
-                of a gather), the                          stream)
-                exchange of c
-    so three slots are enough: stage s of chunk c and stage s' of chunk c' run at the same time only if |c - c'| <= 2.
+    send[c%3]   encode                 the exchange of c   that exchange has ended, one stage later
+    recv[c%3]   the exchange of c, in  decode_sum of c     that decode has returned (on GPUs: is enqueued on the
+                a gather also encode                       same stream)
+    Three slots are enough: stage s of chunk c and stage s' of chunk c' run at the same time only if |c - c'| <= 2.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SLOTS = 3
 
 @dataclass
 class Workspace:
-    """Wire buffers, kept between calls and grown when a call needs more; all sizes in bytes."""
+    """Wire buffers, kept between calls and grown when a call needs more. All sizes are in bytes."""
 
     device: torch.device
     _kept: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -58,7 +57,7 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Two verbs over rows of bytes, see `transports.process_group` and `transports.staging`."""
+    """Exchanges of rows of bytes, see `transports.process_group` and `transports.staging`."""
 
     rank: int
     world_size: int
@@ -70,14 +69,17 @@ class Transport(Protocol):
 
 @dataclass
 class Context:
-    """What every composed collective needs: how to code, how to send, where to put bytes, how large a chunk is."""
+    """What these collectives share: format, codec, transport, buffers and chunk size.
+
+    nodes: For `hierarchical`, the transports among the ranks of this node and among those of its place in each node.
+    """
 
     fmt: WireFormat
     codec: ModuleType
     transport: Transport
     workspace: Workspace
     chunk_bytes: int
-    nodes: tuple[Transport, Transport] | None = None  # for `hierarchical`: its node; those of its place in each
+    nodes: tuple[Transport, Transport] | None = None
 
     @property
     def world_size(self) -> int:
@@ -87,14 +89,14 @@ class Context:
         return Layout(step, message.shape[-1] if message.dim() else 1, message.element_size())
 
     def chunks(self, message: Tensor, unit: int) -> list[tuple[int, int]]:
-        """Spans of about `chunk_bytes` that together are the message, cut on multiples of `unit` in their row."""
+        """Bounds of chunks of about `chunk_bytes`, cut on multiples of `unit` in their row."""
         count = max(1, message.numel() * message.element_size() // self.chunk_bytes)
         ends = bounds(0, message.numel(), message.shape[-1] if message.dim() else 1, unit, count)
         return [(a, b) for a, b in pairwise(ends) if a < b]
 
 
 def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """All-reduce x into out (same shape and dtype; out may be x): everybody sends all to all. Both contiguous."""
+    """All-reduce x into out (same shape and dtype; out may be x): every rank sends its message to every other."""
     layout, world_size = ctx.layout(ctx.fmt.reduce, x), ctx.world_size
     chunks = ctx.chunks(x, ctx.fmt.unit)
     flat_x, flat_out = x.view(-1), out.view(-1)
@@ -119,9 +121,9 @@ def one_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
 
 
 def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """All-reduce x into out (same shape and dtype; out may be x): reduce-scatter, then all-gather. Both contiguous.
+    """All-reduce x into out (same shape and dtype; out may be x): reduce-scatter, then all-gather.
 
-    The owner of a shard, too, takes its result from the wire bytes, so that all ranks hold the same bits.
+    The owner of a shard decodes it from its own wire bytes, so that all ranks hold the same bits.
     """
     reduce_layout, gather_layout = ctx.layout(ctx.fmt.reduce, x), ctx.layout(ctx.fmt.gather, x)
     sum_layout, resend_layout = (ctx.layout(step, x) for step in ctx.fmt.between_steps)
@@ -134,8 +136,8 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
     sum_dtype = x.dtype if ctx.fmt.gather.uncompressed else torch.float32
 
     def scatter(c: int) -> None:
-        pieces = [(i, shards[c][i], shards[c][i + 1]) for i in range(world_size)]
-        scattered[c] = scatter_shards(ctx, reduce_layout, flat_x, pieces, (c, len(chunks)), "two-shot reduce")
+        mine = [(i, shards[c][i], shards[c][i + 1]) for i in range(world_size)]
+        scattered[c] = scatter_shards(ctx, reduce_layout, flat_x, mine, (c, len(chunks)), "two-shot reduce")
 
     def reduce(c: int) -> None:
         start, stop = shards[c][rank : rank + 2]
@@ -143,13 +145,13 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
         pending.wait()
         total = ctx.workspace.take("sum", 0, (stop - start) * sum_dtype.itemsize).view(sum_dtype)
         size = max(gather_layout.nbytes(a, b) for a, b in pairwise(shards[c]))
-        everybodys = ctx.workspace.take("gather-recv", c, world_size * size).view(world_size, size)
-        wire = everybodys[rank]
+        gathering = ctx.workspace.take("gather-recv", c, world_size * size).view(world_size, size)
+        wire = gathering[rank]
         if stop > start:
             ctx.codec.decode_sum(wires, sum_layout, start, stop, total, x.dtype)
             ctx.codec.encode(total, resend_layout, start, stop, wire)
         what = f"two-shot gather, chunk {c + 1}/{len(chunks)}"
-        gathered[c] = ctx.transport.all_gather(everybodys, wire, what, overlap=len(chunks) > 1), everybodys
+        gathered[c] = ctx.transport.all_gather(gathering, wire, what, overlap=len(chunks) > 1), gathering
 
     def finish(c: int) -> None:
         pending, wires = gathered.pop(c)
@@ -163,15 +165,15 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
 
 
 def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """Sum x over ranks; rank j's out is slice j of dimension 0 (world equal slices). Both contiguous."""
+    """Sum x over ranks; rank j's out is shard j of dimension 0."""
     layout, n = ctx.layout(ctx.fmt.reduce, out), out.numel()
     chunks = ctx.chunks(out, ctx.fmt.unit)
     flat_x, flat_out = x.view(-1), out.view(-1)
     scattered: dict[int, tuple[Pending, Tensor]] = {}
 
     def scatter(c: int) -> None:
-        pieces = [(i, *chunks[c]) for i in range(ctx.world_size)]
-        scattered[c] = scatter_shards(ctx, layout, flat_x, pieces, (c, len(chunks)), "reduce-scatter", n)
+        shards = [(i, *chunks[c]) for i in range(ctx.world_size)]
+        scattered[c] = scatter_shards(ctx, layout, flat_x, shards, (c, len(chunks)), "reduce-scatter", n)
 
     def reduce(c: int) -> None:
         start, stop = chunks[c]
@@ -183,7 +185,7 @@ def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
 
 
 def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """out is every rank's x, one after the other along dimension 0, all of them decoded from the wire. Contiguous."""
+    """Every rank's x, one after the other along dimension 0 of out, all of them decoded from wire bytes."""
     layout, n, world_size = ctx.layout(ctx.fmt.gather, x), x.numel(), ctx.world_size
     chunks = ctx.chunks(x, ctx.fmt.unit)
     flat_x, flat_out = x.view(-1), out.view(-1)
@@ -213,19 +215,29 @@ def scatter_shards(
     ctx: Context,
     layout: Layout,
     values: Tensor,
-    pieces: list[tuple[int, int, int]],
+    shards: list[tuple[int, int, int]],
     chunk: tuple[int, int],
     what: str,
     stride: int = 0,
 ) -> tuple[Pending, Tensor]:
-    """Encode per rank i its piece (i, start, stop) of values, shifted by i*stride, and start the all-to-all.
+    """Encode each rank's shard of a chunk and start the all-to-all.
 
-    chunk: (its number, how many there are).
+    Args:
+        ctx: Format, codec, transport and buffers.
+        layout: How to encode.
+        values: The message, flat.
+        shards: (rank, start, stop), the bounds shifted by rank * stride.
+        chunk: Its number, and how many there are.
+        what: The phase, for errors.
+        stride: Values between the shards of neighboring ranks where bounds are those within a shard.
+
+    Returns:
+        The exchange in flight, and its buffer, uint8 (world_size, n).
     """
     slot, n_chunks = chunk
-    size = max(layout.nbytes(start, stop) for _, start, stop in pieces)
+    size = max(layout.nbytes(start, stop) for _, start, stop in shards)
     wires = ctx.workspace.take("send", slot, ctx.world_size * size).view(ctx.world_size, size)
-    for i, start, stop in pieces:
+    for i, start, stop in shards:
         if stop > start:
             ctx.codec.encode(values[i * stride + start : i * stride + stop], layout, start, stop, wires[i])
     received = ctx.workspace.take("recv", slot, ctx.world_size * size).view(ctx.world_size, size)

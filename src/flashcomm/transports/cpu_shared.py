@@ -1,7 +1,6 @@
-"""Memory of CPU processes, shared by the ranks of one host: what `symmetric` is for GPUs, for Triton's interpreter.
+"""A test double of `symmetric` on CPUs: memory shared by the processes of one host, for Triton's interpreter.
 
-The fused kernels run on it as they are, flags and all, with TRITON_INTERPRET=1: a test double, public so that a change
-to a kernel can be tried on any machine.
+The GPU kernels run on it unchanged, flags included, with TRITON_INTERPRET=1, so that they can be tested on any machine.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NAME = "cpu_shared"
 
 
 def host_name() -> str:
-    """What ranks compare to know that they are on one host: its name and this boot of it."""
+    """What tells whether ranks are on one host: its name and the id of its last boot."""
     try:
         return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     except OSError:
@@ -32,7 +31,7 @@ def host_name() -> str:
 
 
 def probe(device: torch.device) -> dict[str, Any]:
-    """What this rank has to say on whether shared memory can be used; `why_not` compares them."""
+    """What this rank knows about whether memory can be shared; `why_not` compares all ranks'."""
     why = ""
     if device.type != "cpu":
         why = "the tensors are not on the CPU"
@@ -41,22 +40,27 @@ def probe(device: torch.device) -> dict[str, Any]:
     return {"host": host_name(), "why": why}
 
 
-def why_not(everybody: Sequence[dict[str, Any]]) -> str:
-    """Why ranks of these facts cannot share memory, or ""."""
-    for rank, mine in enumerate(everybody):
+def why_not(probes: Sequence[dict[str, Any]]) -> str:
+    """Why ranks with these probes cannot share memory, or ""."""
+    for rank, mine in enumerate(probes):
         if mine["why"]:
             return f"rank {rank}: {mine['why']}"
-        if mine["host"] != everybody[0]["host"]:
+        if mine["host"] != probes[0]["host"]:
             return f"rank {rank} is on another host than rank 0"
     return ""
 
 
 class SharedRegion:
-    """`n_bytes` of zeroed memory, and `extra`, that, once all ranks have called `join`, every rank reads and writes.
+    """Zeroed memory that every rank can read and write, once all ranks have called `join`.
 
-    peers: int64 (world,), the addresses of everybody's region in this process; mappings: the same as numbers. The
-    memory has no name in the file system: nothing is left behind however the processes end. Raises UnavailableError
-    where there is too little.
+    It has no name in the file system: nothing is left behind however the processes end.
+
+    Attributes:
+        peers: int64 (world_size,), the addresses of all regions in this process.
+        mappings: The same as numbers.
+
+    Raises:
+        UnavailableError: There is too little memory.
     """
 
     mapped = False
@@ -76,7 +80,7 @@ class SharedRegion:
         self.status = torch.zeros(5, dtype=torch.int32)
 
     def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
-        """Map the regions at everybody's `place`. They may be used once every rank is known to have returned."""
+        """Map the regions at all ranks' `place`. They may be used once every rank is known to have returned."""
         self.rank, self.world_size = group.rank(), group.size()
         try:
             files = [os.open(place, os.O_RDWR) for place in places]

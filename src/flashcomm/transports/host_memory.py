@@ -1,7 +1,7 @@
 """Pinned host memory, shared by the ranks of one host: for GPUs that cannot access each other's memory.
 
-A region per rank, which the others' kernels write and its own read over PCIe; what a rank keeps for itself stays in GPU
-memory. It has no name in the file system, so nothing is left behind however the processes end.
+Each rank has a region that the kernels of the others write to and its own read, over PCIe. What a rank keeps for itself
+stays in GPU memory. Regions have no name in the file system: nothing is left behind however the processes end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
 def probe(device: torch.device) -> dict[str, Any]:
-    """What this rank has to say on whether host memory can be shared; `why_not` compares them."""
+    """What this rank knows about whether host memory can be shared; `why_not` compares all ranks'."""
     why = ""
     if device.type != "cuda":
         why = "the tensors are not on GPUs"
@@ -39,12 +39,15 @@ why_not = cpu_shared.why_not
 
 
 class HostRegion(cpu_shared.SharedRegion):
-    """`n_bytes` of zeroed host memory that, once all ranks have called `join`, the others' kernels write; and `extra`
-    for `staging`.
+    """Zeroed host memory that the kernels of all ranks can write to, once all ranks have called `join`.
 
-    peers: int64 (world,), on the GPU: where this rank writes for each rank, its own GPU memory for itself. own: where
-    the others write for this one. status: pinned memory in which kernels report. Raises UnavailableError where memory
-    is short or cannot be pinned.
+    Attributes:
+        peers: int64 (world_size,), on the GPU: where this rank writes for each rank, its own GPU memory for itself.
+        own: Where the others write for this rank.
+        status: Pinned memory in which kernels report.
+
+    Raises:
+        UnavailableError: Memory is short or cannot be pinned.
     """
 
     mapped = True
@@ -60,7 +63,7 @@ class HostRegion(cpu_shared.SharedRegion):
             raise UnavailableError(f"{n_bytes} bytes of GPU memory: {str(why).splitlines()[0]}") from why
 
     def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
-        """Map and pin everybody's region. They may be used once every rank is known to have returned."""
+        """Map and pin all regions. They may be used once every rank is known to have returned."""
         super().join(group, places)
         for address in self.mappings:
             if code := self._pin(address):
@@ -92,17 +95,17 @@ class HostRegion(cpu_shared.SharedRegion):
 
 @contextmanager
 def _near(device: torch.device) -> Iterator[None]:
-    """Run on the CPUs next to a GPU inside a with block, so that memory taken there lies on their NUMA node."""
+    """Run on the CPUs near a GPU inside a with block, so that memory allocated there lies on their NUMA node."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, _cpus_next_to(device) & before or before)
+    os.sched_setaffinity(0, _cpus_near(device) & before or before)
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
 
 
-def _cpus_next_to(device: torch.device) -> set[int]:
-    """The CPUs that Linux lists as near to the GPU; none where it does not say."""
+def _cpus_near(device: torch.device) -> set[int]:
+    """The CPUs that Linux lists as near the GPU; none if it does not say."""
     try:
         spans = [part.split("-") for part in cpulist(device).split(",") if part]
         return {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
@@ -111,8 +114,7 @@ def _cpus_next_to(device: torch.device) -> set[int]:
 
 
 def cpulist(device: torch.device) -> str:
-    """The CPUs near to a GPU, as Linux lists them ("0-31,64-95"): what GPUs of one NUMA node have in common; "" where
-    it does not say."""
+    """The CPUs near a GPU as Linux lists them ("0-31,64-95"), the same for GPUs of one NUMA node; "" if unknown."""
     gpu: Any = torch.cuda.get_device_properties(device)
     name = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     try:

@@ -1,4 +1,7 @@
-"""Peers' GPU memory: a region per rank that kernels of every rank read and write, by torch's symmetric memory."""
+"""GPU memory of peers: a region per rank that kernels of every rank write to, made by torch's symmetric memory.
+
+Our kernels only write to the memory of peers; they read their own.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ NAME = "symmetric"
 
 
 def probe(device: torch.device) -> dict[str, Any]:
-    """What this rank has to say on whether peers' memory can be used; `why_not` compares them."""
+    """What this rank knows about whether its GPU can write to those of its peers; `why_not` compares all ranks'."""
     why = ""
     if device.type != "cuda":
         why = "the tensors are not on GPUs"
@@ -32,22 +35,26 @@ def probe(device: torch.device) -> dict[str, Any]:
     return {"host": cpu_shared.host_name(), "device": device.index, "blind": blind, "why": why}
 
 
-def why_not(everybody: Sequence[dict[str, Any]]) -> str:
-    """Why ranks of these facts cannot use each other's memory, or ""."""
-    if why := cpu_shared.why_not(everybody):  # that much is asked of any memory
+def why_not(probes: Sequence[dict[str, Any]]) -> str:
+    """Why ranks with these probes cannot write to each other's memory, or ""."""
+    if why := cpu_shared.why_not(probes):  # what any shared memory needs
         return why
-    for rank, mine in enumerate(everybody):
-        for other, theirs in enumerate(everybody):
+    for rank, mine in enumerate(probes):
+        for other, theirs in enumerate(probes):
             if theirs["device"] in mine["blind"]:
                 return f"GPU {mine['device']} (rank {rank}) has no peer access to GPU {theirs['device']} (rank {other})"
     return ""
 
 
 class SymmetricRegion:
-    """`n_bytes` of zeroed GPU memory that, once all ranks have called `join`, every rank's kernels read and write.
+    """Zeroed GPU memory that every rank's kernels can write to, once all ranks have called `join`.
 
-    peers: int64 (world,), on the GPU: the addresses of everybody's region as this GPU sees them. status: pinned memory
-    in which kernels report. Raises UnavailableError where memory is short or torch cannot map that of the peers.
+    Attributes:
+        peers: int64 (world_size,), on the GPU: the addresses of all regions as this GPU sees them.
+        status: Pinned memory in which kernels report.
+
+    Raises:
+        UnavailableError: Memory is short, or torch cannot map that of the peers.
     """
 
     mapped = False
@@ -66,7 +73,7 @@ class SymmetricRegion:
         """Map the peers' regions. Collective; they may be used once every rank is known to have returned."""
         self.rank, self.world_size = group.rank(), group.size()
         try:
-            torch.cuda.synchronize(self.device)  # the region is zero before anybody sees it
+            torch.cuda.synchronize(self.device)  # the region is zero before a peer sees it
             self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
             if getattr(self._handle, "offset", 0):
                 raise RuntimeError("torch gave memory inside a larger block, whose addresses ranks may not share")
