@@ -126,8 +126,8 @@ MUTATIONS = {
         "communicator.py", "result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out",
         "result = x if out is None else out", "test_ops.py::test_functional",
     ),
-    "the offset is not added back": (
-        "plan.py", "return (total * down + whole).to(dtype)", "return (total * down).to(dtype)",
+    "the channel mean is not added back": (
+        "plan.py", "return (total * inverse + mean).to(dtype)", "return (total * inverse).to(dtype)",
         "test_plan.py::test_conditioning_is_undone_after_the_sum",
     ),
     "decoding takes the layer's format": (
