@@ -178,8 +178,8 @@ class TestSensitivity:
         labels = torch.multinomial(logits.flatten(0, 1).detach().softmax(-1), 1, generator=generator)[:, 0]
         (-logits.flatten(0, 1).log_softmax(-1).gather(1, labels[:, None])).sum().backward()
         gradient, total = totals[0].grad, totals[0].detach()
-        reduced = sum(reference.coded_sum([p], step).view(total.shape) for p in parts) - sum(parts)
-        gathered = reference.coded_sum([total], step).view(total.shape) - total
+        reduced = sum(reference.quantized_sum([p], step).view(total.shape) for p in parts) - sum(parts)
+        gathered = reference.quantized_sum([total], step).view(total.shape) - total
         for which, error in (("reduce", reduced), ("gather", gathered)):
             want = 0.5 * (gradient * error).sum(-1).square().mean().item()
             assert costs.kl[name, which, step] == pytest.approx(want, rel=1e-3)

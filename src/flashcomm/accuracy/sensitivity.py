@@ -136,8 +136,8 @@ def _errors(plan: Plan, name: str, seen: _Seen, world_size: int, step: StepForma
     exact = sum(sent[1:], sent[0])
     dtype = exact.dtype
     back = plan.after_reduce(name, exact, world_size, dtype)
-    reduced = reference.coded_sum(sent, step, codec).view(exact.shape)
-    gathered = reference.coded_sum([exact], step, codec).view(exact.shape)
+    reduced = reference.quantized_sum(sent, step, codec).view(exact.shape)
+    gathered = reference.quantized_sum([exact], step, codec).view(exact.shape)
     return plan.after_reduce(name, reduced, world_size, dtype) - back, plan.after_reduce(
         name, gathered, world_size, dtype
     ) - back
