@@ -17,6 +17,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # What each part may import from flashcomm besides itself; the longest matching name counts.
 MAY_IMPORT = {
     "errors": set(),
+    "compat": set(),
     "wire": {"errors"},
     "cpu": {"wire"},
     "gpu": {"errors", "wire"},
@@ -27,7 +28,17 @@ MAY_IMPORT = {
     "collectives": {"errors", "wire", "gpu", "transports", "reference", "routing"},
     "routing": {"errors", "wire.format"},
     "settings": {"errors", "wire.format", "routing"},
-    "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "wire.torch_codec"},
+    "setup": {
+        "compat",
+        "errors",
+        "settings",
+        "routing",
+        "transports",
+        "collectives",
+        "codecs",
+        "gpu",
+        "wire.torch_codec",
+    },
     "communicator": {
         *(
             "errors",
@@ -42,9 +53,9 @@ MAY_IMPORT = {
             "add_rms_norm",
         ),
     },
-    "ops": {"errors", "wire.format", "communicator"},
+    "ops": {"compat", "errors", "wire.format", "communicator"},
     "plan": {"errors", "wire.format"},
-    "integrations": {"errors", "routing", "settings", "wire", "communicator", "ops", "plan", ""},
+    "integrations": {"compat", "errors", "routing", "settings", "wire", "communicator", "ops", "plan", ""},
     "ranks": {"errors"},
     "accuracy": {"errors", "routing", "reference", "codecs", "plan", "wire", "integrations", "ranks"},
     "bench": {

@@ -34,12 +34,12 @@ MUTATIONS = {
         "wire/torch_codec.py", "*smaller, inverse) <", "*smaller, inverse) >", "wire/test_golden.py::TestGoldenHadamard",
     ),
     "errors in the steps of each range": (
-        "wire/torch_codec.py", "scale[:, None] * (codes - zero[:, None])) * inverse[:, None]",
-        "scale[:, None] * (codes - zero[:, None])) / scale[:, None]",
+        "wire/torch_codec.py", "scale[:, None] * (codes - zero_point[:, None])) * inverse[:, None]",
+        "scale[:, None] * (codes - zero_point[:, None])) / scale[:, None]",
         "collectives/test_pipelined.py::test_the_reference_is_what_the_method_says",
     ),
     "a transform without its 1/n": (
-        "wire/torch_codec.py", "total = hadamard(total) * (1.0 / part.n)", "total = hadamard(total)",
+        "wire/torch_codec.py", "total = hadamard(total) * (1.0 / groups.n)", "total = hadamard(total)",
         "wire/test_golden.py::TestGoldenHadamard",
     ),
     "a transform of tails that have none": (
@@ -74,7 +74,7 @@ MUTATIONS = {
         "wire/test_codec.py::test_sums_run_in_rank_order_in_float32",
     ),
     "shift a scale by one group": (
-        "wire/torch_codec.py", "torch.int16)[part.groups], step)", "torch.int16).roll(1)[part.groups], step)",
+        "wire/torch_codec.py", "torch.int16)[groups.numbers], step)", "torch.int16).roll(1)[groups.numbers], step)",
         "wire/test_codec.py::test_error_is_within_the_bound_and_the_bound_is_tight",
     ),
     "a group that straddles rows": (
@@ -126,8 +126,8 @@ MUTATIONS = {
         "communicator.py", "result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out",
         "result = x if out is None else out", "test_ops.py::test_functional",
     ),
-    "the offset is not added back": (
-        "plan.py", "return (total * down + whole).to(dtype)", "return (total * down).to(dtype)",
+    "the channel mean is not added back": (
+        "plan.py", "return (total * inverse + mean).to(dtype)", "return (total * inverse).to(dtype)",
         "test_plan.py::test_conditioning_is_undone_after_the_sum",
     ),
     "decoding takes the layer's format": (

@@ -23,7 +23,7 @@ def text_of(vector: torch.Tensor) -> str:
 
 
 def test_json_there_and_back(tmp_path: Path) -> None:
-    """Written down by hand once: int8 shifts and little-endian bfloat16 offsets in base64."""
+    """JSON written by hand: "shift" is int8 exponents, "offset" little-endian bfloat16 means, both in base64."""
     vectors = LayerPlan(INT4, torch.tensor([1, -2, 0], dtype=torch.int8), torch.tensor([0.5, -1.0, 2.0]).bfloat16())
     plan = Plan(INT6, INT8, {"a.*": vectors, "*": LayerPlan(INT8)}, {"hidden_size": 3}, {"by": "hand"})
     plan.save(tmp_path / "plan.json")
@@ -38,11 +38,11 @@ def test_json_there_and_back(tmp_path: Path) -> None:
     again = Plan.of(str(tmp_path / "plan.json"))
     assert again.as_dict() == plan.as_dict()
     assert (again.format, again.decode) == (INT6, INT8)
-    part = again.layer("a.b")
-    assert part.shift is not None
-    assert part.offset is not None
-    assert part.shift.tolist() == [1, -2, 0]
-    assert part.offset.tolist() == [0.5, -1.0, 2.0]
+    layer = again.layer("a.b")
+    assert layer.scale_exponents is not None
+    assert layer.channel_mean is not None
+    assert layer.scale_exponents.tolist() == [1, -2, 0]
+    assert layer.channel_mean.tolist() == [0.5, -1.0, 2.0]
 
 
 def test_the_first_pattern_that_matches_counts() -> None:
@@ -55,34 +55,49 @@ def test_the_first_pattern_that_matches_counts() -> None:
 def test_a_format_is_a_plan_for_all_layers() -> None:
     plan = Plan.of("int4-had")
     x = torch.randn(2, 3, 64)
-    assert plan.send("anything", x, 4) is x
+    assert plan.before_reduce("anything", x, 4) is x
     assert plan.format_of("anything", x) == INT4
-    assert plan.receive("anything", x, 4, x.dtype) is x
+    assert plan.after_reduce("anything", x, 4, x.dtype) is x
     assert Plan.of(plan) is plan
     with pytest.raises(FormatError):
         Plan.of("int12")
 
 
 def test_conditioning_is_undone_after_the_sum() -> None:
-    """(x - offset / world) * 2^shift there, the inverse back: exact where the arithmetic is."""
-    shift, offset = torch.tensor([3, 0, -2, 7], dtype=torch.int8), torch.tensor([4.0, -8.0, 0.0, 16.0]).bfloat16()
-    plan = Plan(INT8, layers={"l": LayerPlan(INT4, shift, offset)})
+    """(x - mean / world_size) * 2^exponents before, the inverse after: exact where the arithmetic is."""
+    exponents, mean = torch.tensor([3, 0, -2, 7], dtype=torch.int8), torch.tensor([4.0, -8.0, 0.0, 16.0]).bfloat16()
+    plan = Plan(INT8, layers={"l": LayerPlan(INT4, exponents, mean)})
     ranks = [torch.randint(-9, 9, (5, 4)).float() for _ in range(4)]
-    sent = [plan.send("l", x, 4) for x in ranks]
+    sent = [plan.before_reduce("l", x, 4) for x in ranks]
     assert torch.equal(sent[0], (ranks[0] - torch.tensor([1.0, -2, 0, 4])) * torch.tensor([8.0, 1, 0.25, 128]))
     total = sum(sent[1:], sent[0])
-    assert torch.equal(plan.receive("l", total, 4, total.dtype), sum(ranks[1:], ranks[0]))
+    assert torch.equal(plan.after_reduce("l", total, 4, total.dtype), sum(ranks[1:], ranks[0]))
+
+
+def test_the_old_names_still_work_and_warn() -> None:
+    vectors = LayerPlan(INT4, torch.tensor([1, 2], dtype=torch.int8), torch.tensor([4.0, -8.0]).bfloat16())
+    plan, x = Plan(INT8, layers={"l": vectors}), torch.randn(3, 2)
+    with pytest.warns(DeprecationWarning, match=r"Plan\.send is now Plan\.before_reduce"):
+        sent = plan.send("l", x, 2)
+    with pytest.warns(DeprecationWarning, match=r"Plan\.receive is now Plan\.after_reduce"):
+        total = plan.receive("l", 2 * sent, 2, x.dtype)
+    assert torch.equal(sent, plan.before_reduce("l", x, 2))
+    assert torch.equal(total, plan.after_reduce("l", 2 * sent, 2, x.dtype))
+    with pytest.warns(DeprecationWarning, match="scale_exponents"):
+        assert vectors.shift is vectors.scale_exponents
+    with pytest.warns(DeprecationWarning, match="channel_mean"):
+        assert vectors.offset is vectors.channel_mean
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_conditioning_of_half_precision(dtype: torch.dtype) -> None:
-    """Shifts that float16 could not hold; offsets whose difference from x is exact in bfloat16."""
-    shift, offset = torch.tensor([20, -20], dtype=torch.int8), torch.tensor([4.0, -8.0]).bfloat16()
-    plan = Plan(INT8, layers={"l": LayerPlan(INT4, shift, offset)})
+    """Scales that float16 could not hold; means whose difference from x is exact in bfloat16."""
+    exponents, mean = torch.tensor([20, -20], dtype=torch.int8), torch.tensor([4.0, -8.0]).bfloat16()
+    plan = Plan(INT8, layers={"l": LayerPlan(INT4, exponents, mean)})
     x = torch.tensor([[3.0, -60.0], [100.0, 0.5]], dtype=dtype)
-    message = plan.send("l", x, 2)
+    message = plan.before_reduce("l", x, 2)
     assert message.tolist() == [[2.0**20, -56 * 2.0**-20], [98 * 2.0**20, 4.5 * 2.0**-20]]
-    got = plan.receive("l", message + message, 2, dtype)
+    got = plan.after_reduce("l", message + message, 2, dtype)
     assert got.dtype == dtype
     assert torch.equal(got, 2 * x)
 
@@ -91,11 +106,11 @@ def test_decoding_takes_its_own_format_and_no_conditioning() -> None:
     vectors = LayerPlan(INT4, torch.ones(4, dtype=torch.int8), torch.ones(4).bfloat16())
     plan = Plan(INT6, INT8, {"l": vectors})
     token, prompt = torch.randn(7, 1, 4), torch.randn(1, 7, 4)
-    assert plan.send("l", token, 2) is token
+    assert plan.before_reduce("l", token, 2) is token
     assert plan.format_of("l", token) == INT8
-    assert plan.receive("l", token, 2, token.dtype) is token
+    assert plan.after_reduce("l", token, 2, token.dtype) is token
     assert plan.format_of("l", prompt) == INT4
-    assert not torch.equal(plan.send("l", prompt, 2), prompt)
+    assert not torch.equal(plan.before_reduce("l", prompt, 2), prompt)
     assert [is_decode(torch.zeros(shape)) for shape in ((7, 1, 4), (1, 4), (7, 4), (2, 7, 4), (4,))] == [
         *(True, True, False, False, False)
     ]
@@ -118,7 +133,7 @@ def test_the_digest_is_of_what_a_plan_does() -> None:
 def test_the_vectors_must_fit_the_row() -> None:
     plan = Plan(INT6, layers={"l": LayerPlan(INT4, torch.ones(4, dtype=torch.int8), torch.ones(4).bfloat16())})
     with pytest.raises(PlanError, match="vectors for l have 4 channels, the layer 8: it was made for another model"):
-        plan.send("l", torch.zeros(2, 3, 8), 2)
+        plan.before_reduce("l", torch.zeros(2, 3, 8), 2)
 
 
 def test_check_compares_layers_and_model() -> None:
@@ -134,7 +149,7 @@ GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("content", "why"),
     [
         ([], "not a plan"),
         ({"format": "int8"}, "not a plan"),
@@ -161,13 +176,13 @@ GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
         (GOOD | {"layers": {"a": {"format": "int4", "shift": "AA==", "offset": "wH8="}}}, "offset finite"),
     ],
 )
-def test_refusals_name_the_file_and_the_part(said: Any, why: str, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps(said))
+def test_refusals_name_the_file_and_the_entry(content: Any, why: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(PlanError, match=rf"plan\.json: .*{why}"):
         Plan.load(tmp_path / "plan.json")
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_plans(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"no plan at .*`flashcomm tune` writes one"):
         Plan.of(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("int4")

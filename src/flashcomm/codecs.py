@@ -1,4 +1,4 @@
-"""The fastest codec of a device: the compiled one for CPUs, Triton kernels for GPUs, plain torch where neither runs."""
+"""The fastest codec of a device: compiled for CPUs, Triton kernels for GPUs, plain torch where neither can run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ log = logging.getLogger("flashcomm")
 
 @cache
 def codec_for(device_type: str) -> ModuleType:
-    """The fastest codec for tensors on `device_type`: a module with `encode` and `decode_sum` (see `torch_codec`)."""
+    """Return the fastest codec for tensors on this type of device ("cpu", "cuda").
+
+    A codec is a module with the functions `encode` and `decode_sum` of `wire.torch_codec`. All give the same bits.
+    """
     from flashcomm.wire import torch_codec
 
-    if device_type == "cpu":
-        try:
+    try:
+        if device_type == "cpu":
             from flashcomm.cpu import codec as cpu_codec
 
             return cpu_codec
-        except ImportError as why:
-            log.warning("the compiled CPU codec is not available (%s): using plain torch, same bits, slower", why)
-    if device_type == "cuda":
-        try:
+        if device_type == "cuda":
             from flashcomm.gpu import codec as gpu_codec
 
             return gpu_codec
-        except ImportError as why:
-            log.warning("the Triton codec is not available (%s): using plain torch, same bits, slower", why)
+    except ImportError as why:
+        log.warning(
+            "the fast codec for %s cannot be imported (%s): using plain torch, same bits, slower", device_type, why
+        )
     return torch_codec

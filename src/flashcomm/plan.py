@@ -1,19 +1,22 @@
-"""Plans: which wire format each layer's all-reduce takes, and how its values are conditioned for it.
+"""Plans: the wire format of each layer's all-reduce, and how its values are conditioned before they are quantized.
 
-A plan is a JSON file, written by hand or by `flashcomm tune`, and goes wherever a format goes:
+A plan is a JSON file, written by hand or by `flashcomm tune`. It is accepted wherever a format is:
 
     {"flashcomm_plan": 1,
      "format": "int6-had",                                  layers that no pattern names
-     "decode": "int8",                                      optional: messages of one token a sequence, all layers
+     "decode": "int8",                                      optional: all layers, when decoding one token a sequence
      "layers": {"model.layers.29.mlp.down_proj": {"format": "int7-had/int6-had", "shift": "...", "offset": "..."},
                 "*.mlp.down_proj": "int4-had"},             the first pattern that matches counts
-     "model": {"model_type": "llama", "hidden_size": 576},  optional: what it was made for
+     "model": {"model_type": "llama", "hidden_size": 576},  optional: the model it was made for
      "made": {...}}                                         optional: how it was made, for people
 
-Conditioning costs nothing on the wire. Per channel of a row, each rank sends (x - offset / world) * 2^shift instead of
-its x, and the sum is scaled back and the offset added: what is the same for all tokens (the offset, a channel's mean)
-does not travel, and channels whose errors the model feels get more of the precision. `shift` is int8 and `offset`
-bfloat16, a number per channel each, in base64.
+Conditioning is per-channel scaling (as in SmoothQuant, here by powers of two) and mean removal. Each rank sends
+
+    (x - channel_mean / world_size) * 2^scale_exponents          instead of x
+
+and the sum is scaled back and the mean added. What is the same for all tokens, a channel's mean, need not travel, and
+channels whose errors the model feels most get more of the precision. The number of bytes on the wire stays the same.
+In JSON, "shift" holds the exponents (int8) and "offset" the means (bfloat16), one per channel, both in base64.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -34,35 +38,67 @@ from flashcomm.errors import FormatError, PlanError
 from flashcomm.wire.format import WireFormat
 
 VERSION = 1
+MAX_EXPONENT = 60  # of a channel's scale; 2^60 times any usual activation stays inside float32's range
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's part: its format, and the conditioning vectors (both or neither), of the row's length.
+    """The format of one layer, and its conditioning vectors: both or neither.
 
-    shift: int8, |shift| <= 60; offset: bfloat16.
+    Args:
+        format: The wire format of the layer's all-reduce.
+        scale_exponents: int8 (channels,), each between -60 and 60: channel c is multiplied by 2^scale_exponents[c].
+        channel_mean: bfloat16 (channels,): the mean of the layer's summed output in each channel.
     """
 
     format: WireFormat
-    shift: Tensor | None = None
-    offset: Tensor | None = None
+    scale_exponents: Tensor | None = None
+    channel_mean: Tensor | None = None
+
+    @property
+    def shift(self) -> Tensor | None:
+        """Deprecated name of `scale_exponents`."""
+        _deprecated("LayerPlan.shift", "LayerPlan.scale_exponents")
+        return self.scale_exponents
+
+    @property
+    def offset(self) -> Tensor | None:
+        """Deprecated name of `channel_mean`."""
+        _deprecated("LayerPlan.offset", "LayerPlan.channel_mean")
+        return self.channel_mean
 
 
 @dataclass
 class Plan:
-    """Formats by layer; see the module. `layers` maps patterns (`fnmatch`) to parts, the first match counts."""
+    """The format and the conditioning of every layer.
+
+    Args:
+        format: The format of layers that no pattern matches.
+        decode: The format of all layers for messages of the decode phase (see `is_decode`), or None for no exception.
+        layers: Maps patterns of module names (as in `fnmatch`) to what those layers take. The first match counts.
+        model: Fields of the model's configuration that `check` compares.
+        made: How the plan was made. For people; nothing reads it.
+    """
 
     format: WireFormat
     decode: WireFormat | None = None
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
-    _found: dict[str, LayerPlan] = field(default_factory=dict, repr=False)
+    _matched: dict[str, LayerPlan] = field(default_factory=dict, repr=False)
     _vectors: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, given: str | WireFormat | Plan | Path) -> Plan:
-        """A plan as it is, one read from a `.json` file, or a format for every layer. Raises PlanError, FormatError."""
+        """Return a plan made of whatever names one.
+
+        Args:
+            given: A plan, the path of a plan (a Path, or a string that ends in `.json`), or a format for every layer.
+
+        Raises:
+            PlanError: The file cannot be read, or is not a plan.
+            FormatError: The format does not exist.
+        """
         if isinstance(given, Plan):
             return given
         if isinstance(given, Path) or (isinstance(given, str) and given.strip().lower().endswith(".json")):
@@ -71,148 +107,195 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read a file. Raises PlanError saying which part of it is wrong."""
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: The file cannot be read, or is not a plan. The message names the wrong entry.
+        """
         try:
-            said = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except OSError as why:
             raise PlanError(f"no plan at {path}: {why.strerror}; `flashcomm tune` writes one") from why
         except ValueError as why:
             raise PlanError(f"{path} is no JSON: {why}") from why
         try:
-            return cls.from_dict(said)
+            return cls.from_dict(content)
         except (PlanError, FormatError) as why:
             raise PlanError(f"{path}: {why}") from why
 
     @classmethod
-    def from_dict(cls, said: Any) -> Plan:
-        """The plan of a JSON object. Raises PlanError or FormatError."""
-        if not isinstance(said, Mapping) or said.get("flashcomm_plan") != VERSION:
+    def from_dict(cls, content: Any) -> Plan:
+        """Return the plan of a decoded JSON object.
+
+        Raises:
+            PlanError: The object is not a plan.
+            FormatError: It names a format that does not exist.
+        """
+        if not isinstance(content, Mapping) or content.get("flashcomm_plan") != VERSION:
             raise PlanError(f'not a plan: a JSON object with "flashcomm_plan": {VERSION} is needed')
-        unknown = sorted(set(said) - {"flashcomm_plan", "format", "decode", "layers", "model", "made"})
-        if unknown or "format" not in said:
+        unknown = sorted(set(content) - {"flashcomm_plan", "format", "decode", "layers", "model", "made"})
+        if unknown or "format" not in content:
             wrong = f"unknown keys {', '.join(unknown)}" if unknown else 'no "format" for the layers not named'
             raise PlanError(f"{wrong}; a plan has format, layers and optionally decode, model and made")
-        layers = said.get("layers", {})
-        if not all(isinstance(said.get(key, {}), Mapping) for key in ("layers", "model", "made")):
+        if not all(isinstance(content.get(key, {}), Mapping) for key in ("layers", "model", "made")):
             raise PlanError('"layers", "model" and "made" are objects')
-        decode = WireFormat.parse(said["decode"]) if said.get("decode") is not None else None
-        parts = {pattern: _layer(pattern, part) for pattern, part in layers.items()}
         return cls(
-            WireFormat.parse(said["format"]), decode, parts, dict(said.get("model", {})), dict(said.get("made", {}))
+            WireFormat.parse(content["format"]),
+            WireFormat.parse(content["decode"]) if content.get("decode") is not None else None,
+            {pattern: _layer_from_json(pattern, entry) for pattern, entry in content.get("layers", {}).items()},
+            dict(content.get("model", {})),
+            dict(content.get("made", {})),
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object; `from_dict` of it is this plan."""
-        said: dict[str, Any] = {"flashcomm_plan": VERSION, "format": str(self.format)}
+        """Return the JSON object that `from_dict` turns into this plan."""
+        content: dict[str, Any] = {"flashcomm_plan": VERSION, "format": str(self.format)}
         if self.decode is not None:
-            said["decode"] = str(self.decode)
-        return said | {
-            "layers": {pattern: _said(part) for pattern, part in self.layers.items()},
-            "model": self.model,
-            "made": self.made,
-        }
+            content["decode"] = str(self.decode)
+        layers = {pattern: _layer_to_json(layer) for pattern, layer in self.layers.items()}
+        return content | {"layers": layers, "model": self.model, "made": self.made}
 
     @property
     def digest(self) -> str:
-        """16 hex digits that differ between plans that do different things; ranks compare them."""
-        said = self.as_dict()
-        acts = {key: said.get(key) for key in ("format", "decode", "layers")}
+        """16 hex digits that differ between plans that act differently; ranks compare them."""
+        content = self.as_dict()
+        acts = {key: content.get(key) for key in ("format", "decode", "layers")}
         return hashlib.sha256(json.dumps(acts).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
+        """Write the plan to a JSON file; its folder is created if need be."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
     def layer(self, name: str) -> LayerPlan:
-        """The part of the layer with this module name."""
-        if name not in self._found:
-            parts = (part for pattern, part in self.layers.items() if fnmatchcase(name, pattern))
-            self._found[name] = next(parts, LayerPlan(self.format))
-        return self._found[name]
+        """Return the plan of the layer with this module name."""
+        if name not in self._matched:
+            matching = (layer for pattern, layer in self.layers.items() if fnmatchcase(name, pattern))
+            self._matched[name] = next(matching, LayerPlan(self.format))
+        return self._matched[name]
 
     def check(self, names: Sequence[str], config: Any = None) -> None:
-        """Raise PlanError unless every pattern names one of these layers and the model is the one it was made for."""
+        """Check that the plan fits a model.
+
+        Args:
+            names: The module names of the layers that end in an all-reduce.
+            config: The model's configuration: an object whose attributes are compared with `model`.
+
+        Raises:
+            PlanError: A pattern matches none of the names, or the plan was made for another model.
+        """
         for key, wanted in self.model.items():
             found = getattr(config, key, wanted)
             if found != wanted:
                 raise PlanError(f"the plan was made for a model with {key}={wanted}, this one has {found}: tune anew")
-        idle = [p for p in self.layers if not any(fnmatchcase(name, p) for name in names)]
-        if idle:
+        unmatched = [p for p in self.layers if not any(fnmatchcase(name, p) for name in names)]
+        if unmatched:
             some = ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
             raise PlanError(
-                f"the plan names layers that the model does not have ({', '.join(idle[:3])}); it has {some}"
+                f"the plan names layers that the model does not have ({', '.join(unmatched[:3])}); it has {some}"
             )
 
     def format_of(self, name: str, x: Tensor) -> WireFormat:
-        """The format of layer `name`'s all-reduce of x (..., row)."""
+        """Return the format of layer `name`'s all-reduce of x (..., channels)."""
         return self.decode if self.decode is not None and is_decode(x) else self.layer(name).format
 
-    def send(self, name: str, x: Tensor, world_size: int) -> Tensor:
-        """What a rank of `world` gives to layer `name`'s all-reduce, if that is coded, for its x (..., row).
+    def before_reduce(self, name: str, x: Tensor, world_size: int) -> Tensor:
+        """Condition what a rank gives to a layer's all-reduce, if that is a low-bit one.
 
-        Raises PlanError where the vectors do not fit the row.
+        Args:
+            name: The layer's module name.
+            x: (..., channels), this rank's partial sum.
+            world_size: The number of ranks that take part.
+
+        Returns:
+            (x - channel_mean / world_size) * 2^scale_exponents, in x's dtype (float32 for float16, whose range the
+            scaling can leave), or x itself where the layer has no conditioning.
+
+        Raises:
+            PlanError: The vectors have another length than the row.
         """
-        part = self.layer(name)
-        if part.shift is None or (self.decode is not None and is_decode(x)):
+        layer = self.layer(name)
+        if layer.scale_exponents is None or (self.decode is not None and is_decode(x)):
             return x
-        if x.dtype == torch.float16:  # whose range a shift can leave
+        if x.dtype == torch.float16:
             x = x.float()
-        up, _, share, _ = self._vectors_for(name, part, x, world_size)
-        return (x - share) * up
+        scale, _, mean_share, _ = self._vectors_for(name, layer, x, world_size)
+        return (x - mean_share) * scale
+
+    def after_reduce(self, name: str, total: Tensor, world_size: int, dtype: torch.dtype) -> Tensor:
+        """Undo the conditioning of a sum.
+
+        Args:
+            name: The layer's module name.
+            total: (..., channels), the sum over ranks of what `before_reduce` returned.
+            world_size: The number of ranks that took part.
+            dtype: The dtype of the layer's output.
+
+        Returns:
+            total * 2^-scale_exponents + channel_mean, or total itself where the layer has no conditioning.
+        """
+        layer = self.layer(name)
+        if layer.scale_exponents is None or (self.decode is not None and is_decode(total)):
+            return total
+        _, inverse, _, mean = self._vectors_for(name, layer, total, world_size)
+        return (total * inverse + mean).to(dtype)
+
+    def send(self, name: str, x: Tensor, world_size: int) -> Tensor:
+        """Deprecated name of `before_reduce`."""
+        _deprecated("Plan.send", "Plan.before_reduce")
+        return self.before_reduce(name, x, world_size)
 
     def receive(self, name: str, total: Tensor, world_size: int, dtype: torch.dtype) -> Tensor:
-        """The layer's output, of the dtype that x had, out of the sum of what the ranks gave."""
-        part = self.layer(name)
-        if part.shift is None or (self.decode is not None and is_decode(total)):
-            return total
-        _, down, _, whole = self._vectors_for(name, part, total, world_size)
-        return (total * down + whole).to(dtype)
+        """Deprecated name of `after_reduce`."""
+        _deprecated("Plan.receive", "Plan.after_reduce")
+        return self.after_reduce(name, total, world_size, dtype)
 
     def _vectors_for(
-        self, name: str, part: LayerPlan, x: Tensor, world_size: int
+        self, name: str, layer: LayerPlan, x: Tensor, world_size: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """2^shift, 2^-shift, a rank's share of the offset, and `world` times that share, in x's dtype."""
+        """2^exponents, 2^-exponents, a rank's share of the mean, and world_size times that share, in x's dtype."""
         key = (name, x.dtype, x.device, world_size)
         if key not in self._vectors:
-            assert part.shift is not None
-            assert part.offset is not None
-            if part.shift.shape != x.shape[-1:]:
+            assert layer.scale_exponents is not None
+            assert layer.channel_mean is not None
+            if layer.scale_exponents.shape != x.shape[-1:]:
                 raise PlanError(
-                    f"the plan's vectors for {name} have {part.shift.numel()} channels, the layer {x.shape[-1]}: "
-                    "it was made for another model"
+                    f"the plan's vectors for {name} have {layer.scale_exponents.numel()} channels, the layer "
+                    f"{x.shape[-1]}: it was made for another model"
                 )
-            with torch.inference_mode(False):  # kept: what is made in inference mode cannot be used outside it
-                shift = part.shift.to(x.device, torch.float32)
-                share = (part.offset.to(x.device, torch.float32) / world_size).to(x.dtype)
-                whole = (share.float() * world_size).to(x.dtype)
-                self._vectors[key] = shift.exp2().to(x.dtype), (-shift).exp2().to(x.dtype), share, whole
+            with torch.inference_mode(False):  # a cached inference tensor could not be used outside inference mode
+                exponents = layer.scale_exponents.to(x.device, torch.float32)
+                share = (layer.channel_mean.to(x.device, torch.float32) / world_size).to(x.dtype)
+                mean = (share.float() * world_size).to(x.dtype)  # exactly what the ranks took away together
+                self._vectors[key] = exponents.exp2().to(x.dtype), (-exponents).exp2().to(x.dtype), share, mean
         return self._vectors[key]
 
 
 def is_decode(x: Tensor) -> bool:
-    """Whether a message is of the decode phase: one token of each sequence, (batch, 1, row), or a single row."""
+    """Return whether x is of the decode phase: one token of each sequence, (batch, 1, channels), or a single row."""
     return x.dim() >= 2 and x.shape[-2] == 1
 
 
-def _layer(pattern: str, said: Any) -> LayerPlan:
-    """A part of the JSON: a format, or an object with one and, optionally, the vectors."""
-    part = {"format": said} if isinstance(said, str) else said
-    if not isinstance(part, Mapping) or "format" not in part or set(part) - {"format", "shift", "offset"}:
+def _layer_from_json(pattern: str, entry: Any) -> LayerPlan:
+    """The plan of a layer: from a format, or an object with one and, optionally, the vectors."""
+    entry = {"format": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping) or "format" not in entry or set(entry) - {"format", "shift", "offset"}:
         raise PlanError(f'layer {pattern}: give a format, or an object with "format" and optionally "shift", "offset"')
-    if ("shift" in part) != ("offset" in part):
+    if ("shift" in entry) != ("offset" in entry):
         raise PlanError(f'layer {pattern}: "shift" and "offset" go together')
-    fmt = WireFormat.parse(part["format"])
-    if "shift" not in part:
+    fmt = WireFormat.parse(entry["format"])
+    if "shift" not in entry:
         return LayerPlan(fmt)
-    shift, offset = (
-        _vector(pattern, key, part[key], dtype) for key, dtype in (("shift", torch.int8), ("offset", torch.bfloat16))
-    )
-    if shift.shape != offset.shape or int(shift.int().abs().max()) > 60 or not bool(offset.isfinite().all()):
-        raise PlanError(f"layer {pattern}: shift and offset must be equally long, |shift| <= 60 and offset finite")
-    return LayerPlan(fmt, shift, offset)
+    exponents = _vector_from_json(pattern, "shift", entry["shift"], torch.int8)
+    mean = _vector_from_json(pattern, "offset", entry["offset"], torch.bfloat16)
+    if exponents.shape != mean.shape or int(exponents.int().abs().max()) > MAX_EXPONENT or not mean.isfinite().all():
+        raise PlanError(
+            f"layer {pattern}: shift and offset must be equally long, |shift| <= {MAX_EXPONENT} and offset finite"
+        )
+    return LayerPlan(fmt, exponents, mean)
 
 
-def _vector(pattern: str, key: str, text: Any, dtype: torch.dtype) -> Tensor:
+def _vector_from_json(pattern: str, key: str, text: Any, dtype: torch.dtype) -> Tensor:
     try:
         raw = base64.b64decode(text, validate=True)
         return torch.frombuffer(bytearray(raw), dtype=dtype)
@@ -220,11 +303,15 @@ def _vector(pattern: str, key: str, text: Any, dtype: torch.dtype) -> Tensor:
         raise PlanError(f"layer {pattern}: {key} is not base64 of {dtype} values: {why}") from why
 
 
-def _said(part: LayerPlan) -> Any:
-    if part.shift is None or part.offset is None:
-        return str(part.format)
+def _layer_to_json(layer: LayerPlan) -> Any:
+    if layer.scale_exponents is None or layer.channel_mean is None:
+        return str(layer.format)
     encoded = {
         key: base64.b64encode(bytes(vector.view(torch.uint8).tolist())).decode()
-        for key, vector in (("shift", part.shift), ("offset", part.offset))
+        for key, vector in (("shift", layer.scale_exponents), ("offset", layer.channel_mean))
     }
-    return {"format": str(part.format), **encoded}
+    return {"format": str(layer.format), **encoded}
+
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3)

@@ -1,11 +1,14 @@
-"""What each collective returns, over a list of tensors, one per rank, in one process: the definition of results.
+"""What each collective returns, computed in one process from one tensor per rank: the definition of results.
 
-No ranks, shards or chunks appear here: a group of values is coded by itself, so how a message is cut cannot matter.
-With a world of one nothing travels and nothing is coded. `fmt.reduce` codes what goes to the sum, `fmt.gather` what
-comes back; sums run in float32 in the order of ranks, or of nodes, and are rounded to the tensors' dtype at the end,
-and where a step that carries sums is lossless.
+There are no shards and no chunks here. Each group of values is quantized by itself, so how a message is cut cannot
+change the result. In `fmt`, `fmt.reduce` is the format of what goes into a sum and `fmt.gather` that of a sum on its
+way back.
 
-`codec`: another module with `encode` and `decode_sum`, all of which give the same bits as the definition.
+Sums run in float32 in the order of ranks, or of nodes. They are rounded to the tensors' dtype at the end, and wherever
+a step sends them uncompressed. With one rank nothing travels and nothing is quantized.
+
+Every function takes as `codec` another module with `encode` and `decode_sum` (see `wire.torch_codec`). All codecs give
+the same bits; some are faster.
 """
 
 from __future__ import annotations
@@ -22,35 +25,65 @@ from flashcomm.wire.format import Layout, StepFormat, WireFormat
 
 
 def one_shot(tensors: Sequence[Tensor], fmt: WireFormat, codec: ModuleType = torch_codec) -> Tensor:
-    """All-reduce in which everybody sends everything to everybody: each value is coded once, as `fmt.reduce`."""
+    """Return the all-reduce in which every rank sends its message to every other: each value is quantized once.
+
+    Args:
+        tensors: One message per rank, of equal shape and dtype.
+        fmt: The format; only `fmt.reduce` is used.
+        codec: See the module docstring.
+
+    Returns:
+        The sum, of the tensors' shape and dtype.
+    """
     if len(tensors) == 1:
         return tensors[0].clone()
-    return coded_sum(tensors, fmt.reduce, codec).to(tensors[0].dtype).view(tensors[0].shape)
+    return quantized_sum(tensors, fmt.reduce, codec).to(tensors[0].dtype).view(tensors[0].shape)
 
 
 def two_shot(tensors: Sequence[Tensor], fmt: WireFormat, codec: ModuleType = torch_codec) -> Tensor:
-    """All-reduce as reduce-scatter and all-gather: the sum is coded a second time, as `fmt.gather`."""
+    """Return the all-reduce made of reduce-scatter and all-gather: the sum is quantized a second time.
+
+    Args:
+        tensors: One message per rank, of equal shape and dtype.
+        fmt: The format: values travel as `fmt.reduce`, their sum as `fmt.gather`.
+        codec: See the module docstring.
+
+    Returns:
+        The sum, of the tensors' shape and dtype.
+    """
     if len(tensors) == 1:
         return tensors[0].clone()
-    return _gathered(coded_sum(tensors, fmt.reduce, codec, fmt.between_steps[0]), tensors[0], fmt, codec)
+    return _gathered(quantized_sum(tensors, fmt.reduce, codec, fmt.between_steps[0]), tensors[0], fmt, codec)
 
 
 def hierarchical(
     tensors: Sequence[Tensor], fmt: WireFormat, local_world_size: int, codec: ModuleType = torch_codec
 ) -> Tensor:
-    """All-reduce over nodes of `local_world` consecutive ranks: summed within nodes, those sums summed in the order of
-    nodes, and that gathered. Three roundings: values and nodes' sums as `fmt.reduce`, the sum of all as `fmt.gather`.
+    """Return the all-reduce over nodes: summed within nodes, then across nodes in their order, then gathered.
 
-    Raises InputError where the ranks do not make such nodes.
+    Args:
+        tensors: One message per rank, of equal shape and dtype.
+        fmt: The format: values and the sums of nodes travel as `fmt.reduce`, the sum of all as `fmt.gather`.
+        local_world_size: The number of ranks of a node. A node is that many consecutive ranks.
+        codec: See the module docstring.
+
+    Returns:
+        The sum, of the tensors' shape and dtype.
+
+    Raises:
+        InputError: The number of ranks is not a multiple of local_world_size.
     """
     first, world_size = tensors[0], len(tensors)
     if local_world_size < 1 or world_size % local_world_size:
-        raise InputError(f"{world_size} ranks do not make nodes of {local_world_size}")
+        raise InputError(
+            f"{world_size} ranks do not make nodes of local_world_size={local_world_size}: "
+            "the number of ranks must be a multiple of it"
+        )
     within, across = fmt.twice_reduced.between_steps
     wires = []
     for begin in range(0, world_size, local_world_size):
-        part = coded_sum(tensors[begin : begin + local_world_size], fmt.reduce, codec, within)
-        wires.append(_encoded(part.to(first.dtype) if across.uncompressed else part, first, across, codec))
+        node_sum = quantized_sum(tensors[begin : begin + local_world_size], fmt.reduce, codec, within)
+        wires.append(_encoded(node_sum.to(first.dtype) if across.uncompressed else node_sum, first, across, codec))
     return _gathered(_decoded(wires, first, fmt.between_steps[0], codec), first, fmt, codec)
 
 
@@ -61,36 +94,54 @@ def all_reduce(
     local_world_size: int = 0,
     codec: ModuleType = torch_codec,
 ) -> Tensor:
-    """The coded algorithm of that name; local_world is for `hierarchical`."""
+    """Return the all-reduce by the algorithm of that name: "one_shot", "two_shot" or "hierarchical".
+
+    local_world_size is for "hierarchical" only. See the function of that name for the other arguments.
+    """
     if algorithm == "hierarchical":
         return hierarchical(tensors, fmt, local_world_size, codec)
     return {"one_shot": one_shot, "two_shot": two_shot}[algorithm](tensors, fmt, codec)
 
 
 def reduce_scatter(tensors: Sequence[Tensor], fmt: WireFormat) -> list[Tensor]:
-    """Per rank its slice of the sum along dimension 0; each slice is a message of its own, coded as `fmt.reduce`."""
+    """Return for each rank its shard of the sum along dimension 0.
+
+    Each shard is a message of its own, quantized as `fmt.reduce`.
+
+    Args:
+        tensors: One message per rank, of equal shape and dtype; dimension 0 is a multiple of the number of ranks.
+        fmt: The format; only `fmt.reduce` is used.
+    """
     if len(tensors) == 1:
         return [tensors[0].clone()]
-    slices = [t.chunk(len(tensors)) for t in tensors]
-    return [one_shot([s[rank] for s in slices], fmt) for rank in range(len(tensors))]
+    shards = [t.chunk(len(tensors)) for t in tensors]
+    return [one_shot([s[rank] for s in shards], fmt) for rank in range(len(tensors))]
 
 
 def all_gather(tensors: Sequence[Tensor], fmt: WireFormat) -> Tensor:
-    """All tensors, concatenated along dimension 0, each a message of its own, coded as `fmt.gather`."""
+    """Return all tensors, concatenated along dimension 0. Each is a message of its own, quantized as `fmt.gather`."""
     if len(tensors) == 1:
         return tensors[0].clone()
-    return torch.cat([coded_sum([t], fmt.gather).to(t.dtype).view(t.shape) for t in tensors])
+    return torch.cat([quantized_sum([t], fmt.gather).to(t.dtype).view(t.shape) for t in tensors])
 
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """What follows an all-reduce in a layer: RMS norm of total + residual, and that sum, both of total's dtype.
+    """Return what follows an all-reduce in a layer: the RMS norm of total + residual, and that sum.
 
-    total, residual: (..., hidden), of one dtype; weight: (hidden,), of the same. With every operation in float32 and
-    rounded once, `to` being the rounding to the dtype:
+    With every operation in float32 and rounded once, `to` being the rounding to the dtype:
 
         sum = to(total + residual)                           the new residual: what is stored is what is normalized
         inverse = 1 / sqrt(pair_sum(sum * sum) / hidden + eps)
         normed = to(to(sum * inverse) * weight)
+
+    Args:
+        total: (..., hidden), the sum over ranks.
+        residual: (..., hidden), of total's dtype.
+        weight: (hidden,), of total's dtype.
+        eps: Added to the mean square.
+
+    Returns:
+        normed and sum, both of total's shape and dtype.
     """
     dtype, hidden = total.dtype, total.shape[-1]
     new_residual = (total.to(torch.float32) + residual.to(torch.float32)).to(dtype)
@@ -103,8 +154,11 @@ def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 
 def pair_sum(q: Tensor) -> Tensor:
-    """The sum of each row of q (..., n), float32 and not negative, as (..., 1): neighbors are added, then neighboring
-    sums, and so on; one without a neighbor goes on as it is."""
+    """Return the sum of each row of q (..., n), float32 and not negative, as (..., 1).
+
+    Neighbors are added, then neighboring sums, and so on. One without a neighbor is carried over as it is. Vectors and
+    tiles of any width can follow this order.
+    """
     while q.shape[-1] > 1:
         if q.shape[-1] % 2:
             q = torch.nn.functional.pad(q, (0, 1))
@@ -112,25 +166,35 @@ def pair_sum(q: Tensor) -> Tensor:
     return q
 
 
+def quantized_sum(
+    tensors: Sequence[Tensor],
+    step: StepFormat,
+    codec: ModuleType = torch_codec,
+    decode_step: StepFormat | None = None,
+) -> Tensor:
+    """Return the sum of the tensors after each was quantized.
+
+    Args:
+        tensors: Messages of equal shape and dtype.
+        step: The format they are encoded in.
+        codec: See the module docstring.
+        decode_step: The format they are decoded in, if that is another: `step` in the Hadamard domain.
+
+    Returns:
+        float32, flat.
+    """
+    return _decoded([_encoded(t, t, step, codec) for t in tensors], tensors[0], decode_step or step, codec)
+
+
 def _gathered(total: Tensor, message: Tensor, fmt: WireFormat, codec: ModuleType) -> Tensor:
-    """What comes back of a sum (float32, flat, decoded as `fmt.middle` says) of messages: coded as `fmt.gather`."""
+    """What comes back of a sum (float32, flat, decoded as `fmt.between_steps[0]`) of messages like this one."""
     resend = fmt.between_steps[1]
     wire = _encoded(total.to(message.dtype) if resend.uncompressed else total, message, resend, codec)
     return _decoded([wire], message, fmt.gather, codec).to(message.dtype).view(message.shape)
 
 
-def coded_sum(
-    tensors: Sequence[Tensor],
-    step: StepFormat,
-    codec: ModuleType = torch_codec,
-    wanted: StepFormat | None = None,
-) -> Tensor:
-    """The sum of the tensors, each coded as `step`, decoded as `wanted`: float32, flat."""
-    return _decoded([_encoded(t, t, step, codec) for t in tensors], tensors[0], wanted or step, codec)
-
-
 def _encoded(values: Tensor, message: Tensor, step: StepFormat, codec: ModuleType) -> Tensor:
-    """The wire buffer of `values`, which belong to `message`."""
+    """The wire buffer of `values`, with the layout of `message`."""
     layout, n = _layout(message, step), values.numel()
     if n == 0:  # also rows of no values
         return torch.empty(0, dtype=torch.uint8, device=values.device)
@@ -140,6 +204,7 @@ def _encoded(values: Tensor, message: Tensor, step: StepFormat, codec: ModuleTyp
 
 
 def _decoded(wires: Sequence[Tensor], message: Tensor, step: StepFormat, codec: ModuleType) -> Tensor:
+    """The sum of wire buffers with the layout of `message`: float32, flat."""
     total = torch.empty(message.numel(), dtype=torch.float32, device=message.device)
     if message.numel():
         codec.decode_sum(torch.stack(list(wires)), _layout(message, step), 0, message.numel(), total, message.dtype)

@@ -178,8 +178,8 @@ class TestSensitivity:
         labels = torch.multinomial(logits.flatten(0, 1).detach().softmax(-1), 1, generator=generator)[:, 0]
         (-logits.flatten(0, 1).log_softmax(-1).gather(1, labels[:, None])).sum().backward()
         gradient, total = totals[0].grad, totals[0].detach()
-        reduced = sum(reference.coded_sum([p], step).view(total.shape) for p in parts) - sum(parts)
-        gathered = reference.coded_sum([total], step).view(total.shape) - total
+        reduced = sum(reference.quantized_sum([p], step).view(total.shape) for p in parts) - sum(parts)
+        gathered = reference.quantized_sum([total], step).view(total.shape) - total
         for which, error in (("reduce", reduced), ("gather", gathered)):
             want = 0.5 * (gradient * error).sum(-1).square().mean().item()
             assert costs.kl[name, which, step] == pytest.approx(want, rel=1e-3)
@@ -200,7 +200,7 @@ class TestSensitivity:
         ids = torch.randint(0, 200, (4, 64))
         vectors = sensitivity.condition(model, ids, 2)
         assert set(vectors) == set(LAYERS)
-        shift = vectors[LAYERS[1]].shift
+        shift = vectors[LAYERS[1]].scale_exponents
         assert shift is not None
         assert shift[9] <= shift.median() - 3  # spread 2^7 larger at a like gradient: sqrt of it smaller
         assert shift.dtype == torch.int8
@@ -209,7 +209,7 @@ class TestSensitivity:
             model(ids)
         rows = torch.cat(outputs).detach().flatten(0, 1)
         usual = rows[rows.norm(dim=1) <= 4 * rows.norm(dim=1).median()]
-        offset = vectors[LAYERS[1]].offset
+        offset = vectors[LAYERS[1]].channel_mean
         assert offset is not None
         assert torch.allclose(offset.float(), usual.mean(0), rtol=2**-8, atol=1e-6)
 

@@ -182,7 +182,7 @@ def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtyp
     assert same_bits(reference.two_shot(tensors, parsed).view(-1), want)
     group = parsed.reduce.group
     turned_back = torch_codec.hadamard(total.view(6, 600)[:, :576].reshape(-1, group)).view(6, 576) / group
-    assert same_bits(turned_back, reference.coded_sum(tensors, parsed.reduce).view(6, 600)[:, :576].contiguous())
+    assert same_bits(turned_back, reference.quantized_sum(tensors, parsed.reduce).view(6, 600)[:, :576].contiguous())
 
 
 def test_error_of_two_steps_is_within_the_sum_of_bounds() -> None:

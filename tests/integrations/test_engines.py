@@ -297,8 +297,10 @@ def seam_takes_a_plan(ctx: RankContext, path: str, plan_file: str) -> None:
         formats = {plan.format_of(layer, x) for x in everybody}
         want = "int8" if mine.shape[1] == 1 else "int3-had" if layer == "model.layers.1.mlp.down_proj" else "int6-g32"
         assert {str(f) for f in formats} == {want}
-        total = reference.one_shot([plan.send(layer, x, ctx.world_size) for x in everybody], WireFormat.parse(want))
-        assert torch.equal(out, plan.receive(layer, total, ctx.world_size, total.dtype))
+        total = reference.one_shot(
+            [plan.before_reduce(layer, x, ctx.world_size) for x in everybody], WireFormat.parse(want)
+        )
+        assert torch.equal(out, plan.after_reduce(layer, total, ctx.world_size, total.dtype))
 
 
 def seam_plans_differ(ctx: RankContext, path: str) -> None:

@@ -153,8 +153,8 @@ def a_plan_by_layer(ctx: RankContext, path: str) -> None:
     first = [linear(x, model.first.weight, model.first.bias if r == 0 else None) for r, x in enumerate(inputs)]
     second = [linear(x, model.second.weight) for x in inputs]
     name = "model.layers.1.mlp.down_proj"
-    total = reference.one_shot([plan.send(name, x, ctx.world_size) for x in second], WireFormat.parse("int8"))
-    want = reference.one_shot(first, INT6), plan.receive(name, total, ctx.world_size, torch.bfloat16)
+    total = reference.one_shot([plan.before_reduce(name, x, ctx.world_size) for x in second], WireFormat.parse("int8"))
+    want = reference.one_shot(first, INT6), plan.after_reduce(name, total, ctx.world_size, torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch.inference_mode():
         for run_it in (model, compiled):

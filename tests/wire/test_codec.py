@@ -80,7 +80,7 @@ def test_the_stored_scale_is_as_needed(step: StepFormat) -> None:
     at, groups = layout.sections(0, x.numel()), x.view(-1, step.group)
     y = torch_codec.hadamard(groups) if step.hadamard else groups
     words = wire[at.scale : at.scale + 2 * at.n_groups].view(torch.int16)
-    scale, _ = torch_codec.from_words(words, step)
+    scale, _ = torch_codec.unpack_scales(words, step)
     needed = ((y.amax(1).clamp_min(0) - y.amin(1).clamp_max(0)) / step.levels).clamp_min(2**-110)
     step_size, slack = 2.0 ** (step.bits - 8 if step.bits < 6 else -7), 2**-20
 
@@ -171,11 +171,11 @@ def test_transforms_of_decoded_values_are_exact(n: int) -> None:
 
 @given(st.sampled_from(FORMATS), st.integers(0, 0xFF), st.integers(0, 0x7F), st.integers(0, 255))
 @settings(max_examples=300, deadline=None)
-def test_words_and_from_words_are_inverse(step: StepFormat, exponent: int, mantissa: int, zero: int) -> None:
+def test_scales_are_unpacked_as_packed(step: StepFormat, exponent: int, mantissa: int, zero: int) -> None:
     bits = min(exponent, 254) << 7 | mantissa >> (7 - step.mantissa) << (7 - step.mantissa)
     scale = (torch.tensor([bits, 0x7FC0], dtype=torch.int32) << 16).view(torch.float32)
     zeros = torch.tensor([zero % (step.levels + 1), 0], dtype=torch.uint8)
-    got_scale, got_zeros = torch_codec.from_words(torch_codec.words(scale, zeros, step), step)
+    got_scale, got_zeros = torch_codec.unpack_scales(torch_codec.pack_scales(scale, zeros, step), step)
     assert same_bits(got_scale, scale)
     assert got_zeros.tolist() == (zeros.tolist() if step.bits < 6 else [0, 0])
 

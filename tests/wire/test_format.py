@@ -124,11 +124,11 @@ def test_bytes_of_a_real_message() -> None:
     at = Layout(StepFormat.parse("int4"), 600, 2).sections(0, 512 * 600)
     assert at.planes == (0,)
     assert at.scale == 512 * 300
-    assert at.zero == at.nbytes == 512 * (300 + 2 * 10)
+    assert at.zero_point == at.nbytes == 512 * (300 + 2 * 10)
     assert at.n_groups == 512 * 10
     at = Layout(StepFormat.parse("int6-had"), 600, 2).sections(0, 512 * 600)
     assert at.planes == (0, 512 * 300)
-    assert (at.scale, at.zero, at.nbytes) == (512 * 450, 512 * (450 + 2 * 10), 512 * (450 + 3 * 10))
+    assert (at.scale, at.zero_point, at.nbytes) == (512 * 450, 512 * (450 + 2 * 10), 512 * (450 + 3 * 10))
     assert Layout(StepFormat.parse("bf16"), 576, 4).nbytes(0, 576) == 576 * 4
 
 
@@ -175,7 +175,7 @@ def test_parts_tile_the_message_on_group_boundaries(
 def test_sections_are_aligned_and_hold_their_content(step: StepFormat, row: int, n_rows: int) -> None:
     layout = Layout(step, row, 2)
     at = layout.sections(0, row * n_rows)
-    edges = [*at.planes, at.scale, at.zero, at.nbytes]
+    edges = [*at.planes, at.scale, at.zero_point, at.nbytes]
     assert all(edge % 16 == 0 for edge in edges)
     assert edges == sorted(edges)
     if step.uncompressed:
@@ -184,5 +184,5 @@ def test_sections_are_aligned_and_hold_their_content(step: StepFormat, row: int,
     for (width, _), begin, end in zip(step.planes, edges, edges[1:], strict=False):
         content = sum(-(-min(step.group, row - c) * width // 8) for c in range(0, row, step.group)) * n_rows
         assert 0 <= end - begin - content < 16
-    assert 0 <= at.zero - at.scale - 2 * at.n_groups < 16
-    assert at.nbytes - at.zero == (0 if step.bits <= 5 else -(-at.n_groups // 16) * 16)
+    assert 0 <= at.zero_point - at.scale - 2 * at.n_groups < 16
+    assert at.nbytes - at.zero_point == (0 if step.bits <= 5 else -(-at.n_groups // 16) * 16)

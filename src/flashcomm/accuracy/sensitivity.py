@@ -68,7 +68,8 @@ def measure(
     them (their formats do not matter). progress(what, done, total) is called along the way.
     """
     plan = Plan(
-        UNCOMPRESSED, layers={k: LayerPlan(UNCOMPRESSED, v.shift, v.offset) for k, v in (conditioning or {}).items()}
+        UNCOMPRESSED,
+        layers={k: LayerPlan(UNCOMPRESSED, v.scale_exponents, v.channel_mean) for k, v in (conditioning or {}).items()},
     )
     squares: dict[tuple[str, str, StepFormat], Tensor | float] = {}  # sums stay on the device: reading one waits for it
     noise: dict[tuple[str, str, StepFormat], Tensor | float] = {}
@@ -131,13 +132,15 @@ def condition(
 def _errors(plan: Plan, name: str, seen: _Seen, world_size: int, step: StepFormat) -> tuple[Tensor, Tensor]:
     """What the reduce step and the gather step, coded as `step`, add to the layer's output: (tokens, row) each."""
     codec = codec_for(seen.total.device.type)
-    sent = [plan.send(name, p, world_size) for p in seen.partials]
+    sent = [plan.before_reduce(name, p, world_size) for p in seen.partials]
     exact = sum(sent[1:], sent[0])
     dtype = exact.dtype
-    back = plan.receive(name, exact, world_size, dtype)
-    reduced = reference.coded_sum(sent, step, codec).view(exact.shape)
-    gathered = reference.coded_sum([exact], step, codec).view(exact.shape)
-    return plan.receive(name, reduced, world_size, dtype) - back, plan.receive(name, gathered, world_size, dtype) - back
+    back = plan.after_reduce(name, exact, world_size, dtype)
+    reduced = reference.quantized_sum(sent, step, codec).view(exact.shape)
+    gathered = reference.quantized_sum([exact], step, codec).view(exact.shape)
+    return plan.after_reduce(name, reduced, world_size, dtype) - back, plan.after_reduce(
+        name, gathered, world_size, dtype
+    ) - back
 
 
 def _batches(

@@ -155,8 +155,8 @@ class TensorParallel:
         fmt = self._plan.format_of(name, partials[0])
         if not self._route(partials[0], fmt).low_bit:
             return self.reduce(partials, fmt)
-        total = self.reduce([self._plan.send(name, p, self.world_size) for p in partials], fmt)
-        return self._plan.receive(name, total, self.world_size, partials[0].dtype)
+        total = self.reduce([self._plan.before_reduce(name, p, self.world_size) for p in partials], fmt)
+        return self._plan.after_reduce(name, total, self.world_size, partials[0].dtype)
 
     def _route(self, x: Tensor, fmt: WireFormat) -> Route:
         return policy.choose(self._call(x, x.element_size()), fmt, self.algorithm, self.min_bytes).route

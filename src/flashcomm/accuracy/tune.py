@@ -39,7 +39,7 @@ class Prices:
         layers = {}
         for name, fmt in chosen.items():
             vectors = None if fmt.uncompressed else self.vectors.get(name)
-            layers[name] = LayerPlan(fmt, vectors.shift, vectors.offset) if vectors else LayerPlan(fmt)
+            layers[name] = LayerPlan(fmt, vectors.scale_exponents, vectors.channel_mean) if vectors else LayerPlan(fmt)
         most = max(chosen.values(), key=list(chosen.values()).count)
         return Plan(most, layers=layers)
 

@@ -108,7 +108,7 @@ def _sections(wire: int, layout: Layout, start: int, stop: int, a: int) -> list[
         wire + base + layout.plane_bytes_before(width, a) - layout.plane_bytes_before(width, start)
         for base, (width, _) in zip(at.planes, layout.step.planes, strict=True)
     ]
-    return [wire + at.scale + 2 * group, wire + at.zero + group, *planes, *[0] * (3 - len(planes))]
+    return [wire + at.scale + 2 * group, wire + at.zero_point + group, *planes, *[0] * (3 - len(planes))]
 
 
 def _groups(layout: Layout, a: int, b: int) -> tuple[int, int, int]:

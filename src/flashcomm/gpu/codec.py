@@ -336,7 +336,7 @@ def _launches(layout: Layout, start: int, stop: int) -> list[tuple[int, tuple[in
     widths = [width for width, _ in step.planes]
     where = [_three(at.planes)]
     where += [_three([layout.plane_bytes_before(w, position) for w in widths]) for position in (start, row)]
-    planes = (*where[0], *where[1], *where[2], at.scale, at.zero)
+    planes = (*where[0], *where[1], *where[2], at.scale, at.zero_point)
 
     def fulls_before(position: int) -> int:
         return position // row * full + min(position % row // step.group, full)

@@ -105,8 +105,8 @@ class Reducer:
         shape = partial.shape if whole is None else (whole // partial.shape[-1], partial.shape[-1])
         if not comm.explain(shape, partial.dtype, fmt).route.low_bit:
             return comm.all_reduce(partial, format=fmt, whole=whole)
-        total = comm.all_reduce(self.plan.send(layer, partial, comm.world_size), format=fmt, whole=whole)
-        return self.plan.receive(layer, total, comm.world_size, partial.dtype)
+        total = comm.all_reduce(self.plan.before_reduce(layer, partial, comm.world_size), format=fmt, whole=whole)
+        return self.plan.after_reduce(layer, total, comm.world_size, partial.dtype)
 
     def note(self, partial: Tensor, mesh: Any, layer: str) -> None:
         """Remember a message, if somebody wants to know."""

@@ -142,8 +142,8 @@ class Reducer:
         self._count(f"{route.format} {route.algorithm}", x, route.wire_bytes)
         if not layer:
             return self.comm.all_reduce(x, format=fmt)
-        total = self.comm.all_reduce(self.plan.send(layer, x, self.comm.world_size), format=fmt)
-        return self.plan.receive(layer, total, self.comm.world_size, x.dtype)
+        total = self.comm.all_reduce(self.plan.before_reduce(layer, x, self.comm.world_size), format=fmt)
+        return self.plan.after_reduce(layer, total, self.comm.world_size, x.dtype)
 
     def serve(self, layer: str) -> str:
         """The name under which `torch.ops.flashcomm.all_reduce` sums what this layer gives."""

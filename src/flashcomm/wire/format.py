@@ -1,20 +1,27 @@
-"""What a message looks like on the wire: the grammar of formats and the arithmetic of their bytes.
+"""Wire formats: how the values of a message are quantized, and where each bit lies in the bytes that are sent.
 
-A *message* is a tensor of any shape, read as rows of `row` values (the last dimension). Each row is cut
-into groups of `group` values, the last group of a row being shorter where the group does not divide the
-row: a group never straddles rows. A *span* `[start, stop)` is a range of values, counted in row-major
-order, whose ends lie on group boundaries; one wire buffer holds one span.
+The method is asymmetric group quantization. Each row of a message is cut into groups of, say, 64 values. A group is
+sent as a small integer for each value, its *code*, and two numbers that all its values share, a scale and a zero
+point:
 
-    wire buffer = [plane]...[scale][zero]       every section starts at a multiple of 16 bytes
+    value = scale * (code - zero_point)
 
-    plane w     the code's next w bits (widest plane first, from the least significant bit up); a group of
-                n values takes m = ceil(n*w/8) bytes: value i sits in byte i mod m, at bit w*(i div m)
-    scale       16 bits per group: a bfloat16; up to 5 bits the zero point is in its low bits (see `StepFormat.packed`)
-    zero        8 bits per group, only from 6 bits on: the code of the value 0
+The zero point is the code of the value 0. With it the codes cover the range that the values have, even if that is not
+symmetric around 0. Formats that end in `-had` quantize the group's Hadamard transform instead of its values: sums and
+differences that spread one large value over the whole group, so that it does not take the precision of all the others.
 
-    value = scale * (code - zero), in -had formats of the group's Hadamard transform
+The layout. A message is a tensor of any shape, read as rows of its last dimension. The last group of a row is shorter
+where the group size does not divide the row; no group straddles two rows. One wire buffer holds a range [start, stop)
+of the message's values, counted in row-major order, whose ends lie on group boundaries:
 
-`docs/wire-format.md` tells the same with pictures and the reasons. Here is only arithmetic: no tensors.
+    wire buffer = [plane]...[scales][zero points]       every section starts at a multiple of 16 bytes
+
+    plane          the next w bits of all codes, from the lowest up, in planes of w = 8, 4, 2 or 1 bits, widest first.
+                   A group of n values takes m = ceil(n*w/8) bytes: value i is in byte i mod m, at bit w*(i div m)
+    scales         16 bits per group: a bfloat16. Up to 5 bits its low bits hold the zero point (`StepFormat.packed`)
+    zero points    8 bits per group, only from 6 bits on
+
+`docs/wire-format.md` has pictures and the reasons. This module is arithmetic on integers: it touches no tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ ALIGN = 16  # bytes; every section of a wire buffer starts at a multiple of it
 GROUPS = (16, 32, 64, 128, 256)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 UNCOMPRESSED = "bf16"
-LIMIT = 2.0**126  # see StepFormat.limit
+LIMIT = 2.0**126  # magnitudes from here on count as not finite, see StepFormat.limit
 
 _STEP = re.compile(r"int(?P<bits>[1-9]\d*)(?P<options>(?:-[a-z0-9]+)*)")
 _HELP = (
@@ -43,15 +50,18 @@ DEFAULT_GROUP = 64  # values per scale when the format does not say
 
 @dataclass(frozen=True)
 class StepFormat:
-    """How the values of one step (reduce or gather) are coded.
+    """How the values of one step of a collective, reduce or gather, are quantized.
 
-    `bits` is 2 to 8, or 16 for values sent as they are, in the tensor's own dtype; `group` is the number of
-    values that share a scale. With `hadamard` the Hadamard transform of each group is coded, so that one large
-    value does not take the precision of all its neighbors. Raises FormatError for anything else.
+    Args:
+        bits: Bits of a code: 2 to 8, or 16 for values that are sent as they are, in the tensor's own dtype.
+        group: The number of neighboring values that share a scale and a zero point.
+        hadamard: Whether the Hadamard transform of each group is quantized instead of its values.
+        in_hadamard_domain: Whether the values on both sides of the codec are such transforms already. The bytes on
+            the wire are the same, and the format's text does not show it. A sum of transforms is the transform of the
+            sum, so no transform is needed between two steps with equal groups (see `WireFormat.between_steps`).
 
-    `rotated` is no format of its own: same bytes, but the values on both sides of the codec are the transforms.
-    A sum of transforms is the transform of the sum, so a reduce step and a gather step with the same groups need
-    no transform between them (`WireFormat.middle`).
+    Raises:
+        FormatError: There is no such format.
     """
 
     bits: int
@@ -72,6 +82,7 @@ class StepFormat:
 
     @property
     def uncompressed(self) -> bool:
+        """Whether values are sent as they are."""
         return self.bits == self.RAW_BITS
 
     @property
@@ -81,7 +92,7 @@ class StepFormat:
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...]:
-        """(width, shift) of each bit plane, widest first: 7 bits are (4, 0), (2, 4), (1, 6)."""
+        """(width, shift) in bits of each bit plane, widest first: 7 bits are (4, 0), (2, 4), (1, 6)."""
         out, shift = [], 0
         for width in (8, 4, 2, 1):
             if self.bits & width:
@@ -91,26 +102,30 @@ class StepFormat:
 
     @property
     def packed(self) -> bool:
-        """Up to 5 bits: the zero is in the low bits of the scale's 16, for which that gives up sign and mantissa."""
+        """Whether 16 bits hold both scale and zero point: up to 5 bits, where the scale gives up sign and mantissa."""
         return self.bits <= 5
 
     @property
     def mantissa(self) -> int:
-        """Bits of the scale's mantissa: 7, or what `packed` leaves of them."""
+        """Bits of the scale's mantissa: 7 as in bfloat16, or what `packed` leaves of them."""
         return 8 - self.bits if self.packed else 7
 
     def transforms(self, n: int) -> bool:
-        """Whether a group of n values (a row's last may be short) is coded as its transform: n is a power of 2."""
+        """Return whether the transform of a group of n values is quantized: only if n is a power of 2."""
         return self.hadamard and n & (n - 1) == 0
 
     def limit(self, n: int) -> float:
-        """Magnitudes of y from here on count as not finite: below it nothing on the way to x^ overflows."""
+        """Return the magnitude from which on a group of n values counts as not finite.
+
+        It is compared with what is quantized, values or transform. Below it nothing overflows when decoding.
+        """
         return LIMIT / n if self.transforms(n) else LIMIT
 
     def clip_ratio(self, n: int) -> float | None:
-        """The smaller range tried beside that of all n values of a group, as a part of it, or None.
+        """Return the size of the second range that is tried, relative to the range of all n values, or None.
 
-        Transforms look like noise, whose few largest values are not worth the precision they cost all others.
+        A transform looks like noise. With few bits it can pay to clamp its largest values, for more precision in all
+        the others: a group is quantized in both ranges, and the one with the smaller square error is sent.
         """
         return {2: 0.6875, 3: 0.8125, 4: 0.90625}.get(self.bits) if self.transforms(n) else None
 
@@ -122,6 +137,11 @@ class StepFormat:
 
     @classmethod
     def parse(cls, text: str) -> StepFormat:
+        """Return the step with this text, e.g. "int4-g32-had".
+
+        Raises:
+            FormatError: There is no such format.
+        """
         if text == UNCOMPRESSED:
             return cls(cls.RAW_BITS)
         match = _STEP.fullmatch(text)
@@ -140,10 +160,13 @@ class StepFormat:
 
 @dataclass(frozen=True)
 class WireFormat:
-    """The two steps of a collective: `reduce` on the way to the sum, `gather` on the way back.
+    """The formats of the two steps of a collective. `WireFormat.parse(text)` and `str(format)` are inverse.
 
-    `WireFormat.parse(text)` and `str(format)` are inverse. Raises FormatError.
+    Args:
+        reduce: The format of the values that ranks send to be summed.
+        gather: The format of the sums that ranks send back.
 
+    Example:
     >>> str(WireFormat.parse("int4-g64/int8"))
     'int4/int8'
     """
@@ -153,21 +176,28 @@ class WireFormat:
 
     @property
     def uncompressed(self) -> bool:
+        """Whether both steps send values as they are."""
         return self.reduce.uncompressed and self.gather.uncompressed
 
     @property
     def unit(self) -> int:
-        """Values a shard or chunk is made of: the larger of the two groups (they nest, both being powers of 2)."""
+        """Shards and chunks start at multiples of this many values in their row: whole groups of both steps.
+
+        It is the larger of the two groups, since both are powers of 2.
+        """
         return max(self.reduce.group, self.gather.group)
 
     @property
     def bits(self) -> float:
-        """Bits per value on the wire in rows of whole groups, scales and zeros included: the mean of both steps."""
+        """Bits per value on the wire, scales and zero points included, in rows of whole groups: the steps' mean."""
         return (_bits(self.reduce) + _bits(self.gather)) / 2
 
     @property
     def between_steps(self) -> tuple[StepFormat, StepFormat]:
-        """How to decode the reduce step and encode its sum: rotated where both steps transform the same groups."""
+        """The formats to decode the reduce step with and to encode its sum with.
+
+        They stay in the Hadamard domain if both steps transform the same groups.
+        """
         a, b = self.reduce, self.gather
         if a.hadamard and b.hadamard and a.group == b.group:
             return replace(a, in_hadamard_domain=True), replace(b, in_hadamard_domain=True)
@@ -175,7 +205,7 @@ class WireFormat:
 
     @property
     def twice_reduced(self) -> WireFormat:
-        """Two reduce steps, one after the other."""
+        """The format of two reduce steps, one after the other, as within and across nodes."""
         return WireFormat(self.reduce, self.reduce)
 
     def __str__(self) -> str:
@@ -183,6 +213,11 @@ class WireFormat:
 
     @classmethod
     def parse(cls, text: str | WireFormat) -> WireFormat:
+        """Return the format with this text, e.g. "int4-had" or "int4/int8" (reduce step / gather step).
+
+        Raises:
+            FormatError: There is no such format.
+        """
         if isinstance(text, WireFormat):
             return text
         if not isinstance(text, str):
@@ -203,20 +238,31 @@ def _bits(step: StepFormat) -> float:
 
 @dataclass(frozen=True)
 class Sections:
-    """Byte offsets of one wire buffer: `planes` (one offset each), `scale`, `zero`, and its whole size."""
+    """Where the sections of one wire buffer begin, as byte offsets.
+
+    Args:
+        planes: One offset per bit plane.
+        scale: The offset of the scales.
+        zero_point: The offset of the zero points; the buffer's end where scales hold them.
+        n_groups: The number of groups in the buffer.
+        nbytes: The size of the buffer in bytes, padding included.
+    """
 
     planes: tuple[int, ...]
     scale: int
-    zero: int
+    zero_point: int
     n_groups: int
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The byte arithmetic of messages with rows of `row` values of `itemsize` bytes, sent as `step`.
+    """The byte arithmetic of a message. Positions in it are counts of values, and lie on group boundaries of their row.
 
-    Offsets into a message are counts of values on group boundaries of their row.
+    Args:
+        step: The format it is sent in.
+        row: The number of values in a row.
+        itemsize: Bytes of a value of the tensor.
     """
 
     step: StepFormat
@@ -225,33 +271,34 @@ class Layout:
 
     @property
     def groups_per_row(self) -> int:
+        """The number of groups in a row, a shorter last one included."""
         return -(-self.row // self.step.group)
 
     def groups_before(self, position: int) -> int:
-        """Groups that end at or before the value `position` of the message."""
+        """Return the number of groups before the value at `position`."""
         return position // self.row * self.groups_per_row + -(-(position % self.row) // self.step.group)
 
     def plane_bytes_before(self, width: int, position: int) -> int:
-        """Bytes of the plane of `width` bits that belong to values before `position`."""
+        """Return the bytes that the values before `position` take in the plane of `width` bits."""
         full, tail = divmod(self.row, self.step.group)
         per_row = full * (self.step.group * width // 8) + -(-tail * width // 8)
         return position // self.row * per_row + position % self.row * width // 8
 
     def sections(self, start: int, stop: int) -> Sections:
-        """Where the parts of the wire buffer of the values [start, stop) lie, in bytes."""
+        """Return where the sections of the wire buffer of the values [start, stop) begin."""
         return _sections(self, start, stop)
 
     def nbytes(self, start: int, stop: int) -> int:
-        """Size in bytes of the wire buffer of the values [start, stop); a multiple of 16."""
+        """Return the size in bytes of the wire buffer of the values [start, stop), a multiple of 16."""
         return self.sections(start, stop).nbytes
 
     def gaps(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The bytes [a, b) between sections of the wire buffer of the values [start, stop), which are zeros."""
+        """Return the padding of the wire buffer of the values [start, stop), as byte ranges [a, b). It is all zeros."""
         at = self.sections(start, stop)
         if self.step.uncompressed:
             return [((stop - start) * self.itemsize, at.nbytes)]
         used = [self.plane_bytes_before(w, stop) - self.plane_bytes_before(w, start) for w, _ in self.step.planes]
-        begins = [*at.planes, at.scale] if self.step.packed else [*at.planes, at.scale, at.zero]
+        begins = [*at.planes, at.scale] if self.step.packed else [*at.planes, at.scale, at.zero_point]
         sizes = [*used, 2 * at.n_groups, at.n_groups][: len(begins)]
         gaps = [(a + size, b) for a, size, b in zip(begins, sizes, [*begins[1:], at.nbytes], strict=True)]
         return [(a, b) for a, b in gaps if a < b]
@@ -266,21 +313,27 @@ def _sections(layout: Layout, start: int, stop: int) -> Sections:
     for width, _ in layout.step.planes:
         planes.append(at)
         at += _aligned(layout.plane_bytes_before(width, stop) - layout.plane_bytes_before(width, start))
-    scale = at
-    zero = scale + _aligned(2 * n_groups)
-    end = zero if layout.step.packed else zero + _aligned(n_groups)
-    return Sections(tuple(planes), scale, zero, n_groups, end)
+    zero_point = at + _aligned(2 * n_groups)
+    end = zero_point if layout.step.packed else zero_point + _aligned(n_groups)
+    return Sections(tuple(planes), at, zero_point, n_groups, end)
 
 
 def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGN) * ALIGN
 
 
-def bounds(start: int, stop: int, row: int, unit: int, parts: int) -> list[int]:
-    """The parts+1 ends of `parts` nearly equal spans of [start, stop), each on a multiple of `unit` in its row.
+def bounds(start: int, stop: int, row: int, unit: int, count: int) -> list[int]:
+    """Return the count + 1 ends of `count` nearly equal ranges that [start, stop) is cut into.
 
-    Parts differ by at most one unit; with fewer units than parts some are empty. This is how a message is cut
-    into chunks and a chunk into one shard per rank: a function of numbers that are equal on all ranks.
+    This is how a message is cut into chunks, and a chunk into one shard per rank: a function of numbers that are equal
+    on all ranks.
+
+    Args:
+        start: The first value of the range.
+        stop: The value after the last one.
+        row: The number of values in a row.
+        unit: Ranges start at multiples of this many values in their row, and differ in size by at most one such unit.
+        count: The number of ranges; with fewer units than that some are empty.
     """
     per_row = -(-row // unit)
 
@@ -291,4 +344,4 @@ def bounds(start: int, stop: int, row: int, unit: int, parts: int) -> list[int]:
         return u // per_row * row + u % per_row * unit
 
     first, last = to_unit(start), to_unit(stop)
-    return [to_position(first + (last - first) * i // parts) for i in range(parts)] + [stop]
+    return [to_position(first + (last - first) * i // count) for i in range(count)] + [stop]

@@ -1,0 +1,63 @@
+"""The private names of torch that flashcomm uses outside `gpu/`, each behind a function of ours.
+
+torch may change such names in any release: this file is then the only one to mend. Each docstring says what the name
+is for, why no public name serves, and in which releases it was found to work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def process_group_named(name: str) -> dist.ProcessGroup:
+    """Return the process group with this name. Operators in compiled graphs hold names: they cannot hold groups.
+
+    `distributed_c10d._resolve_process_group`, torch 2.11 and 2.13. torch's own functional collectives use it.
+
+    Raises:
+        RuntimeError: No group has this name.
+    """
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
+
+
+def is_registered(group: dist.ProcessGroup) -> bool:
+    """Return whether torch.distributed knows the group. If not, symmetric memory cannot find its ranks by its name.
+
+    `distributed_c10d._world.pg_names`, torch 2.11 and 2.13. Public functions raise for a group that is not registered,
+    such as the inner one of a c10d backend.
+    """
+    return group in distributed_c10d._world.pg_names
+
+
+def default_store() -> distributed_c10d.Store:
+    """Return the store at which the ranks of the default group met.
+
+    `distributed_c10d._get_default_store`, torch 2.11 and 2.13. A store of our own would need an address of its own.
+
+    Raises:
+        ValueError: torch.distributed is not initialized.
+    """
+    return distributed_c10d._get_default_store()
+
+
+def start_sequence_numbers(backend: Any) -> None:
+    """Let a backend that was constructed directly count its collectives, as `new_group` does.
+
+    `Backend._set_sequence_number_for_group`, torch 2.11 and 2.13. Error messages of gloo and NCCL name the count.
+    """
+    backend._set_sequence_number_for_group()
+
+
+def work_of(future: torch.futures.Future[Any]) -> dist.Work:
+    """Return a c10d Work that is done when the future is, for a backend written in Python to return.
+
+    `torch._C._distributed_c10d._create_work_from_future`, torch 2.11 and 2.13. C++ callers cannot wait for a subclass
+    of Work written in Python.
+    """
+    from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
+
+    return _create_work_from_future(future)  # type: ignore[no-any-return]
