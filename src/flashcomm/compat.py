@@ -44,6 +44,22 @@ def default_store() -> distributed_c10d.Store:
     return distributed_c10d._get_default_store()
 
 
+def current_gpu() -> int:
+    """Return the index of the current GPU, without the checks of `torch.cuda.current_device`.
+
+    `torch._C._cuda_getDevice`, torch 2.11 and 2.13.
+    """
+    return torch._C._cuda_getDevice()
+
+
+def current_stream_handle(device_index: int) -> int:
+    """Return the CUDA handle of the current stream, without making a `torch.cuda.Stream`.
+
+    `torch._C._cuda_getCurrentRawStream`, torch 2.11 and 2.13. Triton's launchers use it, too.
+    """
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
 def start_sequence_numbers(backend: Any) -> None:
     """Let a backend that was constructed directly count its collectives, as `new_group` does.
 

@@ -22,9 +22,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from flashcomm.communicator import Communicator
+from flashcomm.compat import process_group_named
 from flashcomm.errors import SettingsError
 from flashcomm.wire.format import WireFormat
 
@@ -151,7 +151,7 @@ def _communicator_for(name: str, x: Tensor) -> Communicator:
     """The Communicator of that name for x's device, made now if there is none for the group as it is now."""
     text, at, group_name = name.rpartition("@")
     try:
-        group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+        group = process_group_named(group_name)
     except RuntimeError as why:
         raise SettingsError(f"no process group named {group_name!r}: use flashcomm.ops.op_name(format, group)") from why
     device = x.device.type if isinstance(x, Tensor) and x.device.type in ("cpu", "cuda") else None
@@ -166,7 +166,7 @@ def _forget_destroyed_groups() -> None:
     """Close Communicators whose group is no longer registered under its name."""
     for key, comm in list(_communicators.items()):
         try:
-            alive = _resolve_process_group(key[0].rpartition("@")[2]) is comm.group  # type: ignore[arg-type]
+            alive = process_group_named(key[0].rpartition("@")[2]) is comm.group
         except RuntimeError:
             alive = False
         if not alive:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashcomm.collectives import pipelined
 from flashcomm.collectives.hierarchical import hierarchical
+from flashcomm.compat import current_stream_handle
 from flashcomm.routing.route import Route
 from flashcomm.transports.process_group import ProcessGroupTransport
 
@@ -146,7 +147,7 @@ class StreamOrder:
         self.kernels.check()
         if self.device.type != "cuda":
             return
-        if self._stream is None or self._stream.cuda_stream != torch._C._cuda_getCurrentRawStream(self.device.index):
+        if self._stream is None or self._stream.cuda_stream != current_stream_handle(self.device.index):
             current = torch.cuda.current_stream(self.device)
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 current.wait_stream(self._stream)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.collectives import pipelined
+from flashcomm.compat import current_stream_handle
 from flashcomm.errors import InputError
 from flashcomm.gpu.codec import point
 from flashcomm.gpu.indirect import Indirect
@@ -52,7 +53,7 @@ class Replayed:
         # Alignment is a rank's own affair: it takes a copy, and not another way, whose slots would not be the peers'.
         x = x.clone() if x.data_ptr() % 16 else x
         target = torch.empty_like(out) if out.data_ptr() % 16 else out
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        stream = current_stream_handle(self._index)
         self._start(self._cells.data_ptr(), x.data_ptr(), target.data_ptr(), stream=stream)
         key = (collective, x.shape, out.shape, x.dtype, context.fmt)
         known, kept = key in self._kept, self._kept.get(key)

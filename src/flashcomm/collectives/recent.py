@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.collectives.executors import Launch
+from flashcomm.compat import current_gpu
 from flashcomm.wire.format import WireFormat
 
 MAX_KINDS = 4096  # of calls that are remembered
@@ -37,7 +38,7 @@ class RecentCalls:
         source = x.data_ptr()
         if source & 15 or (x.requires_grad and torch.is_grad_enabled()):
             return None
-        if torch._C._cuda_getDevice() != device:  # kernels go to the current device
+        if current_gpu() != device:  # kernels go to the current device
             return None
         name, n_bytes, again = kept
         result = torch.empty_like(x)

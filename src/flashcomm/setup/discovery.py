@@ -18,6 +18,7 @@ import torch.distributed as dist
 from flashcomm.codecs import codec_for
 from flashcomm.collectives import executors
 from flashcomm.collectives.pipelined import Context, Transport, Workspace
+from flashcomm.compat import is_registered
 from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.routing import policy, timings
 from flashcomm.routing.route import Executor, Machine
@@ -198,7 +199,7 @@ def _rendezvous(
 ) -> tuple[Any, str]:
     """A region of this kind that all ranks have mapped, or why not."""
     probe = kind.probe(transport.device)
-    if kind is symmetric and group not in dist.distributed_c10d._world.pg_names:
+    if kind is symmetric and not is_registered(group):
         probe["why"] = probe["why"] or "the group has no name in this process, being the inner one of a c10d backend"
     if why := kind.why_not(consistency.tell(transport, probe, "looking for shared memory")):
         return None, why
