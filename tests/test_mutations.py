@@ -18,17 +18,17 @@ ROOT = Path(__file__).parent.parent
 MUTATIONS = {
     "round toward zero": (
         "wire/torch_codec.py", "torch.round(y * inverse[:, None])", "torch.trunc(y * inverse[:, None])",
-        "wire/test_codec.py::test_error_is_within_the_bound_and_the_bound_is_tight",
+        "wire/test_torch_codec.py::test_error_is_within_the_bound_and_the_bound_is_tight",
     ),
     "round the scale down": (
-        "wire/torch_codec.py", "+ low) & ~low", "+ 0) & ~low", "wire/test_codec.py::test_the_stored_scale_is_as_needed",
+        "wire/torch_codec.py", "+ low) & ~low", "+ 0) & ~low", "wire/test_torch_codec.py::test_the_stored_scale_is_as_needed",
     ),
     "round the scale too far": (
-        "wire/torch_codec.py", "+ low) & ~low", "+ 2 * low + 1) & ~low", "wire/test_codec.py::test_the_stored_scale_is_as_needed",
+        "wire/torch_codec.py", "+ low) & ~low", "+ 2 * low + 1) & ~low", "wire/test_torch_codec.py::test_the_stored_scale_is_as_needed",
     ),
     "hide NaN": (
         "wire/torch_codec.py", 'torch.where(finite, scale, float("nan"))', "scale",
-        "wire/test_codec.py::test_not_finite_poisons_its_group_and_nothing_else",
+        "wire/test_torch_codec.py::test_not_finite_poisons_its_group_and_nothing_else",
     ),
     "the worse of two ranges": (
         "wire/torch_codec.py", "*smaller, inverse) <", "*smaller, inverse) >", "wire/test_golden.py::TestGoldenHadamard",
@@ -50,32 +50,32 @@ MUTATIONS = {
         "wire/format.py", "and a.group == b.group", "", "wire/test_format.py::test_between_steps_with_equal_groups_nothing_is_transformed",
     ),
     "the compiled codec never chooses": (
-        "cpu/grid.py", 'better = self._reduced(F32, 1, "+").compare("<", 0.0)',
-        'better = self._reduced(F32, 1, "+").compare("<", -1e9)', "wire/test_golden.py::TestGoldenHadamard",
+        "cpu/quantize.py", 'better = self._reduce(F32, 1, "+").compare("<", 0.0)',
+        'better = self._reduce(F32, 1, "+").compare("<", -1e9)', "wire/test_golden.py::TestGoldenHadamard",
     ),
     "the compiled codec prefers the part if equal": (
-        "cpu/grid.py", 'better = self._reduced(F32, 1, "+").compare("<", 0.0)',
-        'better = self._reduced(F32, 1, "+").compare("<=", 0.0)', "wire/test_codec.py::test_compiled_codec_writes_the_same_bytes",
+        "cpu/quantize.py", 'better = self._reduce(F32, 1, "+").compare("<", 0.0)',
+        'better = self._reduce(F32, 1, "+").compare("<=", 0.0)', "cpu/test_cpu_codec.py::test_compiled_codec_writes_the_same_bytes",
     ),
     "the compiled codec sees no -NaN and no -Inf": (
-        "cpu/grid.py", "(low & (sign - 1)).compare(", "(low & 0).compare(",
+        "cpu/quantize.py", "(low & (sign - 1)).compare(", "(low & 0).compare(",
         "wire/test_golden.py::TestGolden::test_not_finite",
     ),
     "the compiled transform subtracts the wrong way": (
-        "cpu/hadamard.py", "parts[i], parts[i + h] = a + b, a - b", "parts[i], parts[i + h] = a + b, b - a",
-        "wire/test_codec.py::test_compiled_codec_writes_the_same_bytes",
+        "cpu/hadamard.py", "vectors[i], vectors[i + h] = a + b, a - b", "vectors[i], vectors[i + h] = a + b, b - a",
+        "cpu/test_cpu_codec.py::test_compiled_codec_writes_the_same_bytes",
     ),
     "sum in bf16": (
         "wire/torch_codec.py", "total = total + term", "total = (total + term).bfloat16().float()",
-        "collectives/test_pipelined.py::test_the_reference_is_what_the_method_says wire/test_codec.py::test_sums_run_in_rank_order_in_float32",
+        "collectives/test_pipelined.py::test_the_reference_is_what_the_method_says wire/test_torch_codec.py::test_sums_run_in_rank_order_in_float32",
     ),
     "sum in reverse rank order": (
         "wire/torch_codec.py", "for term in terms[1:]:", "for term in terms[:0:-1]:",
-        "wire/test_codec.py::test_sums_run_in_rank_order_in_float32",
+        "wire/test_torch_codec.py::test_sums_run_in_rank_order_in_float32",
     ),
     "shift a scale by one group": (
         "wire/torch_codec.py", "torch.int16)[groups.numbers], step)", "torch.int16).roll(1)[groups.numbers], step)",
-        "wire/test_codec.py::test_error_is_within_the_bound_and_the_bound_is_tight",
+        "wire/test_torch_codec.py::test_error_is_within_the_bound_and_the_bound_is_tight",
     ),
     "a group that straddles rows": (
         "collectives/pipelined.py", "return Layout(step, message.shape[-1] if message.dim() else 1, message.element_size())",

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import DTYPES, N_GPUS, NCCL, over_cuda, same_bits, tough
-from test_codec import FORMATS, SHAPES
+from wire_formats import FORMATS, SHAPES
 
 from flashcomm import Communicator, WireFormat, reference
 from flashcomm.ranks.launch import RankContext, run

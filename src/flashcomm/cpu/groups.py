@@ -1,4 +1,4 @@
-"""What the encoder and the decoder have in common: number formats as vectors, and the way from group to group."""
+"""What the encoder and the decoder share: vectors of bf16 and fp16 numbers, and the loop over blocks of groups."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ INTEGER = {torch.bfloat16: I16, torch.float16: I16, torch.float32: I32}
 MAGIC_BITS = 0x4B400000
 MAGIC = 1.5 * 2.0**23
 """The float32 with the bits MAGIC_BITS. Around it floats are integers: MAGIC + i has the bits MAGIC_BITS + i for
-|i| < 2^22. So adding it rounds to an integer, half to even, and leaves that integer in the low bits; and a small
-integer becomes a float by putting it there. No conversion instruction, no lane changes its width."""
+|i| < 2^22. Adding it rounds to an integer, half to even, and leaves that integer in the low bits. The other way round,
+a small integer becomes a float by an OR with MAGIC_BITS. Neither needs a conversion, or lanes of another width."""
 
-_PAD = 16  # odd ends of rows are rounded up to so many lanes
+_LANES = 16  # vectors are multiples of so many lanes, at the odd ends of rows too
 
 
 def padded(n: int) -> int:
-    return -(-n // _PAD) * _PAD
+    """Return the number of lanes that n values take."""
+    return -(-n // _LANES) * _LANES
 
 
 def plane_bytes(n: int, width: int) -> int:
-    """Bytes of n values in a plane."""
+    """Return the bytes of n values in a plane of `width` bits."""
     return -(-n * width // 8)
 
 
 def floats(bits: Vec, dtype: torch.dtype) -> Vec:
-    """The float32 values of bit patterns of dtype."""
+    """Return the float32 values of bit patterns of dtype."""
     if dtype == torch.bfloat16:
         return (bits.to(I32) << 16).view(F32)
     return bits.view(F16).to(F32) if dtype == torch.float16 else bits.view(F32)
 
 
 def spread(bits: Vec, dtype: torch.dtype) -> list[Vec]:
-    """The float32 values of bit patterns of dtype: of bfloat16 in two vectors, the even ones and the odd ones.
+    """Return the float32 values of bit patterns of dtype, of bfloat16 in two vectors: even ones and odd ones.
 
-    Two bfloat16 are one int32: taking the halves apart and joining them moves no value to another lane.
+    Two bfloat16 are one int32. Splitting it into halves, and joining them later, moves no value to another lane.
     """
     if dtype != torch.bfloat16:
         return [floats(bits, dtype)]
@@ -49,16 +50,16 @@ def spread(bits: Vec, dtype: torch.dtype) -> list[Vec]:
     return [(pairs << 16).view(F32), (pairs & 0xFFFF0000).view(F32)]
 
 
-def join(parts: list[Vec]) -> Vec:
-    """The int16 in the low halves of int32, in order: the way back from `spread`."""
-    if len(parts) == 1:
-        return parts[0].to(I16)
-    even, odd = parts
+def join(vectors: list[Vec]) -> Vec:
+    """Return the int16 in the low halves of int32 lanes, in order: the inverse of `spread`."""
+    if len(vectors) == 1:
+        return vectors[0].to(I16)
+    even, odd = vectors
     return ((odd << 16) | (even & 0xFFFF)).view(I16)
 
 
 def round_to_bf16(x: Vec) -> Vec:
-    """Bits (int32) whose upper halves are the values as bfloat16, rounded half to even.
+    """Return int32 lanes whose upper halves are the values as bfloat16, rounded half to even.
 
     NaN stays NaN if its low 16 bits are 0, as they are in every NaN that comes from a scale or from arithmetic.
     """
@@ -66,35 +67,42 @@ def round_to_bf16(x: Vec) -> Vec:
     return bits + 0x7FFF + ((bits >> 16) & 1)
 
 
-class At(NamedTuple):
-    """Where a block of groups begins: its values, its scales and zeros, its bytes in each plane."""
+class BlockAddresses(NamedTuple):
+    """Where a block of groups begins: its values, its scales and zero points, its bytes in each plane."""
 
     values: Vec
     scale: Vec
-    zero: Vec
+    zero_point: Vec
     planes: list[Vec]
 
 
-def for_blocks(
+def for_each_block(
     f: Function,
     step: StepFormat,
     dtype: torch.dtype,
     tail: int,
-    block: Callable[[int, Vec, At], None],
+    block: Callable[[int, Vec, BlockAddresses], None],
     most: int | None = None,
 ) -> None:
-    """Emit block(n, count, at) for all groups: `count` neighbors (at most `most`) of n values each, from `at` on.
+    """Emit block(n, count, at) for all groups: a block is `count` consecutive groups of n values, beginning at `at`.
 
-    The function's pointers are those of `At`, with three planes; its last integers are the number of groups to the end
-    of the first row, per row, and in all. `tail` is the size of the last group of a row, 0 if that is a full one:
-    full groups and tails are different code, each made for its size.
+    Full groups and shorter last groups of rows ("tails") are different code, each generated for its size.
+
+    Args:
+        f: Its pointers are those of `BlockAddresses`, with three planes. Its last three integers are the number of
+            groups to the end of the first row, in every other row, and altogether.
+        step: The format.
+        dtype: The dtype of the values.
+        tail: The size of the last group of a row, 0 if that is a full one.
+        block: Emits the code of one block.
+        most: The largest number of groups in a block, or None for no limit.
     """
     places = [Variable(p) for p in f.pointers[: 3 + len(step.planes)]]
     first, per_row, n_groups = f.integers[-3:]
 
     def visit(n: int, count: Vec) -> None:
-        values, scale, zero, *planes = (p.get() for p in places)
-        block(n, count, At(values, scale, zero, planes))
+        values, scale, zero_point, *planes = (p.get() for p in places)
+        block(n, count, BlockAddresses(values, scale, zero_point, planes))
         sizes = [n * dtype.itemsize, 2, 1, *(plane_bytes(n, width) for width, _ in step.planes)]
         for place, size in zip(places, sizes, strict=True):
             place.set(place.get() + count * size)
@@ -116,5 +124,5 @@ def for_blocks(
 
 
 def interleave(a: Vec, b: Vec) -> Vec:
-    """a[0], b[0], a[1], b[1], ..."""
+    """Return a[0], b[0], a[1], b[1], ..."""
     return a.shuffle([lane for i in range(a.lanes) for lane in (i, i + a.lanes)], b)

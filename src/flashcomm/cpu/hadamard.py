@@ -1,36 +1,37 @@
 """The Hadamard transform as vector code, in the order of `torch_codec.hadamard`: each sum rounded once, as there.
 
-Values are spread over one, two or four vectors ("parts"): value i is lane i div P of part i mod P. So they come from
-memory anyway (two bfloat16 are one int32, four codes too), and rounds between parts move no value to another lane.
+The values of a group are spread over P = 1, 2 or 4 vectors: value i is lane i div P of vector i mod P. That is how they
+come from memory anyway (two bfloat16 are one int32, as are four codes). Rounds between vectors then move no value to
+another lane.
 """
 
 from __future__ import annotations
 
 from flashcomm.cpu.vector import Vec
 
-_REGISTER = 16  # float32 lanes of the widest registers: between values further apart lanes need not move either
+_REGISTER_LANES = 16  # float32 lanes of the widest register: values this far apart are in different registers
 
 
-def hadamard(parts: list[Vec], n: int) -> list[Vec]:
-    """H of every n values in a row, n a power of two."""
-    parts, h = list(parts), 1
+def hadamard(vectors: list[Vec], n: int) -> list[Vec]:
+    """Return the transform of every n consecutive values, n a power of two."""
+    vectors, h = list(vectors), 1
     while h < n:
-        if h < len(parts):
-            for i in range(len(parts)):
+        if h < len(vectors):
+            for i in range(len(vectors)):
                 if not i & h:
-                    a, b = parts[i], parts[i + h]
-                    parts[i], parts[i + h] = a + b, a - b
+                    a, b = vectors[i], vectors[i + h]
+                    vectors[i], vectors[i + h] = a + b, a - b
         else:
-            parts = [_round(part, h // len(parts)) for part in parts]
+            vectors = [_round_within(x, h // len(vectors)) for x in vectors]
         h *= 2
-    return parts
+    return vectors
 
 
-def _round(x: Vec, apart: int) -> Vec:
-    """The lanes `apart` from each other become their sum and their difference."""
+def _round_within(x: Vec, apart: int) -> Vec:
+    """Return x with the lanes `apart` from each other replaced by their sum and their difference."""
     other = x.shuffle([lane ^ apart for lane in range(x.lanes)])
-    second = [bool(lane & apart) for lane in range(x.lanes)]
-    if apart >= _REGISTER:
-        return (other + x).shuffle([lane + x.lanes * second[lane] for lane in range(x.lanes)], other - x)
+    is_second = [bool(lane & apart) for lane in range(x.lanes)]
+    if apart >= _REGISTER_LANES:
+        return (other + x).shuffle([lane + x.lanes * is_second[lane] for lane in range(x.lanes)], other - x)
     # other + x or other - x in one instruction, for a product with 1 or -1 rounds nothing
-    return x.intrinsic("fmuladd", x.like([-1 if is_second else 1 for is_second in second]), other)
+    return x.intrinsic("fmuladd", x.like([-1 if second else 1 for second in is_second]), other)

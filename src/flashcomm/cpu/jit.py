@@ -1,7 +1,7 @@
-"""From LLVM's assembly to a function pointer, for the machine this process runs on.
+"""Compile LLVM assembly to a function, for the CPU that this process runs on.
 
-A kernel compiles in some 0.05 s, so nothing is kept on disk: no stale machine code after an update or on another
-node's CPU, no cache files that starting ranks fight over.
+A kernel compiles in some 0.05 s, so nothing is cached on disk: no stale machine code after an update or on another
+node's CPU, and no cache files that starting ranks fight over.
 """
 
 from __future__ import annotations
@@ -16,33 +16,30 @@ from typing import Any, TypeVar
 import llvmlite.binding as llvm
 
 _LOCK = threading.RLock()  # LLVM's global context serves one thread at a time
-Made = TypeVar("Made")
+Kernel = TypeVar("Kernel")
 
 
-def once(make: Callable[..., Made]) -> Callable[..., Made]:
-    """make, called once for each list of arguments, also when several threads ask for the same at the same time."""
-    made: dict[Any, Made] = {}
+def once(build: Callable[..., Kernel]) -> Callable[..., Kernel]:
+    """Decorate `build` to run once for each list of arguments, also when several threads ask at the same time."""
+    built: dict[Any, Kernel] = {}
 
-    @wraps(make)
-    def kept(*key: Any) -> Made:
-        if key not in made:
+    @wraps(build)
+    def get(*key: Any) -> Kernel:
+        if key not in built:
             with _LOCK:
-                if key not in made:
-                    made[key] = make(*key)
-        return made[key]
+                if key not in built:
+                    built[key] = build(*key)
+        return built[key]
 
-    return kept
+    return get
 
 
 def compile_function(assembly: str, name: str, kinds: Sequence[Any]) -> Callable[..., None]:
-    """The function `name` of an LLVM module; arguments are the ctypes `kinds`, nothing is returned.
-
-    The GIL is released while it runs.
-    """
+    """Return the function `name` of an LLVM module. It takes the ctypes `kinds`, and releases the GIL while it runs."""
     with _LOCK:
         module, machine = llvm.parse_assembly(assembly), _machine()
         options = llvm.create_pipeline_tuning_options(speed_level=2)
-        options.loop_vectorization = options.slp_vectorization = False  # what we hand over is vectors already
+        options.loop_vectorization = options.slp_vectorization = False  # the assembly is vectors already
         builder = llvm.create_pass_builder(machine, options)
         builder.getModulePassManager().run(module, builder)
         engine = llvm.create_mcjit_compiler(module, machine)
@@ -54,18 +51,18 @@ def compile_function(assembly: str, name: str, kinds: Sequence[Any]) -> Callable
 
 @lru_cache(maxsize=1)
 def has_half() -> bool:
-    """Whether the CPU converts float16; where it cannot (x86 before 2012) LLVM would call a library we may lack."""
+    """Return whether the CPU converts float16. Else (x86 before 2012) LLVM calls a library that may be missing."""
     return platform.machine() not in ("x86_64", "AMD64") or bool(cpu()[1].get("f16c", False))
 
 
 @lru_cache(maxsize=1)
 def cpu() -> tuple[str, Any]:
-    """LLVM's name of this CPU and its features (a mapping to bools)."""
+    """Return LLVM's name of this CPU, and its features as a mapping to bools."""
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features()
 
 
 def _machine() -> Any:
-    """A fresh one each time: a compiler takes ownership of what it is given."""
+    """A new target machine for each compiler, which takes ownership of it."""
     _initialize()
     name, features = cpu()
     target = llvm.Target.from_default_triple()

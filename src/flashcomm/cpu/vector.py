@@ -1,10 +1,7 @@
-"""Vector code by hand, for any CPU: LLVM's vectors with Python's operators.
+"""LLVM vectors with Python's operators, to write functions in.
 
-A `Vec` is a value of a function under construction: a number, a vector of numbers or a pointer. `a * b + 1` *emits*
-a multiplication and an addition of every lane; nothing is computed until the function runs. LLVM takes vectors of any
-length and cuts them to the registers at hand (SSE, AVX2, AVX-512, NEON), so a kernel can treat the 128 values of a
-group as *one* value. That is the point: given loops, a vectoriser must prove that arrays do not overlap and guess how
-often a loop runs, and where groups are short it gives up.
+A `Vec` is a value of a function under construction: a number, a vector of numbers or a pointer. `a * b + 1` *emits* a
+multiplication and an addition of every lane. Nothing is computed until the function runs.
 
 No flag lets LLVM reorder, contract or approximate: every floating-point operation is rounded once, as written.
 """
@@ -27,7 +24,7 @@ Numbers = int | float | Sequence[int]  # one for all lanes, or one per lane
 
 
 def width(element: Any) -> int:
-    """Bits of a number of this LLVM type."""
+    """Return the bits of a number of this LLVM type."""
     return {F16: 16, F32: 32}.get(element) or int(element.width)
 
 
@@ -61,7 +58,7 @@ class Vec:
         return self.value.type.element if self.lanes else self.value.type
 
     def like(self, other: Vec | Numbers) -> Vec:
-        """`other` as a value of this one's type."""
+        """Return `other` as a value of this one's type."""
         return other if isinstance(other, Vec) else Vec(self.function, _constant(self.value.type, other))
 
     def _emit(self, instruction: str, *operands: Any) -> Vec:
@@ -71,7 +68,7 @@ class Vec:
         return self._emit("f" + instruction if self.element == F32 else instruction, self.like(other).value)
 
     def __add__(self, other: Vec | Numbers) -> Vec:
-        """A sum; a pointer moves by that many bytes."""
+        """Return the sum. A pointer moves by that many bytes."""
         if self.element == POINTER:
             return self._emit("gep", [self.function.number(0).like(other).value], False, "", I8)
         return self._arithmetic("add", other)
@@ -93,14 +90,14 @@ class Vec:
     sign_shift = _bitwise("ashr")  # to the right, copies of the sign come in
 
     def compare(self, operator: str, other: Vec | Numbers) -> Vec:
-        """One bit per lane; integers count as signed; with NaN all is false but '!='."""
+        """Return one bit per lane. Integers are signed. With NaN every comparison but "!=" is false."""
         order = "unordered" if operator == "!=" else "ordered"
         instruction = f"fcmp_{order}" if self.element == F32 else "icmp_signed"
         emit = getattr(self.function.builder, instruction)
         return Vec(self.function, emit(operator, self.value, self.like(other).value))
 
     def choose(self, yes: Vec | Numbers, no: Vec) -> Vec:
-        """Where the bits of self are set yes, elsewhere no."""
+        """Return `yes` in the lanes where this vector of bits is set, else `no`."""
         return self._emit("select", no.like(yes).value, no.value)
 
     def minimum(self, other: Vec | Numbers) -> Vec:
@@ -110,31 +107,31 @@ class Vec:
         return self.compare(">", other)._emit("select", self.value, self.like(other).value)
 
     def intrinsic(self, name: str, *others: Vec, result: Any = None) -> Vec:
-        """llvm.<name>(self, *others), all of one type, which is also the result's unless told."""
+        """Return llvm.<name>(self, *others). All are of one type, which is also the result's unless given."""
         kind, element = self.value.type, self.element
         suffix = (f"v{self.lanes}" if self.lanes else "") + ("f" if element == F32 else "i") + str(width(element))
         callee = self.function.declare(f"llvm.{name}.{suffix}", [kind] * (1 + len(others)), result or kind)
         return Vec(self.function, self.function.builder.call(callee, [self.value, *(o.value for o in others)]))
 
     def view(self, element: Any) -> Vec:
-        """The same bits as lanes of another type; the first lane is in the lowest bits."""
+        """Return the same bits as lanes of another type. The first lane is in the lowest bits."""
         kind = ir.VectorType(element, self.lanes * width(self.element) // width(element)) if self.lanes else element
         return self._emit("bitcast", kind)
 
     def to(self, element: Any, signed: bool = False) -> Vec:
-        """Every lane converted: integers cut or extended (by zeros unless signed), floats rounded or widened."""
+        """Return every lane converted: integers cut or extended (by zeros unless signed), floats rounded or widened."""
         old, kind = self.element, ir.VectorType(element, self.lanes) if self.lanes else element
         if old in (F16, F32):
             return self._emit("fpext" if old == F16 else "fptrunc", kind)
         return self._emit("trunc" if width(element) < width(old) else "sext" if signed else "zext", kind)
 
     def shuffle(self, lanes: Sequence[int], other: Vec | None = None) -> Vec:
-        """The lanes of these numbers, of this vector followed by `other`."""
+        """Return the lanes with these numbers, out of this vector followed by `other`."""
         mask = _constant(ir.VectorType(I32, len(lanes)), lanes)
         return self._emit("shuffle_vector", (other or self).value, mask)
 
     def splat(self, lanes: int) -> Vec:
-        """A vector of copies of this number."""
+        """Return a vector of copies of this number."""
         vector = ir.Constant(ir.VectorType(self.element, lanes), ir.Undefined)
         return Vec(self.function, self.function.builder.insert_element(vector, self.value, I32(0))).shuffle([0] * lanes)
 
@@ -176,14 +173,14 @@ class Function:
         return known or ir.Function(self._module, ir.FunctionType(result, kinds), name)
 
     def scratch(self, kind: Any) -> Vec:
-        """A pointer to memory of the function's own, for one value of this LLVM type."""
+        """Return a pointer to memory of the function's own, for one value of this LLVM type."""
         slot = self._entry.alloca(kind)
-        slot.align = 64  # bytes of the widest registers
+        slot.align = 64  # bytes of the widest register
         slot.type = POINTER
         return Vec(self, slot)
 
     def load(self, address: Vec, element: Any, lanes: int = 0) -> Vec:
-        """From any address that suits the element."""
+        """Return what is at an address, which is aligned for one element only."""
         return address._emit("load", "", width(element) // 8, ir.VectorType(element, lanes) if lanes else element)
 
     def store(self, address: Vec, value: Vec) -> None:
@@ -191,7 +188,7 @@ class Function:
 
     @contextmanager
     def loop_while(self, condition: Callable[[], Vec]) -> Iterator[None]:
-        """while condition(): the body of the with statement"""
+        """Emit `while condition():` with the body of the with statement."""
         test, body, done = (self._function.append_basic_block() for _ in range(3))
         self.builder.branch(test)
         self.builder.position_at_end(test)
@@ -203,14 +200,14 @@ class Function:
 
     @contextmanager
     def loop(self, count: Vec) -> Iterator[Vec]:
-        """for i in range(count): the body of the with statement"""
+        """Emit `for i in range(count):` with the body of the with statement, which gets i."""
         i = Variable(self.number(0))
         with self.loop_while(lambda: i.get().compare("<", count)):
             yield i.get()
             i.set(i.get() + 1)
 
     def compile(self) -> Callable[..., None]:
-        """Machine code: a callable that takes addresses and integers, and releases the GIL while it runs."""
+        """Return the compiled function: it takes addresses and integers, and releases the GIL while it runs."""
         self.builder.ret_void()
         self._entry.branch(self._body)
         kinds = [ctypes.c_void_p if a.type == POINTER else ctypes.c_int64 for a in self._function.args]
