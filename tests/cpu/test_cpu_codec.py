@@ -74,15 +74,15 @@ NOT_FINITE = [float("nan"), float("inf"), -float("inf"), 2.0**126, -(2.0**126), 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_message_gives_the_same_bits(data: st.DataObject) -> None:
-    """Random formats, rows, dtypes, worlds, parts of messages and corners: the bytes and sums of the definition."""
+    """Random formats, rows, dtypes, ranks, ranges of messages and corners: the bytes and sums of the definition."""
     step, dtype = data.draw(st.sampled_from([*ALL, *IN_HADAMARD_DOMAIN])), data.draw(st.sampled_from(DTYPES))
     row, n_rows = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 5))
     world_size, kind = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(sorted(CORNERS)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     bad = data.draw(st.sampled_from([None, *NOT_FINITE]))
     ends = bounds(0, row * n_rows, row, step.group, 3)
-    parts = [(a, b) for a, b in [(ends[0], ends[3]), *itertools.pairwise(ends)] if a < b]
-    start, stop = data.draw(st.sampled_from(parts))
+    ranges = [(a, b) for a, b in [(ends[0], ends[3]), *itertools.pairwise(ends)] if a < b]
+    start, stop = data.draw(st.sampled_from(ranges))
     layout = Layout(step, row, dtype.itemsize)
     wires = torch.full((world_size, layout.nbytes(start, stop)), 0x11, dtype=torch.uint8)
     for rank in range(world_size):

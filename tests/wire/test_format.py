@@ -92,13 +92,13 @@ def test_planes() -> None:
     assert planes[2] == ((2, 0),)
 
 
-def test_up_to_5_bits_scale_and_zero_are_one_word() -> None:
+def test_up_to_5_bits_scale_and_zero_point_share_16_bits() -> None:
     assert {b: (StepFormat(b).packed, StepFormat(b).mantissa) for b in WIDTHS} == {
         2: (True, 6), 3: (True, 5), 4: (True, 4), 5: (True, 3), 6: (False, 7), 7: (False, 7), 8: (False, 7),
     }  # fmt: skip
 
 
-def test_what_is_transformed_and_may_be_shrunk() -> None:
+def test_what_is_transformed_and_may_be_clipped() -> None:
     plain, four, six = (StepFormat.parse(text) for text in ("int4", "int4-had", "int6-had"))
     assert [n for n in range(1, 65) if four.transforms(n)] == [1, 2, 4, 8, 16, 32, 64]
     assert not any(plain.transforms(n) for n in (1, 16, 64))
@@ -149,13 +149,13 @@ rows = st.integers(1, 700)
 
 
 @given(steps, rows, st.integers(1, 40), st.integers(1, 9), st.data())
-def test_parts_tile_the_message_on_group_boundaries(
-    step: StepFormat, row: int, n_rows: int, parts: int, data: st.DataObject
+def test_ranges_make_up_the_message_and_split_no_group(
+    step: StepFormat, row: int, n_rows: int, count: int, data: st.DataObject
 ) -> None:
-    """Parts are in order, complete, cut on units, equal to within one unit, and their sizes add up."""
+    """Ranges are in order, complete, cut on units, equal to within one unit, and their sizes add up."""
     unit = data.draw(st.sampled_from([g for g in GROUPS if g >= step.group] or [step.group]))
-    ends = bounds(0, row * n_rows, row, unit, parts)
-    assert len(ends) == parts + 1
+    ends = bounds(0, row * n_rows, row, unit, count)
+    assert len(ends) == count + 1
     assert ends[0] == 0
     assert ends[-1] == row * n_rows
     assert all(a <= b for a, b in itertools.pairwise(ends))

@@ -63,7 +63,7 @@ def test_the_bound_of_a_transform_is_tight(step: StepFormat) -> None:
 
 @pytest.mark.parametrize("step", FORMATS, ids=str)
 def test_the_stored_scale_is_as_needed(step: StepFormat) -> None:
-    """The range of the values and 0 in 2^bits - 1 steps, rounded up to the bits there are; or a part of it."""
+    """The range of the values and 0 in 2^bits - 1 steps, rounded up to the bits there are; or in the clipped range."""
     x = tough((16, 512), torch.float32)
     wire, layout = encoded(x, step)
     at, groups = layout.sections(0, x.numel()), x.view(-1, step.group)
@@ -73,15 +73,15 @@ def test_the_stored_scale_is_as_needed(step: StepFormat) -> None:
     needed = ((y.amax(1).clamp_min(0) - y.amin(1).clamp_max(0)) / step.levels).clamp_min(2**-110)
     step_size, slack = 2.0 ** (step.bits - 8 if step.bits < 6 else -7), 2**-20
 
-    def fits(part: float) -> torch.Tensor:
-        return (scale >= part * needed * (1 - slack)) & (scale <= part * needed * (1 + step_size) * (1 + slack))
+    def fits(ratio: float) -> torch.Tensor:
+        return (scale >= ratio * needed * (1 - slack)) & (scale <= ratio * needed * (1 + step_size) * (1 + slack))
 
-    part = step.clip_ratio(step.group)
-    if part is None:
+    ratio = step.clip_ratio(step.group)
+    if ratio is None:
         assert fits(1.0).all()
     else:
-        assert (fits(1.0) | fits(part)).all()
-        assert (fits(part) & ~fits(1.0)).any()
+        assert (fits(1.0) | fits(ratio)).all()
+        assert (fits(ratio) & ~fits(1.0)).any()
 
 
 @pytest.mark.parametrize("text", ["int2", "int4", "int8"])

@@ -39,8 +39,7 @@ _MIN_FOR_QUARTERS = 64  # values; with fewer (ends of rows) a quarter fills no r
 
 @once
 def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., None]:
-    """Return kernel(out, scale, zero_point, plane, plane, plane, stride, ranks, and the number of groups to the end of
-    the row, per row, in all).
+    """Return kernel(out, scale, zero_point, plane, plane, plane, stride, ranks, then groups as for `encoder`).
 
     The first six are addresses of the first group, in rank 0's buffer; each next rank's are `stride` bytes further.
     dtype: of out. tail: row % group.
