@@ -1,7 +1,7 @@
 """flashcomm: low-bit collectives for tensor-parallel LLM inference (Flash Communication, arXiv 2412.04964).
 
-Importing it registers `torch.ops.flashcomm` and does nothing else: no GPU is touched, no compiler and no engine
-imported.
+Importing it registers `torch.ops.flashcomm` and does nothing else. It touches no GPU and imports no compiler, inference
+engine or command line.
 """
 
 from flashcomm.communicator import Communicator

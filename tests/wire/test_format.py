@@ -119,6 +119,11 @@ def test_between_steps_with_equal_groups_nothing_is_transformed(text: str, in_ha
     )
 
 
+def test_the_old_name_still_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=r"WireFormat\.uncompressed"):
+        assert WireFormat.parse("bf16").lossless
+
+
 def test_bytes_of_a_real_message() -> None:
     """512 tokens of hidden size 600: 9 groups of 64 and one of 24 a row, as int4 and as int6."""
     at = Layout(StepFormat.parse("int4"), 600, 2).sections(0, 512 * 600)

@@ -27,6 +27,7 @@ of the message's values, counted in row-major order, whose ends lie on group bou
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -167,8 +168,8 @@ class WireFormat:
         gather: The format of the sums that ranks send back.
 
     Example:
-    >>> str(WireFormat.parse("int4-g64/int8"))
-    'int4/int8'
+        >>> str(WireFormat.parse("int4-g64/int8"))
+        'int4/int8'
     """
 
     reduce: StepFormat
@@ -178,6 +179,13 @@ class WireFormat:
     def uncompressed(self) -> bool:
         """Whether both steps send values as they are."""
         return self.reduce.uncompressed and self.gather.uncompressed
+
+    @property
+    def lossless(self) -> bool:
+        """Deprecated name of `uncompressed`."""
+        why = "WireFormat.lossless is now WireFormat.uncompressed; the old name goes with the next release"
+        warnings.warn(why, DeprecationWarning, stacklevel=2)
+        return self.uncompressed
 
     @property
     def unit(self) -> int:
