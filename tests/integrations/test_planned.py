@@ -45,8 +45,8 @@ def by_hand(given: list[torch.Tensor], fmt: WireFormat, plan: Plan | None = None
     """The reference's sum, between the two halves of a plan's scaling if there is one."""
     if plan is None:
         return reference.one_shot(given, fmt)
-    total = reference.one_shot([plan.send(LAYER, x, WORLD_SIZE) for x in given], fmt)
-    return plan.receive(LAYER, total, WORLD_SIZE, torch.bfloat16)
+    total = reference.one_shot([plan.before_reduce(LAYER, x, WORLD_SIZE) for x in given], fmt)
+    return plan.after_reduce(LAYER, total, WORLD_SIZE, torch.bfloat16)
 
 
 def test_each_layer_takes_its_format_and_scaling() -> None:

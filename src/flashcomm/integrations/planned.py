@@ -63,10 +63,10 @@ class PlannedAllReduce:
         fmt = self.format_of(x, layer)
         if layer and self.route(x, layer, whole).coded:
             world_size = self.comm.world_size
-            sent = self.plan.send(layer, x, world_size)
+            sent = self.plan.before_reduce(layer, x, world_size)
             if sent is not x:
                 total = self.comm.all_reduce(sent, format=fmt, whole=whole)
-                result = self.plan.receive(layer, total, world_size, x.dtype)
+                result = self.plan.after_reduce(layer, total, world_size, x.dtype)
                 return result if out is None else out.copy_(result)
         return self.comm.all_reduce(x, out, format=fmt, whole=whole)
 
