@@ -160,7 +160,7 @@ def the_how_tos_block(ctx: RankContext) -> None:
                 got = run_it(x).to_local()
             assert torch.equal(got, parts[ctx.rank] + (summed[ctx.rank] + model.down.bias))
     (comm,) = ops.communicators()
-    assert dict(comm.calls) == {"all_gather/composed": 4, "reduce_scatter/composed": 4}
+    assert dict(comm.calls) == {"all_gather/pipelined": 4, "reduce_scatter/pipelined": 4}
 
 
 def uneven(ctx: RankContext) -> None:

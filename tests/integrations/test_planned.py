@@ -76,7 +76,7 @@ def test_a_message_that_is_not_low_bit_is_not_scaled() -> None:
         assert not planned.is_low_bit(given[rank], LAYER)
         unplanned = planned.comm.all_reduce(given[rank], format="bf16")
         assert torch.equal(planned(given[rank], LAYER), unplanned)
-        assert planned.comm.calls == {"all_reduce/native": 2}
+        assert planned.comm.calls == {"all_reduce/backend": 2}
 
     on_ranks(body, min_bytes=1 << 20)
 
@@ -117,7 +117,7 @@ def test_a_format_in_place_of_a_plan() -> None:
             for plan, fmt in ((None, INT4), ("int8", INT8), (INT6, INT6)):
                 planned = PlannedAllReduce(comm, plan)
                 assert torch.equal(planned(given[rank], LAYER), by_hand(given, fmt))
-                assert planned.route(given[rank], LAYER).fmt == str(fmt)
+                assert planned.route(given[rank], LAYER).format == fmt
 
     raise_first(run_ranks(WORLD_SIZE, rank_main))
 

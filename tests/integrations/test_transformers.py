@@ -160,7 +160,7 @@ def leaves_uncompressed_sums_alone(ctx: RankContext, path: str) -> None:
         vectors = LayerPlan(FMT, torch.ones(64, dtype=torch.int8), torch.full((64,), 0.3).bfloat16())
         integration.enable(Plan(FMT, layers={"*": vectors}), min_bytes="1M")
         assert torch.equal(model(IDS).logits, want)
-    assert [set(comm.calls) for comm in integration.communicators()] == [{"all_reduce/native"}] * 2
+    assert [set(comm.calls) for comm in integration.communicators()] == [{"all_reduce/backend"}] * 2
 
 
 class TestTransformers:

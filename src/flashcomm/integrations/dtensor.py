@@ -11,8 +11,8 @@ that small ones are not quantized; a reduce-scatter or all-gather is low-bit at 
 dtypes and layouts sharded along the last dimension keep torch's own collectives. Everything compiles with
 `fullgraph=True`, once for all lengths of input.
 
-Private methods of torch's styles that are overridden, read in torch 2.11 and 2.13: `_apply`, `_prepare_output_fn`,
-`_prepare_input_fn` and `_prepare_input_arg`.
+Private names of torch that this module uses, read in torch 2.11 and 2.13: `AsyncCollectiveTensor`, and of the styles
+`_apply`, `_prepare_output_fn`, `_prepare_input_fn` and `_prepare_input_arg`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel
@@ -30,7 +31,6 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.nn import functional
 
 from flashcomm import ops
-from flashcomm.integrations.torch_private import AsyncCollectiveTensor
 from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES
 
@@ -61,14 +61,14 @@ class MeshCollectives:
         """This rank's shard, along dim, of the sum; the last shards may be smaller, or empty."""
         rows = partial.movedim(dim, 0)
         size = -(-rows.shape[0] // self.world_size)
-        shard = ops.call("reduce_scatter", _padded(rows, size * self.world_size), self.name, self.world_size)
+        shard = ops.reduce_scatter_by_name(_padded(rows, size * self.world_size), self.name, self.world_size)
         mine = max(0, min(size, rows.shape[0] - self.rank * size))
         return shard[:mine].movedim(0, dim).contiguous()
 
     def all_gather(self, shard: Tensor, dim: int, length: int) -> Tensor:
         """All ranks' shards joined along dim, where together they are `length` long."""
         rows = _padded(shard.movedim(dim, 0), -(-length // self.world_size))
-        return ops.call("all_gather", rows, self.name, self.world_size)[:length].movedim(0, dim).contiguous()
+        return ops.all_gather_by_name(rows, self.name, self.world_size)[:length].movedim(0, dim).contiguous()
 
 
 class FlashRowwiseParallel(RowwiseParallel):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashcomm.communicator import Communicator
 from flashcomm.plan import Plan, is_decode
-from flashcomm.routing.policy import Route
+from flashcomm.routing.route import Route
 from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES
 
@@ -61,7 +61,7 @@ class PlannedAllReduce:
         if self._one_format:
             return self.comm.all_reduce(x, out, whole=whole)
         fmt = self.format_of(x, layer)
-        if layer and self.route(x, layer, whole).coded:
+        if layer and self.route(x, layer, whole).low_bit:
             world_size = self.comm.world_size
             sent = self.plan.before_reduce(layer, x, world_size)
             if sent is not x:
@@ -81,8 +81,7 @@ class PlannedAllReduce:
 
         Only the shape and dtype of x count, so that a tensor on the device "meta" will do.
         """
-        shape = x.shape if whole is None else (whole // x.shape[-1], x.shape[-1])
-        return self.comm.explain(shape, x.dtype, self.format_of(x, layer)).route
+        return self.comm.explain(x.shape, x.dtype, self.format_of(x, layer), whole=whole).route
 
     def is_low_bit(self, x: Tensor, layer: str = "", whole: int | None = None) -> bool:
         """Whether a call would quantize x; arguments as for a call.
@@ -91,4 +90,4 @@ class PlannedAllReduce:
         not accept: of other dtypes or devices, sparse ones, and those of more than `MAX_DIMS` dimensions.
         """
         accepted = x.dtype in DTYPES and x.layout == torch.strided and x.dim() <= MAX_DIMS
-        return accepted and x.device.type == self.comm.device.type and self.route(x, layer, whole).coded
+        return accepted and x.device.type == self.comm.device.type and self.route(x, layer, whole).low_bit

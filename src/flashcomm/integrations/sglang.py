@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from flashcomm.communicator import Communicator
+from flashcomm.compat import default_store
 from flashcomm.errors import FlashcommError, SettingsError, UnavailableError
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.integrations.rendezvous import rendezvous
-from flashcomm.integrations.torch_private import default_store
 from flashcomm.plan import Plan
+from flashcomm.routing.route import Executor
 
 # The names of SGLang that are hooked or called, with the first and last version in which they were read.
 READ = ("0.5.16", "0.5.23")
@@ -69,7 +70,7 @@ class QuickReduce:
         if self.disabled or not self.planned.is_low_bit(x):
             return False
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        return not captured or self.planned.route(x).transport != "process_group"
+        return not captured or self.planned.route(x).executor in (Executor.KERNEL, Executor.COPY_ENGINES)
 
     def quick_all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, as a new tensor."""

@@ -25,10 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcomm.communicator import Communicator
+from flashcomm.compat import process_group_named
 from flashcomm.errors import UnavailableError
 from flashcomm.integrations import two_batch_overlap
 from flashcomm.integrations.planned import PlannedAllReduce
-from flashcomm.integrations.torch_private import resolve_process_group
 from flashcomm.integrations.transformers_overlap import overlap as overlap  # public here
 from flashcomm.plan import Plan
 from flashcomm.settings import DEFAULT_FORMAT, Settings
@@ -299,7 +299,7 @@ _library.define("rowwise_all_reduce(Tensor partial, str group, str layer) -> Ten
 
 def _rowwise_all_reduce(partial: Tensor, group: str, layer: str) -> Tensor:
     """Called by compiled models. It looks up the plan as it runs, so that one graph serves all formats."""
-    return _required().reduce(partial, resolve_process_group(group), layer)
+    return _required().reduce(partial, process_group_named(group), layer)
 
 
 _library.impl("rowwise_all_reduce", _rowwise_all_reduce, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from flashcomm import ops
 from flashcomm.communicator import Communicator
+from flashcomm.compat import default_store, is_registered
 from flashcomm.errors import PlanError, SettingsError
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.integrations.rendezvous import rendezvous
-from flashcomm.integrations.torch_private import default_store, is_registered
 from flashcomm.plan import Plan
 from flashcomm.settings import Settings
 
@@ -168,7 +168,7 @@ class TensorParallelAllReduce:
         done = set()
         for n, fmt in calls:
             route = comm.explain((n, self.hidden_size), dtype, fmt).route
-            if route.coded and (route.algorithm, fmt) not in done:
+            if route.low_bit and (route.algorithm, fmt) not in done:
                 done.add((route.algorithm, fmt))
                 comm.all_reduce(torch.zeros(n, self.hidden_size, dtype=dtype, device=comm.device), format=fmt)
         comm.synchronize()
