@@ -1,9 +1,9 @@
-"""Greedy text from SmolLM2-135M in an unmodified vLLM at TP 2, with several formats side by side.
+"""Generate text greedily with SmolLM2-135M in an unmodified vLLM on two ranks, once for each format.
 
     .venv-vllm/bin/python scripts/vllm_run.py [--formats bf16,int8] [--compiled] [--tokens 32] [--json]
 
-Each format has a vLLM of its own, and nothing differs between them but FLASHCOMM_FORMAT. SmolLM2 has 9 heads, which two
-ranks cannot share: it is given 3 more, all zeros, that change nothing. scripts/test-vllm makes .venv-vllm.
+Each format gets a vLLM process of its own; only FLASHCOMM_FORMAT differs. SmolLM2 has 9 heads, which two ranks cannot
+share, so the script adds 3 heads of zeros. They do not change the output. `scripts/test-vllm` makes .venv-vllm.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PROMPTS = (1800, 900)  # characters of the text for each prompt
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--formats", default="bf16,int8,int4-had", help="wire formats, or plans as .json files")
-    parser.add_argument("--compiled", action="store_true", help="with torch.compile; without, eager")
+    parser.add_argument("--compiled", action="store_true", help="use torch.compile; the default is eager")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # this process is one format's: the model
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # the model; set in the process of one format
     asked = parser.parse_args()
     if asked.one:
         print("RESULT", json.dumps(generate(asked.one, asked.tokens, asked.compiled)))
@@ -42,25 +42,20 @@ def main() -> None:
     if asked.json:
         print(json.dumps(results))
         return
-    way = "compiled" if asked.compiled else "eager"
-    print(f"vLLM {results[0]['vllm']}, {WORLD} ranks on a CPU, {way}, prompts of {results[0]['prompt_tokens']} tokens")
-    print(f"{'FLASHCOMM_FORMAT':20} {'coded':>6} {'vLLM':>6} {'message MB':>11} {'sent MB':>8}  tokens as if not set")
+    mode = "compiled" if asked.compiled else "eager"
+    print(f"vLLM {results[0]['vllm']}, {WORLD} ranks on a CPU, {mode}, prompts of {results[0]['prompt_tokens']} tokens")
+    print(f"{'FLASHCOMM_FORMAT':20} {'low-bit':>7} {'vLLM':>6} {'sent MB':>8}  same tokens as if not set")
     for result in results:
-        coded, own = count(result, coded=True), count(result, coded=False)
-        same = [sum_of_equal(a, b) for a, b in zip(result["tokens"], results[0]["tokens"], strict=True)]
+        low_bit = (result["report"] or {}).get("low_bit", {}).values()
+        calls, sent_mb = sum(n["calls"] for n in low_bit), sum(n["sent_bytes"] for n in low_bit) / 1e6
+        own = sum((result["report"] or {}).get("own", {}).values())
+        same = [first_difference(a, b) for a, b in zip(result["tokens"], results[0]["tokens"], strict=True)]
         told = ", ".join(f"first {n} of {len(t)}" for n, t in zip(same, results[0]["tokens"], strict=True))
-        sizes = f"{coded['message_bytes'] / 1e6:11.1f} {coded['sent_bytes'] / 1e6:8.1f}"
-        print(f"{result['format'] or '(not set)':20} {coded['calls']:6} {own['calls'] or '?':>6} {sizes}  {told}")
+        print(f"{result['format'] or '(not set)':20} {calls:7} {own or '?':>6} {sent_mb:8.1f}  {told}")
     print(results[0]["text"])
 
 
-def count(result: dict[str, Any], coded: bool) -> dict[str, int]:
-    """Rank 0's counts over the ways that are coded, or over vLLM's own."""
-    ways = [n for way, n in (result["report"] or {}).get("ways", {}).items() if way.startswith("vllm") != coded]
-    return {key: sum(n[key] for n in ways) for key in ("calls", "message_bytes", "sent_bytes")}
-
-
-def sum_of_equal(a: list[int], b: list[int]) -> int:
+def first_difference(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -83,7 +78,7 @@ def run(model: Path, fmt: str, tokens: int, compiled: bool) -> dict[str, Any]:
 
 
 def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
-    """What vLLM makes of the prompts, greedily, and what became of the all-reduces."""
+    """vLLM's tokens and text for the prompts, and rank 0's counts of all-reduces."""
     import vllm
 
     llm = vllm.LLM(
@@ -97,14 +92,16 @@ def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
         seed=0,
         worker_extension_cls="flashcomm.integrations.vllm.Report",
     )
-    before = llm.collective_rpc("flashcomm_report")[0]  # with what vLLM ran to warm up
+    before = llm.collective_rpc("flashcomm_report")[0]  # vLLM's own warm-up
     text = (ASSETS / "wikipedia-test.txt").read_text()
     how = vllm.SamplingParams(temperature=0, max_tokens=tokens)
-    outputs = [llm.generate([text[:n]], how)[0] for n in PROMPTS]  # one by one: else batches differ from run to run
+    outputs = [llm.generate([text[:n]], how)[0] for n in PROMPTS]  # one by one, so that batches are always the same
     after = llm.collective_rpc("flashcomm_report")[0]
-    for way, counts in before.get("ways", {}).items():
+    for route, counts in before.get("low_bit", {}).items():
         for key, n in counts.items():
-            after["ways"][way][key] -= n
+            after["low_bit"][route][key] -= n
+    for reason, n in before.get("own", {}).items():
+        after["own"][reason] -= n
     return {
         "vllm": vllm.__version__,
         "prompt_tokens": [len(o.prompt_token_ids) for o in outputs],
@@ -115,7 +112,7 @@ def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
 
 
 def widen(source: Path, target: Path) -> None:
-    """SmolLM2 with 12 heads and 4 key-value heads in place of 9 and 3; the new ones are zeros."""
+    """SmolLM2 with 12 heads and 4 key-value heads in place of 9 and 3; the added ones are zeros."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -118,9 +118,9 @@ MUTATIONS = {
         "integrations/test_engines.py::TestProcessGroup::test_everything_else_is_passed_through",
     ),
     "add the bias before the sum": (
-        "integrations/transformers.py", "summed = self.reducer(output, mesh, ",
-        "summed = self.reducer(output + 1, mesh, ",
-        "integrations/test_engines.py::TestTransformers::test_lossless_is_transformers_own_and_formats_switch",
+        "integrations/transformers.py", "total = self.all_reduce(output, mesh, ",
+        "total = self.all_reduce(output + 1, mesh, ",
+        "integrations/test_transformers.py::TestTransformers::test_uncompressed_is_transformers_own_and_formats_switch",
     ),
     "the op aliases its input": (
         "communicator.py", "result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out",

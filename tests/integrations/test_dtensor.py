@@ -58,7 +58,7 @@ def tokens(n: int, seed: int = 0, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, n, HIDDEN, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def halves(everybody: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
+def shards(everybody: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
     """The reference's reduce-scatter along dim, in the parts of torch.chunk."""
     rows, world_size = [t.movedim(dim, 0) for t in everybody], len(everybody)
     n = rows[0].shape[0]
@@ -95,7 +95,10 @@ def all_reduces(ctx: RankContext) -> None:
                     assert isinstance(got, DTensor) != local
                     assert torch.equal(got if local else got.full_tensor(), want)
                     assert not torch.equal(want, sum(everybody) + model.down.bias)
-    assert {(c.format, *c.calls) for c in ops.communicators()} == {(FMT, "all_reduce/two_shot")}
+    (comm,) = ops.communicators()
+    assert (comm.format, dict(comm.calls)) == (FMT, {"all_reduce/two_shot": 8})
+    route = comm.explain((2, 64, HIDDEN), torch.bfloat16).route
+    assert (route.algorithm, route.transport) == ("two_shot", "process_group")
 
 
 def sequence_parallel(ctx: RankContext, compile: bool) -> int:
@@ -120,7 +123,7 @@ def sequence_parallel(ctx: RankContext, compile: bool) -> int:
         with torch.no_grad():
             parts = list(tokens(n, n).chunk(world_size, 1))
             entering = joined([model.norm(p) for p in parts], 1)
-            want = [p + model.down.bias for p in halves(partials(model, entering, world_size), 1)]
+            want = [p + model.down.bias for p in shards(partials(model, entering, world_size), 1)]
             got = sharded(parts[ctx.rank].contiguous())
         assert got.placements == (Shard(1),)
         assert got.shape == (2, n, HIDDEN)
@@ -152,12 +155,12 @@ def the_how_tos_block(ctx: RankContext) -> None:
             with torch.no_grad():
                 parts = list(tokens(n, n).chunk(world_size, 1))
                 entering = joined([model.norm(p) for p in parts], 1)
-                summed = halves(partials(model, entering, world_size), 1)
+                summed = shards(partials(model, entering, world_size), 1)
                 x = DTensor.from_local(parts[ctx.rank].contiguous(), mesh, (Shard(1),), run_check=False)
                 got = run_it(x).to_local()
             assert torch.equal(got, parts[ctx.rank] + (summed[ctx.rank] + model.down.bias))
     (comm,) = ops.communicators()
-    assert dict(comm.calls) == {"all_gather/composed": 4, "reduce_scatter/composed": 4}
+    assert dict(comm.calls) == {"all_gather/pipelined": 4, "reduce_scatter/pipelined": 4}
 
 
 def uneven(ctx: RankContext) -> None:
@@ -177,7 +180,7 @@ def uneven(ctx: RankContext) -> None:
                 parts[ctx.rank], mesh, (Shard(1),), run_check=False, shape=torch.Size((2, n, HIDDEN)),
                 stride=(n * HIDDEN, HIDDEN, 1),
             )  # fmt: skip
-            want = [p + model.down.bias for p in halves(partials(model, joined(parts, 1), world_size), 1)]
+            want = [p + model.down.bias for p in shards(partials(model, joined(parts, 1), world_size), 1)]
             got = sharded.down(torch.relu(sharded.up(entering)))
         assert got.shape == (2, n, HIDDEN)
         assert torch.equal(got.to_local(), want[ctx.rank]), n
@@ -186,7 +189,7 @@ def uneven(ctx: RankContext) -> None:
 
 
 def keeps_torchs_path(ctx: RankContext) -> None:
-    """Gradients, float64, embeddings and layouts along rows: the very results of torch's styles; nothing coded."""
+    """Gradients, float64, embeddings and layouts along rows: the very results of torch's styles; nothing low-bit."""
     mesh = init_device_mesh("cpu", (ctx.world_size,))
 
     def twins(make: Any, plain: Any, flash: Any) -> tuple[Any, Any]:

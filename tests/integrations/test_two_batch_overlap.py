@@ -1,4 +1,4 @@
-"""Two halves of a batch in turns: the same bits, the same cache, the same order on all ranks, errors that come out."""
+"""Two-batch overlap: the same bits and caches, one order of all-reduces on all ranks, errors that come out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from flashcomm.errors import InputError
-from flashcomm.integrations.interleave import Halves, current
+from flashcomm.integrations.two_batch_overlap import TwoBatchOverlap, current
 from flashcomm.ranks.launch import RankContext, run
 
 MODEL = Path(__file__).parent.parent.parent / ".assets" / "smollm2-135m-instruct"
@@ -20,19 +20,19 @@ TEXT = Path(__file__).parent.parent.parent / ".assets" / "wikipedia-test.txt"
 CPU = torch.device("cpu")
 
 
-class TestHalves:
-    def test_turns_and_the_order_of_sums(self) -> None:
-        """One half computes at a time, sums come in turns, and a half computes while the other's sum runs."""
-        halves = Halves((1, 2), CPU)
+class TestTwoBatchOverlap:
+    def test_turns_and_the_order_of_reduces(self) -> None:
+        """One micro-batch computes at a time, reduces alternate, and one computes while a reduce of the other runs."""
+        overlap = TwoBatchOverlap((1, 2), CPU)
         log: list[str] = []
         computing = threading.Lock()
         met: list[bool] = []
 
-        def half(h: int, n_sums: int) -> str:
-            assert current() is halves
+        def micro_batch(h: int, n_reduces: int) -> str:
+            assert current() is overlap
             computing.acquire(timeout=0.1) or pytest.fail("both compute")
-            for k in range(n_sums):
-                assert halves.whole(10 * halves.sizes[h]) == 30
+            for k in range(n_reduces):
+                assert overlap.whole(10 * overlap.sizes[h]) == 30
                 time.sleep(0.02)
                 asked = f"{h}.{k}"
 
@@ -47,44 +47,44 @@ class TestHalves:
                     return torch.tensor(k)
 
                 computing.release()
-                assert halves.sum(work).item() == k
+                assert overlap.reduce(work).item() == k
                 computing.acquire(timeout=0.1) or pytest.fail("both compute")
             computing.release()
-            return f"half {h}"
+            return f"micro-batch {h}"
 
         with torch.inference_mode():
-            got = halves.run((lambda: half(0, 3), lambda: half(1, 4)))
-        assert got == ("half 0", "half 1")
+            got = overlap.run((lambda: micro_batch(0, 3), lambda: micro_batch(1, 4)))
+        assert got == ("micro-batch 0", "micro-batch 1")
         assert log == ["0.0", "1.0", "0.1", "1.1", "0.2", "1.2", "1.3"]
         assert sum(met) >= 5  # all but the last ones have somebody to compute beside them
         assert current() is None
 
     @pytest.mark.parametrize("failing", [0, 1])
     @pytest.mark.parametrize("inside", [False, True])
-    def test_an_error_in_one_half_ends_both(self, failing: int, inside: bool) -> None:
-        halves = Halves((1, 1), CPU)
+    def test_an_error_in_one_micro_batch_ends_both(self, failing: int, inside: bool) -> None:
+        overlap = TwoBatchOverlap((1, 1), CPU)
         reached: list[int] = []
 
-        def half(h: int) -> None:
+        def micro_batch(h: int) -> None:
             def work(k: int) -> torch.Tensor:
                 if inside and h == failing and k == 1:
                     raise InputError("this one")
                 return torch.tensor(0)
 
             for k in range(3):
-                halves.sum(lambda: work(k))  # noqa: B023  (done before k changes)
+                overlap.reduce(lambda: work(k))  # noqa: B023  (done before k changes)
                 if not inside and h == failing and k == 1:
                     raise InputError("this one")
             reached.append(h)
 
         with pytest.raises(InputError, match="this one"):
-            halves.run((lambda: half(0), lambda: half(1)))
+            overlap.run((lambda: micro_batch(0), lambda: micro_batch(1)))
         assert reached == []
-        ours = ("flashcomm-half", "flashcomm-sums")
+        ours = ("flashcomm-micro-batch", "flashcomm-reduce")
         assert not [t for t in threading.enumerate() if t.name.startswith(ours)]
 
-    def test_halves_without_sums(self) -> None:
-        assert Halves((1, 1), CPU).run((lambda: 1, lambda: 2)) == (1, 2)
+    def test_micro_batches_without_reduces(self) -> None:
+        assert TwoBatchOverlap((1, 1), CPU).run((lambda: 1, lambda: 2)) == (1, 2)
 
 
 def tiny(kind: str = "llama") -> Any:
@@ -104,14 +104,14 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
     model = integration.overlap(tiny())
     switch = model.base_model.forward
     cuts = 0
-    run_halves = Halves.run
+    run_both = TwoBatchOverlap.run
 
-    def counted(self: Halves, calls: Any) -> Any:
+    def counted(self: TwoBatchOverlap, calls: Any) -> Any:
         nonlocal cuts
         cuts += 1
-        return run_halves(self, calls)
+        return run_both(self, calls)
 
-    Halves.run = counted  # type: ignore[method-assign]
+    TwoBatchOverlap.run = counted  # type: ignore[method-assign]
 
     def both(**kwargs: Any) -> tuple[Any, Any]:
         outs = []
@@ -140,7 +140,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
     padded[0, :5] = padded[4, :7] = 0
     both(input_ids=ids, attention_mask=padded)
     assert cuts == 4
-    padded[0] = 1  # one half needs a mask, the other does not: run as before
+    padded[0] = 1  # one micro-batch needs a mask, the other does not: run as before
     both(input_ids=ids, attention_mask=padded)
     both(input_ids=ids[:1])
     both(input_ids=ids, output_hidden_states=True)
@@ -149,14 +149,14 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
         out = model.base_model(ids, use_cache=False)
         assert out.past_key_values is None
         assert cuts == 5
-    with integration.native_all_reduce(), torch.inference_mode():
+    with integration.backend_all_reduce(), torch.inference_mode():
         cut = model(ids).logits
         switch.enabled = False
         assert torch.equal(model(ids).logits, cut)
 
 
 def continues(ctx: RankContext) -> None:
-    """A second stretch of prompt on a filled cache, and what the sums were asked for."""
+    """A second stretch of prompt on a filled cache, and what the Communicator was given."""
     from flashcomm.communicator import Communicator
     from flashcomm.integrations import transformers as integration
 
@@ -192,8 +192,8 @@ def refuses(ctx: RankContext) -> None:
         integration.overlap(model)
 
 
-def fails_in_a_sum(ctx: RankContext) -> None:
-    """A sum that fails in a half is the caller's error, and the model runs on afterwards."""
+def fails_in_a_reduce(ctx: RankContext) -> None:
+    """An all-reduce that fails in a micro-batch is the caller's error, and the model runs on afterwards."""
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int4", min_bytes=0)
@@ -201,17 +201,17 @@ def fails_in_a_sum(ctx: RankContext) -> None:
     ids = torch.arange(48).view(2, 24)
     with torch.inference_mode():
         want = model(ids).logits
-        summed, calls = integration.Reducer.sum, iter(range(100))
+        reduce, calls = integration.RowwiseAllReduce.reduce, iter(range(100))
 
         def failing(self: Any, *args: Any) -> torch.Tensor:
             if next(calls) == 3:
-                raise InputError("the fourth sum")
-            return summed(self, *args)
+                raise InputError("the fourth reduce")
+            return reduce(self, *args)
 
-        integration.Reducer.sum = failing  # type: ignore[method-assign]
-        with pytest.raises(InputError, match="the fourth sum"):
+        integration.RowwiseAllReduce.reduce = failing  # type: ignore[method-assign]
+        with pytest.raises(InputError, match="the fourth reduce"):
             model(ids)
-        integration.Reducer.sum = summed  # type: ignore[method-assign]
+        integration.RowwiseAllReduce.reduce = reduce  # type: ignore[method-assign]
         dist.barrier()
         assert torch.equal(model(ids).logits, want)
 
@@ -234,7 +234,7 @@ def real_text(ctx: RankContext) -> None:
 class TestTransformers:
     @pytest.mark.parametrize("min_bytes", [0, 1 << 13])
     def test_bits(self, min_bytes: int) -> None:
-        """With 8 KiB at least some whole messages are coded whose halves by themselves would not be."""
+        """With min_bytes of 8 KiB some whole messages go low-bit of which a half by itself would not."""
         run(overlaps, 2, (min_bytes,))
 
     def test_a_filled_cache_and_the_whole_message(self) -> None:
@@ -244,7 +244,7 @@ class TestTransformers:
         run(refuses, 2)
 
     def test_errors(self) -> None:
-        run(fails_in_a_sum, 2)
+        run(fails_in_a_reduce, 2)
 
     @pytest.mark.skipif(not TEXT.exists(), reason="no model: run scripts/fetch_assets.py")
     def test_real_text_on_three_ranks(self) -> None:

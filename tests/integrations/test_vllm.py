@@ -1,4 +1,4 @@
-"""The vLLM seam, against a vLLM of one page in real ranks; against vLLM itself if `scripts/test-vllm` asks for it."""
+"""The vLLM integration, against a stand-in for vLLM in real ranks; against vLLM itself with `scripts/test-vllm`."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def everybody(ctx: RankContext, shape: tuple[int, ...], dtype: torch.dtype = tor
 # ------------------------------------------------------------------------------------------------------- in real ranks
 
 
-def coded_and_not(ctx: RankContext) -> None:
+def low_bit_and_own(ctx: RankContext) -> None:
     _, config = start(format="int4")
     group = standin.make_group(config, dist.group.WORLD)
-    flash = group.device_communicator.flash
+    flash = group.device_communicator.flashcomm
     assert isinstance(group.device_communicator, standin.CpuCommunicator), "graph capture asserts the subclass"
     assert standin.own_sums == []
     for tokens, way in ((200, "one_shot"), (500, "two_shot"), (200, "one_shot")):
@@ -72,19 +72,25 @@ def coded_and_not(ctx: RankContext) -> None:
     for dtype in (torch.float32, torch.int64):
         assert group.all_reduce(torch.ones(200, HIDDEN, dtype=dtype)).unique().tolist() == [3]
     assert standin.own_sums == [*others, (200, HIDDEN), (200, HIDDEN)]
-    report = flash.report()["ways"]
-    assert {way: n["calls"] for way, n in report.items()} == {
-        "int4 one_shot": 3,
-        "int4 two_shot": 1,
-        "vllm, not worth coding": 1,
-        "vllm, no hidden states": 5,
-    }
-    for tokens, way, calls in ((200, "one_shot", 3), (500, "two_shot", 1)):
-        route = flash.comm.explain((tokens, HIDDEN), torch.bfloat16).route
-        assert report[f"int4 {way}"]["message_bytes"] == calls * tokens * HIDDEN * 2
-        assert report[f"int4 {way}"]["sent_bytes"] == calls * route.wire_bytes > 0
-    assert flash.comm.settings.workspace_bytes == 4 << 20, "512 tokens need less than the least"
-    assert flash.comm.settings.timeout_s == 600, "a rank may compile the model while the others wait"
+    comm = flash.planned.comm
+    routes = [comm.explain((tokens, HIDDEN), torch.bfloat16).route for tokens in (200, 500)]
+    assert [(route.algorithm, route.transport) for route in routes] == [
+        ("one_shot", "process_group"),
+        ("two_shot", "process_group"),
+    ]
+    assert flash.report() == {
+        "rank": ctx.rank,
+        "world_size": 3,
+        "format": "int4",
+        "low_bit": {
+            "all_reduce/one_shot": {"calls": 3, "sent_bytes": 3 * routes[0].wire_bytes},
+            "all_reduce/two_shot": {"calls": 1, "sent_bytes": routes[1].wire_bytes},
+        },
+        "own": {"too small to pay": 1, "not hidden states": 5},
+    }, "what warmed it up is not counted"
+    assert min(route.wire_bytes for route in routes) > 0
+    assert comm.settings.workspace_bytes == 4 << 20, "512 tokens need less than the least"
+    assert comm.settings.timeout_s == 600, "a rank may compile the model while the others wait"
     sums = torch.compile(lambda x: group.all_reduce(x * 2), fullgraph=True, dynamic=True, backend="eager")
     for tokens, way in ((500, reference.two_shot), (9, None), (200, reference.one_shot)):
         given = [x * 2 for x in everybody(ctx, (tokens, HIDDEN))]
@@ -97,13 +103,13 @@ def other_groups_are_left_alone(ctx: RankContext) -> None:
     group = standin.make_group(config, dist.group.WORLD, "dp")
     given = everybody(ctx, (200, HIDDEN))
     torch.testing.assert_close(group.all_reduce(given[ctx.rank]), sum(given))  # type: ignore[arg-type]
-    assert group.device_communicator.flash is None
+    assert group.device_communicator.flashcomm is None
     alone = dist.new_group([ctx.rank], use_local_synchronization=True)
     assert standin.make_group(config, alone).all_reduce(given[ctx.rank]) is given[ctx.rank]
 
 
 def a_group_of_some(ctx: RankContext) -> None:
-    """TP 2 of 4 ranks, twice: each group codes its own sums."""
+    """TP 2 of 4 ranks, twice: each group reduces its own."""
     _, config = start(format="int4", min_bytes="0")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group = standin.make_group(config, pairs[ctx.rank // 2])
@@ -115,12 +121,12 @@ def a_group_of_some(ctx: RankContext) -> None:
 def workspace_of_the_config(ctx: RankContext) -> None:
     _, config = start(4096, format="int4")
     config.scheduler_config.max_num_batched_tokens = 1000
-    flash = standin.make_group(config, dist.group.WORLD).device_communicator.flash
-    assert flash.comm.settings.workspace_bytes == 2 * 1000 * 4096 * 2
+    flash = standin.make_group(config, dist.group.WORLD).device_communicator.flashcomm
+    assert flash.planned.comm.settings.workspace_bytes == 2 * 1000 * 4096 * 2
     config.scheduler_config.max_num_batched_tokens = 1 << 20
     dist.barrier()
     standin.make_group(config, dist.new_group([0, 1]), "tp")
-    assert standin._state["tp"].device_communicator.flash.comm.settings.workspace_bytes == 256 << 20
+    assert standin._state["tp"].device_communicator.flashcomm.planned.comm.settings.workspace_bytes == 256 << 20
 
 
 class Two(torch.nn.Module):
@@ -163,11 +169,11 @@ def a_plan_by_layer(ctx: RankContext, path: str) -> None:
             assert torch.equal(got[1], want[1])
             assert torch.equal(got[2], linear(inputs[ctx.rank], model.partial.weight))
         assert torch.equal(compiled(inputs[ctx.rank][:7])[0], want[0][:7]), "another length, the same graph"
-    flash = group.device_communicator.flash
+    flash = group.device_communicator.flashcomm
     assert flash.layers == ["model.layers.0.mlp.down_proj", name]
     assert model.second.flashcomm_name == f"vllm/tp:0/{name}", "cached graphs hold it: the same in every run"
     given = everybody(ctx, (40, HIDDEN))
-    assert torch.equal(group.all_reduce(given[ctx.rank]), reference.one_shot(given, INT6)), "a sum without a layer"
+    assert torch.equal(group.all_reduce(given[ctx.rank]), reference.one_shot(given, INT6)), "a message without a layer"
     assert torch.equal(group.all_reduce(given[ctx.rank][:1]), reference.one_shot([x[:1] for x in given], INT4))
     assert standin.own_sums == []
 
@@ -187,7 +193,7 @@ def a_plan_without_the_layer_plugin(ctx: RankContext, path: str) -> None:
     platform, config = standin.start({"flashcomm": integration.platform_plugin}), standin.make_config(HIDDEN)
     platform.apply_config_platform_defaults(config)
     group = standin.make_group(config, dist.group.WORLD)
-    with pytest.raises(PlanError, match="does VLLM_PLUGINS leave us out"):
+    with pytest.raises(PlanError, match="no layer of vLLM asks for them: add flashcomm to VLLM_PLUGINS"):
         group.all_reduce(torch.zeros(4, HIDDEN).bfloat16())
 
 
@@ -216,27 +222,29 @@ def versions_differ(ctx: RankContext) -> None:
         standin.make_group(config, dist.group.WORLD)
 
 
-def debug_says_what_goes_where(ctx: RankContext) -> None:
+def debug_tells_of_each_route(ctx: RankContext) -> None:
     told: list[str] = []
-    logging.getLogger("flashcomm").addHandler(handler := logging.Handler())
+    logger, handler = logging.getLogger("flashcomm"), logging.Handler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     _, config = start(format="int4", debug="info")
     group = standin.make_group(config, dist.group.WORLD)
     told.clear()
-    for tokens in [200, *[1] * 99]:
+    for tokens in (200, 1, 1, 1):
         group.all_reduce(torch.ones(tokens, HIDDEN, dtype=torch.bfloat16))
-    assert told[0] == f"vLLM, rank {ctx.rank}: first sum that goes int4 one_shot: (200, {HIDDEN}) torch.bfloat16"
-    assert told[1] == f"vLLM, rank {ctx.rank}: first sum that goes vllm, not worth coding: (1, {HIDDEN}) torch.bfloat16"
-    assert told[2].startswith(
-        f"vLLM, rank {ctx.rank}, after 100 sums: {{'int4 one_shot': {{'calls': 1, 'message_bytes': 76800"
-    )
-    assert "'vllm, not worth coding': {'calls': 99, " in told[2]
-    assert len(told) == 3
+    group.all_reduce(torch.ones(7))
+    low_bit, *own = told
+    assert "one_shot" in low_bit, "the Communicator's own line"
+    assert own == [
+        f"vLLM's own all-reduce: first message too small to pay: (1, {HIDDEN}) torch.bfloat16",
+        "vLLM's own all-reduce: first message not hidden states: (7,) torch.float32",
+    ]
 
 
 class TestInRanks:
-    def test_hidden_states_are_coded_and_nothing_else(self) -> None:
-        run(coded_and_not, 3)
+    def test_hidden_states_go_low_bit_and_nothing_else(self) -> None:
+        run(low_bit_and_own, 3)
 
     def test_other_groups_are_left_alone(self) -> None:
         run(other_groups_are_left_alone, 2)
@@ -267,7 +275,7 @@ class TestInRanks:
         run(versions_differ, 2)
 
     def test_debug_info(self) -> None:
-        run(debug_says_what_goes_where, 2)
+        run(debug_tells_of_each_route, 2)
 
 
 # --------------------------------------------------------------------------------------------------------- at start-up
@@ -302,8 +310,8 @@ class TestStartUp:
 
     def test_importing_it_imports_no_vllm(self) -> None:
         code = (
-            "import sys, torch, flashcomm.integrations.vllm as seam; assert seam.platform_plugin() is None; "
-            "seam.layer_plugin(); assert 'vllm' not in sys.modules; assert not torch.cuda.is_initialized()"
+            "import sys, torch, flashcomm.integrations.vllm as plugin; assert plugin.platform_plugin() is None; "
+            "plugin.layer_plugin(); assert 'vllm' not in sys.modules; assert not torch.cuda.is_initialized()"
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -358,7 +366,7 @@ class TestStartUp:
         platform = standin.start({"flashcomm": integration.platform_plugin})
         config = standin.make_config(HIDDEN)
         config.additional_config = object()
-        with pytest.raises(SettingsError, match="additional_config must be a dict"):
+        with pytest.raises(SettingsError, match=r"additional_config=.* must be a dict"):
             platform.apply_config_platform_defaults(config)
         monkeypatch.setenv("FLASHCOMM_ALGORITHM", "ring")
         with pytest.raises(SettingsError, match="algorithm='ring'"):
@@ -381,7 +389,7 @@ class TestStartUp:
         config.compilation_config.pass_config.fuse_allreduce_rms = before
         standin.start({"flashcomm": integration.platform_plugin}).apply_config_platform_defaults(config)
         assert config.compilation_config.pass_config.fuse_allreduce_rms is after
-        assert ("messages that FlashInfer fuses with RMSNorm are not coded" in caplog.text) == bool(before)
+        assert ("messages that FlashInfer fuses with RMSNorm do not go low-bit" in caplog.text) == bool(before)
 
     def test_graphs_are_cached_by_format(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         marks = set()
@@ -412,7 +420,7 @@ class TestStartUp:
         integration.layer_plugin()  # vLLM calls it in every process, sometimes twice
         assert standin.op_registry_oot == {"RowParallelLinear": ours}
         standin.op_registry_oot["RowParallelLinear"] = type("Theirs", (standin.RowParallelLinear,), {})
-        with pytest.raises(SettingsError, match=r"another vLLM plugin .* took RowParallelLinear: name the plugins"):
+        with pytest.raises(SettingsError, match=r"another vLLM plugin .* took RowParallelLinear: choose one"):
             integration.layer_plugin()
 
     def test_two_plugins_for_the_platform(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +474,7 @@ def test_the_stand_in_has_vllms_signatures() -> None:
 @only_asked
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("how", ["eager", "compiled"])
-def test_vllm_generates_with_coded_sums(how: str) -> None:
+def test_vllm_generates_with_low_bit_all_reduces(how: str) -> None:
     command = [PYTHON, str(ROOT / "scripts" / "vllm_run.py"), "--json", "--formats", "bf16,int8"]
     done = subprocess.run(command + ["--compiled"] * (how == "compiled"), capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr
@@ -474,11 +482,11 @@ def test_vllm_generates_with_coded_sums(how: str) -> None:
     print(json.dumps([bf16["report"], int8["report"]], indent=1))
     assert plain["report"] == {}, "without FLASHCOMM_FORMAT nothing is there"
     assert bf16["tokens"] == plain["tokens"], "bf16 is vLLM's own"
-    assert set(bf16["report"]["ways"]) == {"vllm, not worth coding"}
-    ways = int8["report"]["ways"]
-    assert ways["int8 one_shot"]["calls"] == 2 * 61, "two a layer and the embedding, for each prompt"
-    assert 0.5 < ways["int8 one_shot"]["sent_bytes"] / ways["int8 one_shot"]["message_bytes"] < 0.54
-    assert ways["vllm, not worth coding"]["calls"] >= 2 * 61 * 31
+    assert not bf16["report"]["low_bit"]
+    low_bit, own = int8["report"]["low_bit"]["all_reduce/one_shot"], int8["report"]["own"]
+    assert low_bit["calls"] == 2 * 61, "two a layer and the embedding, for each prompt"
+    assert 0.5 < low_bit["sent_bytes"] / (61 * sum(int8["prompt_tokens"]) * 576 * 2) < 0.54
+    assert own["too small to pay"] >= 2 * 61 * 31
     agree = [
         next((i for i, (a, b) in enumerate(zip(*t, strict=True)) if a != b), len(t[0]))
         for t in zip(plain["tokens"], int8["tokens"], strict=True)

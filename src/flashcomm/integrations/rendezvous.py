@@ -1,41 +1,51 @@
-"""A roll call at start-up: does every worker of a group take part, before the first of them waits for the others?
+"""The rendezvous of an engine's workers: do all of a group take part, before the first of them waits for the others?
 
-Engines load plugins worker by worker. Where one lacks the package or the variable that asks for it, the others would
-stand in a collective that it never makes. Here each puts its name into the store that all of them share already.
+Engines load plugins worker by worker. If one worker lacks the package or the setting, the others would wait in a
+collective that it never calls. Here each worker first writes its name into the store that all of them share already.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import Store
 
-from flashcomm.errors import UnavailableError
+import flashcomm
+from flashcomm.errors import FlashcommError, UnavailableError
+from flashcomm.settings import Settings
 
 
-def roll_call(
-    store: Store,
-    group: str,
-    rank: int,
-    ranks: Sequence[int],
-    timeout_s: float,
-    advice: str,
-    problem: str = "",
-    settings: str = "",
+def rendezvous(
+    store: Store, group: str, rank: int, ranks: Sequence[int], check: Callable[[], str], advice: str
 ) -> None:
-    """Return once all `ranks` of `group` (global ranks, as `rank`) have called this, each without a problem and with
-    the same settings.
+    """Return once all workers of a group have called this without a problem and with equal settings.
 
-    group: a name that was not called before on this store. Raises UnavailableError on every rank that came: it names
-    those that did not within the time-out, with the advice, or tells the problems that ranks had, or how they differ.
+    Args:
+        store: The store of all workers.
+        group: The group's name; one that was not used before with this store.
+        rank: The global rank of this worker.
+        ranks: The global ranks of the group.
+        check: Returns what must be equal besides flashcomm's version, such as ", plan 12ab"; raises FlashcommError if
+            this worker cannot take part.
+        advice: What to do if a worker is missing.
+
+    Raises:
+        UnavailableError: On every worker that came. It names those that did not come within FLASHCOMM_TIMEOUT_S, or
+            their problems, or how their settings differ.
     """
-    name = f"flashcomm/here/{group}/"
-    store.set(name + str(rank), json.dumps([problem, settings]))
-    keys = [name + str(r) for r in ranks]
+    timeout_s, problem, settings = 60.0, "", ""
+    try:
+        timeout_s = Settings.resolve("cpu", format="bf16").timeout_s
+        settings = f"flashcomm {flashcomm.__version__}{check()}"
+    except FlashcommError as why:
+        problem = str(why)
+    prefix = f"flashcomm/here/{group}/"
+    store.set(prefix + str(rank), json.dumps([problem, settings]))
+    keys = [prefix + str(r) for r in ranks]
     try:
         store.wait(keys, timedelta(milliseconds=math.ceil(1000 * timeout_s)))
     except DistStoreError as why:
@@ -44,10 +54,10 @@ def roll_call(
         raise UnavailableError(
             f"{who} of group {group!r} did not come with flashcomm within {timeout_s:g} s: {advice}"
         ) from why
-    problems, have = zip(*(json.loads(store.get(key).decode()) for key in keys), strict=True)
+    problems, all_settings = zip(*(json.loads(store.get(key).decode()) for key in keys), strict=True)
     wrong = "; ".join(f"rank {r}: {text}" for r, text in zip(ranks, problems, strict=True) if text)
     if wrong:
         raise UnavailableError(f"group {group!r} cannot use flashcomm: {wrong}")
-    if len(set(have)) > 1:
-        unlike = "; ".join(f"rank {r}: {text}" for r, text in zip(ranks, have, strict=True))
-        raise UnavailableError(f"group {group!r} cannot use flashcomm, give all its workers the same: {unlike}")
+    if len(set(all_settings)) > 1:
+        told = "; ".join(f"rank {r}: {text}" for r, text in zip(ranks, all_settings, strict=True))
+        raise UnavailableError(f"group {group!r} cannot use flashcomm, give all its workers the same: {told}")

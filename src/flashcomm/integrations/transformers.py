@@ -1,37 +1,38 @@
-"""Low-bit all-reduce in Hugging Face transformers (>= 5.17) tensor parallelism, with one line of user code:
+"""Low-bit all-reduce in the tensor parallelism of Hugging Face transformers (>= 5.17), with one line of user code:
 
     flashcomm.integrations.transformers.enable("int4")
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
 
-`enable` replaces the "rowwise" styles of the tensor-parallel plan by a subclass whose one difference is the all-reduce
-after a row-parallel Linear (two a layer in a Llama). In place of a format it takes a plan (`flashcomm.plan`): formats
-by layer, and one for decoding. It changes models loaded afterwards, in this process, until `disable`; training,
-embeddings and mixture-of-experts sums keep transformers' own path.
+`enable` replaces the "rowwise" styles of the tensor-parallel plan by a subclass. It differs in one thing: the
+all-reduce after a row-parallel Linear, of which a Llama has two per layer. In place of a format it takes a plan
+(`flashcomm.plan`) with a format for each layer. It applies to models loaded afterwards in this process, until
+`disable`. Training, embeddings and mixtures of experts keep transformers' own all-reduce.
 """
 
 from __future__ import annotations
 
+import enum
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from flashcomm.communicator import Communicator
+from flashcomm.compat import process_group_named
 from flashcomm.errors import UnavailableError
-from flashcomm.integrations.interleave import current as running
-from flashcomm.integrations.transformers_overlap import overlap as overlap  # a part of this seam
+from flashcomm.integrations import two_batch_overlap
+from flashcomm.integrations.planned import PlannedAllReduce
+from flashcomm.integrations.transformers_overlap import overlap as overlap  # public here
 from flashcomm.plan import Plan
-from flashcomm.routing import policy
-from flashcomm.routing import route as routing
-from flashcomm.settings import Settings
-from flashcomm.wire.format import UNCOMPRESSED, WireFormat
+from flashcomm.settings import DEFAULT_FORMAT, Settings
+from flashcomm.wire.format import WireFormat
 
 try:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
@@ -42,12 +43,29 @@ except ImportError as why:
     ) from why
 
 STYLES = ("rowwise", "rowwise_rep", "rowwise_split_input")
-SEAM = ("transform_output_post_forward", "validate_param")  # methods of RowwiseParallel that FlashRowwise overrides
+METHODS = ("transform_output_post_forward", "validate_param")  # of RowwiseParallel, overridden; read in 5.17
+
+
+class Mode(enum.Enum):
+    """What takes the place of transformers' all-reduces; all but LOW_BIT are for measuring."""
+
+    LOW_BIT = enum.auto()
+    BACKEND = enum.auto()  # transformers' own
+    ONE_VALUE = enum.auto()  # an all-reduce of one value, so that ranks stay in step
+    NOTHING = enum.auto()
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a row-parallel layer gave to be summed; whole: the values of the message that it is some rows of."""
+    """A partial sum that a row-parallel layer gave to be all-reduced.
+
+    Attributes:
+        layer: The layer's module name.
+        shape: The tensor's shape.
+        dtype: The tensor's dtype.
+        group: The process group.
+        whole: Number of values of the whole message; more than the shape's in a two-batch overlap.
+    """
 
     layer: str
     shape: torch.Size
@@ -56,239 +74,237 @@ class Message:
     whole: int
 
 
-class Reducer:
-    """The all-reduce of all styles in force: settings, and a Communicator per group and settings, made at first use.
+class RowwiseAllReduce:
+    """The all-reduce of all styles in force: the settings, and a Communicator for each group, made at first use."""
 
-    mode: "coded"; "native": transformers' own all-reduce; "none": partial sums are left as they are; "one": so, too,
-    but ranks keep step by summing one value.
-    """
+    def __init__(self, settings: dict[str, Any], plan: Plan) -> None:
+        self.mode = Mode.LOW_BIT
+        self.communicators: dict[tuple[Any, str], Communicator] = {}  # by group and settings
+        self.seen: list[Message] | None = None  # filled inside `messages`
+        self.use(settings, plan)
 
-    def __init__(self) -> None:
-        self.mode = "coded"
-        self.plan: Plan | None = None
-        self.by_layer = False  # whether the plan has layers of its own
-        self.communicators: dict[tuple[Any, str], Communicator] = {}
-        self.seen: list[Message] | None = None  # where somebody wants to know
-        self.use({"format": None}, None)
-
-    def use(self, settings: dict[str, Any], plan: Plan | None) -> None:
+    def use(self, settings: dict[str, Any], plan: Plan) -> None:
+        """Follow this plan from now on, with Communicators of these settings."""
         self.settings, self.plan = settings, plan
-        self.by_layer = plan is not None and bool(plan.layers or plan.decode)
-        self._in_force: dict[Any, Communicator] = {}
+        self._planned: dict[Any, PlannedAllReduce] = {}
 
     def __call__(self, partial: Tensor, mesh: Any, layer: str) -> Tensor:
-        """Sum the partial results of the layer of that name over the mesh's tensor-parallel group."""
-        group = _group(mesh)
+        """All-reduce a layer's partial sum over the tensor-parallel group of a mesh."""
+        group = _tp_group(mesh)
         if torch.compiler.is_compiling():
-            if self.mode != "coded":
+            if self.mode is not Mode.LOW_BIT:
                 return partial
-            named = layer if self.by_layer else ""  # a name would make every layer a graph of its own
-            return torch.ops.flashcomm.rowwise_sum(partial, group.group_name, named)  # type: ignore[no-any-return]
-        halves = running()
-        if halves is None:
-            return self.sum(partial, group, layer)
-        if self.mode == "none":
-            return partial
-        whole = halves.whole(partial.numel())
-        return halves.sum(lambda: self.sum(partial, group, layer, whole))
+            named = layer if self.plan.layers else ""  # a name would make each layer a graph of its own
+            return torch.ops.flashcomm.rowwise_all_reduce(partial, group.group_name, named)  # type: ignore[no-any-return]
+        micro_batches = two_batch_overlap.current()
+        if micro_batches is None or self.mode is Mode.NOTHING:
+            return self.reduce(partial, group, layer)
+        whole = micro_batches.whole(partial.numel())
+        return micro_batches.reduce(lambda: self.reduce(partial, group, layer, whole))
 
-    def sum(self, partial: Tensor, group: Any, layer: str, whole: int | None = None) -> Tensor:
-        """Sum over a group's ranks; whole: see `Communicator.all_reduce`."""
-        if self.mode != "coded":
-            if self.mode != "none":
-                dist.all_reduce(partial.new_zeros(1) if self.mode == "one" else partial, group=group)
-            return partial
-        comm = self.communicator(group)
-        if self.plan is None or not self.by_layer:
-            return comm.all_reduce(partial, whole=whole)
-        fmt = self.plan.format_of(layer, partial)
-        shape = partial.shape if whole is None else (whole // partial.shape[-1], partial.shape[-1])
-        if not comm.explain(shape, partial.dtype, fmt).route.low_bit:
-            return comm.all_reduce(partial, format=fmt, whole=whole)
-        total = comm.all_reduce(self.plan.before_reduce(layer, partial, comm.world_size), format=fmt, whole=whole)
-        return self.plan.after_reduce(layer, total, comm.world_size, partial.dtype)
+    def reduce(self, partial: Tensor, group: Any, layer: str, whole: int | None = None) -> Tensor:
+        """All-reduce over a group, in the current mode; whole: see `Communicator.all_reduce`."""
+        if self.mode is Mode.LOW_BIT:
+            return self.planned(group)(partial, layer, whole=whole)
+        if self.mode is not Mode.NOTHING:
+            dist.all_reduce(partial.new_zeros(1) if self.mode is Mode.ONE_VALUE else partial, group=group)
+        return partial
 
     def note(self, partial: Tensor, mesh: Any, layer: str) -> None:
-        """Remember a message, if somebody wants to know."""
+        """Add a message to the list of `messages`, if there is one."""
         if self.seen is not None:
-            halves = running()
-            whole = halves.whole(partial.numel()) if halves else partial.numel()
-            self.seen.append(Message(layer, partial.shape, partial.dtype, _group(mesh), whole))
+            micro_batches = two_batch_overlap.current()
+            whole = micro_batches.whole(partial.numel()) if micro_batches else partial.numel()
+            self.seen.append(Message(layer, partial.shape, partial.dtype, _tp_group(mesh), whole))
 
     def wire_bytes(self, message: Message) -> int:
-        """Payload bytes that a rank sends for a message under the settings in force."""
-        group, shape = message.group, message.shape
-        like = torch.empty(shape, dtype=message.dtype, device="meta")
-        call = routing.Message(like.numel(), shape[-1], like.element_size(), group.size(), "cpu")
-        if self.mode == "native":
-            return policy.wire_bytes("backend", call, WireFormat.parse(UNCOMPRESSED))
-        comm = self.communicator(group)
-        fmt = self.plan.format_of(message.layer, like) if self.plan else comm.format
-        route = comm.explain((message.whole // shape[-1], shape[-1]), message.dtype, fmt).route
-        copied, call = route.algorithm == "copy", replace(call, local_world_size=comm.machine.local_world_size)
-        return 0 if copied else policy.wire_bytes(route.algorithm, call, route.format)
+        """See the function `wire_bytes`."""
+        x = torch.empty(message.shape, dtype=message.dtype, device="meta")
+        if self.mode is Mode.BACKEND:  # a ring, as `Route.wire_bytes` assumes
+            world_size: int = message.group.size()
+            return 2 * (world_size - 1) * x.nbytes // world_size
+        route = self.planned(message.group).route(x, message.layer, message.whole)
+        return route.wire_bytes * x.numel() // message.whole
 
-    def communicator(self, group: Any) -> Communicator:
-        """The group's Communicator of the settings in force; making one is collective."""
-        if group not in self._in_force:
+    def planned(self, group: Any) -> PlannedAllReduce:
+        """The group's all-reduce under the plan in force. The first call for new settings is collective."""
+        if group not in self._planned:
             key = (group, repr(sorted(self.settings.items())))
             if key not in self.communicators:
                 self.communicators[key] = Communicator(group, **self.settings)
-            self._in_force[group] = self.communicators[key]
-        return self._in_force[group]
+            self._planned[group] = PlannedAllReduce(self.communicators[key], self.plan)
+        return self._planned[group]
 
 
 class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships no types
-    """A row-parallel Linear that ends in a low-bit all-reduce; the bias, if any, is added after it, exactly."""
+    """A row-parallel Linear that ends in a low-bit all-reduce; its bias is added after that, unquantized."""
 
-    def __init__(self, base: Any, reducer: Reducer) -> None:
+    def __init__(self, base: Any, all_reduce: RowwiseAllReduce) -> None:
         super().__init__(
             input_layouts=base.input_layouts, output_layouts=base.output_layouts, use_local_output=base.use_local_output
         )
-        self.reducer = reducer
+        self.all_reduce = all_reduce
 
     def validate_param(self, module: Any, param: Any, mesh: Any, parameter_name: str | None = None) -> None:
-        """Called by transformers as it shards the model: the one place where it tells a layer's name."""
+        """Called by transformers as it shards the model; only here does it pass the layer's name."""
         super().validate_param(module, param, mesh, parameter_name=parameter_name)
         module._flashcomm_layer = (parameter_name or "").rpartition(".")[0]
 
     def transform_output_post_forward(self, module: Any, output: Any, mesh: Any) -> Any:
-        """Called by transformers with the partial sums of this rank."""
+        """Called by transformers with this rank's partial sum."""
         inference = isinstance(module, torch.nn.Linear) and type(output) is Tensor and not output.requires_grad
-        if inference and not torch.compiler.is_compiling():
-            self.reducer.note(output, mesh, getattr(module, "_flashcomm_layer", ""))
-        own = self.reducer.mode == "native" and (torch.compiler.is_compiling() or running() is None)
+        layer, compiling = getattr(module, "_flashcomm_layer", ""), torch.compiler.is_compiling()
+        if inference and not compiling:
+            self.all_reduce.note(output, mesh, layer)
+        own = self.all_reduce.mode is Mode.BACKEND and (compiling or two_batch_overlap.current() is None)
         if own or not inference or not self.output_layouts.is_replicate():
             return super().transform_output_post_forward(module, output, mesh)
-        summed = self.reducer(output, mesh, getattr(module, "_flashcomm_layer", ""))
+        total = self.all_reduce(output, mesh, layer)
         bias = module._parameters.get("bias")
-        return summed if bias is None else summed + getattr(bias, "to_local", lambda: bias)()
+        return total if bias is None else total + getattr(bias, "to_local", lambda: bias)()
 
 
 def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> None:
-    """Use low-bit all-reduce in models loaded from now on; arguments as for `flashcomm.Communicator`.
+    """Use low-bit all-reduce in models loaded from now on.
 
-    format may be a plan, or the `.json` file of one; so may FLASHCOMM_FORMAT. Call it on every rank, with the same
-    arguments, before `from_pretrained`. Called again it changes the settings, also of the models loaded since the first
-    call. Raises FormatError, PlanError and SettingsError at once, UnavailableError where transformers does not fit.
+    Call it on every rank with the same arguments, before `from_pretrained`. Another call changes the settings, also of
+    the models loaded since the first call.
+
+    Args:
+        format: A wire format, a plan, or the path of a plan's `.json` file. None: FLASHCOMM_FORMAT, or the default.
+        settings: Further arguments of `flashcomm.Communicator`.
+
+    Raises:
+        FormatError: If the format is unknown.
+        PlanError: If the plan cannot be read.
+        SettingsError: If a setting is wrong.
+        UnavailableError: If this version of transformers lacks a name that is needed.
     """
-    given = os.environ.get("FLASHCOMM_FORMAT") if format is None else format
-    plan = Plan.of(given) if given is not None and not isinstance(given, WireFormat) else None
-    text = format if plan is None else str(plan.format)
-    Settings.resolve("cpu", format=text, **settings)
-    gone = [name for name in SEAM if not hasattr(RowwiseParallel, name)]
-    gone += [f"style {name!r}" for name in STYLES if name not in ALL_PARALLEL_STYLES]
-    if gone:
+    plan = Plan.of(os.environ.get("FLASHCOMM_FORMAT", DEFAULT_FORMAT) if format is None else format)
+    Settings.resolve("cpu", format=str(plan.format), **settings)
+    missing = [name for name in METHODS if not hasattr(RowwiseParallel, name)]
+    missing += [f"style {name!r}" for name in STYLES if name not in ALL_PARALLEL_STYLES]
+    if missing:
         raise UnavailableError(
-            f"transformers {version('transformers')} has no {', '.join(gone)} in its tensor parallelism, where "
-            "flashcomm hooks in: use another version (5.17 on), or backend='flashcomm' "
+            f"transformers {version('transformers')} has no {', '.join(missing)} in its tensor parallelism, which "
+            "flashcomm needs: use another version (5.17 or later), or backend='flashcomm' "
             "(flashcomm.integrations.process_group)"
         )
-    reducer = _reducer() or Reducer()
-    named = {"plan": plan.digest} if plan is not None and (plan.layers or plan.decode) else {}
-    reducer.use({"format": text, **settings, **named}, plan)
+    digest = {"plan": plan.digest} if plan.layers or plan.decode else {}
+    settings = {"format": str(plan.format), **settings, **digest}
+    all_reduce = _in_force()
+    if all_reduce is None:
+        all_reduce = RowwiseAllReduce(settings, plan)
+    else:
+        all_reduce.use(settings, plan)
     for name in STYLES:
         if not isinstance(ALL_PARALLEL_STYLES[name], FlashRowwise):
-            ALL_PARALLEL_STYLES[name] = FlashRowwise(ALL_PARALLEL_STYLES[name], reducer)
+            ALL_PARALLEL_STYLES[name] = FlashRowwise(ALL_PARALLEL_STYLES[name], all_reduce)
 
 
 def disable() -> None:
-    """Give models loaded from now on transformers' own all-reduce again."""
+    """Use transformers' own all-reduce again in models loaded from now on."""
     for name in STYLES:
         if isinstance(ALL_PARALLEL_STYLES[name], FlashRowwise):
             del ALL_PARALLEL_STYLES[name]
 
 
+def check_plan(model: Any) -> None:
+    """Check that the plan in force is for this model; useful right after `from_pretrained`.
+
+    Raises:
+        PlanError: If the plan was made for another model, or names layers that this one does not have.
+    """
+    all_reduce = _in_force()
+    names = [m._flashcomm_layer for m in model.modules() if getattr(m, "_flashcomm_layer", "")]
+    if all_reduce is not None and names:  # with one rank there are none
+        all_reduce.plan.check(names, model.config)
+
+
+def communicators() -> list[Communicator]:
+    """The Communicators made so far: `calls` and `sent` count what went over each route."""
+    all_reduce = _in_force()
+    return list(all_reduce.communicators.values()) if all_reduce else []
+
+
 @contextmanager
 def without_all_reduce(active: bool = True, *, in_step: bool = True) -> Iterator[None]:
-    """No all-reduces inside a with block: wrong results, but the time of all else.
+    """Leave out all-reduces inside a with block, to time everything else. Results are wrong.
 
-    in_step: ranks sum one element in place of each, and so stay in step as they do with the real sums.
+    Args:
+        active: False changes nothing.
+        in_step: All-reduce one value in place of each message, so that ranks stay in step as they do otherwise.
     """
-    with _mode(("one" if in_step else "none") if active else "coded"):
+    with _mode(Mode.LOW_BIT if not active else Mode.ONE_VALUE if in_step else Mode.NOTHING):
         yield
 
 
 @contextmanager
-def native_all_reduce(active: bool = True) -> Iterator[None]:
-    """Inside a with block what is had without flashcomm: transformers' own all-reduce."""
-    with _mode("native" if active else "coded"):
+def backend_all_reduce(active: bool = True) -> Iterator[None]:
+    """Use transformers' own all-reduce inside a with block, as without flashcomm; active=False changes nothing."""
+    with _mode(Mode.BACKEND if active else Mode.LOW_BIT):
         yield
 
 
-@contextmanager
-def _mode(mode: str) -> Iterator[None]:
-    reducer = _reducer()
-    if reducer is None:
-        raise UnavailableError("call flashcomm.integrations.transformers.enable() first")
-    before, reducer.mode = reducer.mode, mode
-    try:
-        yield
-    finally:
-        reducer.mode = before
+def native_all_reduce(active: bool = True) -> AbstractContextManager[None]:
+    """Deprecated name of `backend_all_reduce`."""
+    warnings.warn("native_all_reduce is now backend_all_reduce: use that name", DeprecationWarning, stacklevel=2)
+    return backend_all_reduce(active)
 
 
 @contextmanager
 def messages() -> Iterator[list[Message]]:
-    """A list that fills with the messages of the forward passes inside a with block; `wire_bytes` prices them."""
-    reducer = _reducer()
-    if reducer is None:
-        raise UnavailableError("call flashcomm.integrations.transformers.enable() first")
-    reducer.seen = []
+    """A list that fills with the messages of the forward passes inside a with block; see `wire_bytes`."""
+    all_reduce = _required()
+    all_reduce.seen = []
     try:
-        yield reducer.seen
+        yield all_reduce.seen
     finally:
-        reducer.seen = None
+        all_reduce.seen = None
 
 
 def wire_bytes(message: Message) -> int:
-    """Payload bytes that this rank sends for the message with the settings in force."""
-    reducer = _reducer()
-    assert reducer is not None
-    return reducer.wire_bytes(message)
+    """Payload bytes that this rank sends for a message under the settings in force."""
+    return _required().wire_bytes(message)
 
 
-def communicators() -> list[Communicator]:
-    """The Communicators made so far: their `calls` and `transport.n_bytes_sent` tell what went which way."""
-    reducer = _reducer()
-    return list(reducer.communicators.values()) if reducer else []
+@contextmanager
+def _mode(mode: Mode) -> Iterator[None]:
+    all_reduce = _required()
+    before, all_reduce.mode = all_reduce.mode, mode
+    try:
+        yield
+    finally:
+        all_reduce.mode = before
 
 
-def check_plan(model: Any) -> None:
-    """Raise PlanError unless the plan in force, if any, is for this (sharded) model; useful right after loading it."""
-    reducer = _reducer()
-    if reducer is not None and reducer.plan is not None:
-        names = [m._flashcomm_layer for m in model.modules() if getattr(m, "_flashcomm_layer", "")]
-        if names:  # none in a world of one
-            reducer.plan.check(names, model.config)
-
-
-def _group(mesh: Any) -> Any:
+def _tp_group(mesh: Any) -> Any:
     return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
-def _reducer() -> Reducer | None:
+def _in_force() -> RowwiseAllReduce | None:
     style = ALL_PARALLEL_STYLES[STYLES[0]]
-    return style.reducer if isinstance(style, FlashRowwise) else None
+    return style.all_reduce if isinstance(style, FlashRowwise) else None
+
+
+def _required() -> RowwiseAllReduce:
+    if (all_reduce := _in_force()) is None:
+        raise UnavailableError("flashcomm is not in use in transformers: call enable(), and compile models after that")
+    return all_reduce
 
 
 _library = torch.library.Library("flashcomm", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("rowwise_sum(Tensor partial, str group, str layer) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("rowwise_all_reduce(Tensor partial, str group, str layer) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-def _rowwise_sum(partial: Tensor, group: str, layer: str) -> Tensor:
-    """What compiled models call: one graph serves all formats, because what is in force is looked up as it runs."""
-    reducer = _reducer()
-    if reducer is None:
-        raise UnavailableError(
-            "a model compiled under flashcomm runs after disable(): call enable(), or compile it anew"
-        )
-    return reducer.sum(partial, _resolve_process_group(group), layer)  # type: ignore[arg-type]
+def _rowwise_all_reduce(partial: Tensor, group: str, layer: str) -> Tensor:
+    """Called by compiled models. It looks up the plan as it runs, so that one graph serves all formats."""
+    return _required().reduce(partial, process_group_named(group), layer)
 
 
-_library.impl("rowwise_sum", _rowwise_sum, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("rowwise_all_reduce", _rowwise_all_reduce, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("flashcomm::rowwise_sum", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("flashcomm::rowwise_all_reduce", lib=_library)  # type: ignore[untyped-decorator]
 def _fake(partial: Tensor, group: str, layer: str) -> Tensor:
     return torch.empty_like(partial, memory_format=torch.contiguous_format)

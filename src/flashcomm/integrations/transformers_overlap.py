@@ -1,14 +1,15 @@
-"""Overlap in transformers: the stack of decoder layers computes one half of a batch while the other's sums travel.
+"""Two-batch overlap in transformers: one half of a batch computes while the all-reduces of the other half travel.
 
-`overlap` replaces the `forward` of the model's stack (embeddings to last norm) by one that cuts batches in two, runs
-the halves in turns (`halves`), and puts the results and the cache together. What it cannot cut runs as before.
+`overlap` replaces the `forward` of the model's stack of decoder layers (embeddings to last norm). The new one cuts a
+batch in two, runs both micro-batches in turns (`two_batch_overlap`) and joins their results and caches. What it cannot
+cut runs as before.
 
-The bits are those without overlap: attention sees whole sequences, sums go the way of the whole message, and a matrix
-product of half the rows has the same bits wherever the BLAS takes the same kernel for it.
+Results have the same bits as without overlap: attention sees whole sequences, an all-reduce takes the route of the
+whole message, and a matrix product of half the rows has the same bits wherever the BLAS takes the same kernel for it.
 
-Memory, beyond what the model needs: one layer's cache of one half at a time, as the halves' caches are put together, a
-second copy of the last hidden states, and on GPUs the sums in flight (two of half a message each) and a cuBLAS
-workspace for the second thread. What a layer computes is half as large at any time, so that the peak is often lower.
+Memory needed beyond the model's own: one layer's cache of one micro-batch at a time, while caches are joined; a second
+copy of the last hidden states; on GPUs two all-reduces in flight, each of half a message, and a cuBLAS workspace for
+the second thread. Activations within a layer are half as large, so that the peak is often lower.
 """
 
 from __future__ import annotations
@@ -24,19 +25,29 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from flashcomm.errors import InputError
-from flashcomm.integrations.interleave import Halves
+from flashcomm.integrations.two_batch_overlap import TwoBatchOverlap
 
-MIN_TOKENS = 2  # of a batch that is cut
+MIN_TOKENS = 2
 _STYLES = {"colwise", "rowwise", "rowwise_rep", "rowwise_split_input", "replicated_with_grad_allreduce"}
-_SHARED = (bool, int, float, str, type(None))  # arguments that both halves get as they are
+_NOT_CUT = (bool, int, float, str, type(None))  # arguments of these types go to both micro-batches as they are
 
 
 def overlap(model: Any, min_tokens: int = MIN_TOKENS) -> Any:
-    """The model, whose forward passes now overlap all-reduces with computing; call it after `from_pretrained`.
+    """Overlap the model's all-reduces with computing in its forward passes from now on.
 
-    Batches of two or more sequences and at least `min_tokens` tokens are cut; smaller ones, single tokens (decoding),
-    training, caches other than DynamicCache and hidden states or attentions as outputs run as before. Ranks must call
-    the model with the same shapes. Raises InputError for models whose layers make other collectives (experts).
+    Call it after `from_pretrained`. All ranks must call the model with the same shapes. These run as before: single
+    sequences, single tokens (decoding), training, caches other than DynamicCache, and calls that ask for hidden states
+    or attentions.
+
+    Args:
+        model: A dense transformers model that was loaded with a tensor-parallel plan.
+        min_tokens: Batches of fewer tokens are not cut.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: If layers of the model make other collectives, as mixtures of experts do.
     """
     stack = model.base_model
     layers = {style for name, style in (model.tp_plan or {}).items() if "layers." in name}
@@ -44,18 +55,18 @@ def overlap(model: Any, min_tokens: int = MIN_TOKENS) -> Any:
         raise InputError(
             f"overlap is for dense models, this one's tensor-parallel plan has {', '.join(others)}: leave overlap out"
         )
-    if not isinstance(stack.forward, _Overlapped):
-        stack.forward = _Overlapped(stack, min_tokens)
+    if not isinstance(stack.forward, _OverlappedForward):
+        stack.forward = _OverlappedForward(stack, min_tokens)
     return model
 
 
-class _Overlapped:
-    """The forward of a stack of decoder layers, in two halves where that can be."""
+class _OverlappedForward:
+    """The forward of a stack of decoder layers, in two micro-batches where the batch can be cut."""
 
     def __init__(self, stack: Any, min_tokens: int) -> None:
-        self.stack, self.whole, self.min_tokens = stack, stack.forward, min_tokens
+        self.stack, self.plain, self.min_tokens = stack, stack.forward, min_tokens
         self.enabled = True
-        self._signature = inspect.signature(self.whole)
+        self._signature = inspect.signature(self.plain)
         self._stream: torch.cuda.Stream | None = None
         self._helper: ThreadPoolExecutor | None = None
 
@@ -65,30 +76,29 @@ class _Overlapped:
         given |= given.pop("kwargs", {})
         cut = self._cut(given)
         if cut is None:
-            return self.whole(*args, **kwargs)
-        if given.get("inputs_embeds") is None:  # a sharded embedding is a collective of its own: not among the sums
+            return self.plain(*args, **kwargs)
+        if given.get("inputs_embeds") is None:  # a sharded embedding makes a collective, which must not be cut
             given["inputs_embeds"] = self.stack.get_input_embeddings()(given.pop("input_ids"))
-        n = given["inputs_embeds"].shape[0]
-        past = given.get("past_key_values")
-        pieces = [slice(None, cut), slice(cut, None)]
-        asked = [{k: _part(v, piece, n) for k, v in given.items()} for piece in pieces]
-        device = given["inputs_embeds"].device
+        n, device = given["inputs_embeds"].shape[0], given["inputs_embeds"].device
+        first, second = (
+            {name: _slice(value, rows, n) for name, value in given.items()}
+            for rows in (slice(None, cut), slice(cut, None))
+        )
         if device.type == "cuda" and self._stream is None:
             self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         if self._helper is None:
-            self._helper = ThreadPoolExecutor(1, "flashcomm-half")
-        halves = Halves((cut, n - cut), device, self._stream, self._helper)
-        outs = halves.run((lambda: self.whole(**asked[0]), lambda: self.whole(**asked[1])))
+            self._helper = ThreadPoolExecutor(1, "flashcomm-micro-batch")
+        run = TwoBatchOverlap((cut, n - cut), device, self._stream, self._helper)
+        outs = run.run((lambda: self.plain(**first), lambda: self.plain(**second)))
         caches = [out.past_key_values for out in outs]
-        if past is None:
-            past = caches[0]
+        past = caches[0] if given.get("past_key_values") is None else given["past_key_values"]
         if past is not None:
-            past.layers = [_joined(a, b) for a, b in zip(caches[0].layers, caches[1].layers, strict=True)]
+            past.layers = [_join(a, b) for a, b in zip(caches[0].layers, caches[1].layers, strict=True)]
         hidden = torch.cat([out.last_hidden_state for out in outs])
         return type(outs[0])(last_hidden_state=hidden, past_key_values=past)
 
     def _cut(self, given: Mapping[str, Any]) -> int | None:
-        """How many sequences the first half has; None if these arguments must run as before."""
+        """How many sequences the first micro-batch has; None if a call with these arguments cannot be cut."""
         x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if not self.enabled or torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return None
@@ -98,7 +108,7 @@ class _Overlapped:
         config = self.stack.config
         if any(given.get(k, getattr(config, k, False)) for k in ("output_attentions", "output_hidden_states")):
             return None
-        known = all(isinstance(v, _SHARED) or _can_cut(v, n) for v in given.values())
+        known = all(isinstance(v, _NOT_CUT) or _can_cut(v, n) for v in given.values())
         return n // 2 if known and _same_padding(given.get("attention_mask"), n // 2) else None
 
 
@@ -109,28 +119,28 @@ def _can_cut(value: Any, n: int) -> bool:
 
 
 def _same_padding(mask: Any, cut: int) -> bool:
-    """Whether both halves or neither are padded: attention takes another kernel where no mask is needed."""
+    """Whether both micro-batches or neither are padded: attention takes another kernel where no mask is needed."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return True
     return bool(mask[:cut].all()) == bool(mask[cut:].all())
 
 
-def _part(value: Any, piece: slice, n: int) -> Any:
-    """The part of an argument that a half gets; tensors and caches are cut without copying."""
+def _slice(value: Any, rows: slice, n: int) -> Any:
+    """A micro-batch's part of an argument, made without copying: some of the n rows of a tensor or cache."""
     if isinstance(value, Tensor):
-        return value[piece] if value.dim() > 1 and value.shape[0] == n else value
+        return value[rows] if value.dim() > 1 and value.shape[0] == n else value
     if not isinstance(value, DynamicCache):
         return value
     part = copy.copy(value)
     part.layers = [copy.copy(layer) for layer in value.layers]
     for layer in part.layers:
         if layer.is_initialized:
-            layer.keys, layer.values = layer.keys[piece], layer.values[piece]
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
     return part
 
 
-def _joined(a: DynamicLayer, b: DynamicLayer) -> DynamicLayer:
-    """The cache of a layer for both halves, in a's object."""
+def _join(a: DynamicLayer, b: DynamicLayer) -> DynamicLayer:
+    """The cache of a layer for both micro-batches, in a's object; b's tensors are freed."""
     if not a.is_initialized:
         return a
     a.keys, b.keys = torch.cat([a.keys, b.keys]), None

@@ -4,11 +4,11 @@
 
 vLLM finds two entry points of this package, both named "flashcomm", and both do nothing without that setting:
 
-    platform_plugin   its CUDA or CPU platform, with one more parent for the device communicators (`vllm_group`):
-                      all-reduces of hidden states in the tensor-parallel group are coded, all else is vLLM's own
-    layer_plugin      only if the setting is a plan (`flashcomm.plan`): row-parallel layers say which one they are
+    platform_plugin   vLLM's CUDA or CPU platform, with one more parent for its device communicators (`vllm_group`):
+                      hidden states of the tensor-parallel group go low-bit, everything else is vLLM's own
+    layer_plugin      only if the setting is a plan (`flashcomm.plan`): row-parallel layers pass their names on
 
-vLLM is imported when it calls us, and never before. docs/vllm.md is the how-to.
+Importing this module does not import vLLM; its functions do, when vLLM calls them. docs/vllm.md is the how-to.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from flashcomm.integrations import vllm_group
 from flashcomm.plan import Plan
 from flashcomm.settings import NAMES
 
-TESTED = ((0, 26), (0, 32))  # the first and the last minor release of vLLM that this was made for
+TESTED = ((0, 26), (0, 32))  # first and last minor release of vLLM in which the names used here were read
 log = logging.getLogger("flashcomm")
 
 
 def platform_plugin() -> str | None:
-    """For vLLM's entry points `vllm.platform_plugins`: the name of the platform's class, or None to stay out."""
-    if not vllm_group.asked() or not _tested():
+    """The entry point of group `vllm.platform_plugins`: the path of the platform's class, or None to stay out."""
+    if not vllm_group.format_setting() or not _is_tested():
         return None
     if _base_platform() is None:
         _warn("vLLM runs neither on CUDA nor on a CPU here: its own all-reduce is used")
@@ -41,12 +41,14 @@ def platform_plugin() -> str | None:
 
 
 def layer_plugin() -> None:
-    """For vLLM's entry points `vllm.general_plugins`: have row-parallel layers ask the plan, where there is one.
+    """The entry point of group `vllm.general_plugins`: row-parallel layers follow the plan, if there is one.
 
-    Raises PlanError for a plan that cannot be read, SettingsError where another plugin took the layers' class.
+    Raises:
+        PlanError: If the plan cannot be read.
+        SettingsError: If another plugin has replaced the class of the layers.
     """
-    text = vllm_group.asked()
-    if not text.lower().endswith(".json") or not _tested() or not Plan.of(text).layers:
+    text = vllm_group.format_setting()
+    if not text.lower().endswith(".json") or not _is_tested() or not Plan.of(text).layers:
         return
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.linear import RowParallelLinear
@@ -56,18 +58,18 @@ def layer_plugin() -> None:
         RowParallelLinear.register_oot(_layer_class(RowParallelLinear))
     elif not hasattr(found, "flashcomm_name"):
         raise SettingsError(
-            f"{text} has formats by layer, and another vLLM plugin ({found.__module__}) took RowParallelLinear: name "
-            "the plugins to load in VLLM_PLUGINS, or give FLASHCOMM_FORMAT one format for all layers"
+            f"{text} has formats by layer, and another vLLM plugin ({found.__module__}) took RowParallelLinear: choose "
+            "one of them with VLLM_PLUGINS, or give FLASHCOMM_FORMAT one format for all layers"
         )
 
 
 def __getattr__(name: str) -> Any:
-    """The classes that depend on vLLM's, made when vLLM first asks for them by name."""
+    """FlashPlatform and FlashDeviceCommunicator: subclasses of vLLM's, made when vLLM first asks for them by name."""
     if name == "FlashPlatform":
         made = _platform_class()
     elif name == "FlashDeviceCommunicator":
         path = _resolve(_base_platform() or "").get_device_communicator_cls()
-        made = type(name, (vllm_group.FlashGroup, _resolve(path)), {"__module__": __name__})
+        made = type(name, (vllm_group.LowBitCommunicator, _resolve(path)), {"__module__": __name__})
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = made
@@ -78,9 +80,9 @@ def _platform_class() -> Any:
     base: Any = _resolve(_base_platform() or "")
 
     class FlashPlatform(base):  # type: ignore[misc]  # a class found at run time
-        """vLLM's own platform of this machine, with our device communicators."""
+        """vLLM's own platform of this machine, with other device communicators."""
 
-        additional_env_vars = (  # what vLLM takes along to the workers it starts on other machines
+        additional_env_vars = (  # which vLLM passes to the workers that it starts on other machines
             *getattr(base, "additional_env_vars", ()),
             *(f"FLASHCOMM_{name}" for name in NAMES),
         )
@@ -88,7 +90,7 @@ def _platform_class() -> Any:
         @classmethod
         def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
             super().apply_config_platform_defaults(vllm_config)
-            vllm_group.prepare(vllm_config)
+            vllm_group.configure(vllm_config)
 
         @classmethod
         def get_device_communicator_cls(cls) -> str:
@@ -96,7 +98,7 @@ def _platform_class() -> Any:
 
         @classmethod
         def use_custom_op_collectives(cls) -> bool:
-            return True  # on CPUs too: all_reduce then runs, and decides, behind an op that Dynamo does not look into
+            return True  # also on CPUs: all_reduce then runs, and is routed, behind an op that Dynamo does not trace
 
     FlashPlatform.__module__ = __name__
     return FlashPlatform
@@ -104,14 +106,15 @@ def _platform_class() -> Any:
 
 def _layer_class(base: Any) -> Any:
     class FlashRowParallelLinear(base):  # type: ignore[misc]  # a class found at run time
-        """A row-parallel Linear whose sum names the layer, so that the plan's format for it can be found."""
+        """A row-parallel Linear that passes its name to the all-reduce, which finds the plan's format for it."""
 
         flashcomm_name = ""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             if self.reduce_results and self.tp_size > 1 and self.input_is_parallel:
-                self.flashcomm_name = _flash().serve(self.prefix) if _flash() is not None else ""
+                all_reduce = _tp_all_reduce()
+                self.flashcomm_name = "" if all_reduce is None else all_reduce.register(self.prefix)
 
         def forward(self, input_: Tensor) -> Any:
             if not self.flashcomm_name:
@@ -127,31 +130,43 @@ def _layer_class(base: Any) -> Any:
 
 
 class Report:
-    """`worker_extension_cls="flashcomm.integrations.vllm.Report"` gives workers a method for `LLM.collective_rpc`."""
+    """A worker extension that tells what became of the all-reduces.
+
+    llm = LLM(..., worker_extension_cls="flashcomm.integrations.vllm.Report")
+    llm.collective_rpc("flashcomm_report")
+    """
 
     def flashcomm_report(self) -> dict[str, Any]:
-        """This worker's all-reduces by way: calls, bytes of messages, bytes sent; {} where flashcomm is not in use.
+        """This worker's all-reduces since start-up; {} if vLLM's own are used.
 
-        Of a CUDA graph the calls are counted that captured it, not those of its replays.
+        Calls that a CUDA graph captured are counted once; its replays are not.
+
+        Returns:
+            rank: In the tensor-parallel group.
+            world_size: Ranks of that group.
+            format: The wire format; of a plan the one for layers that it does not name.
+            low_bit: For each route, such as "all_reduce/two_shot": calls, and sent_bytes to other ranks.
+            own: vLLM's own all-reduces: for each reason, calls.
         """
-        return _flash().report() if _flash() is not None else {}
+        all_reduce = _tp_all_reduce()
+        return {} if all_reduce is None else all_reduce.report()
 
 
-def _flash() -> Any:
-    """The Reducer of this process' tensor-parallel group, or None."""
+def _tp_all_reduce() -> vllm_group.TensorParallelAllReduce | None:
+    """The low-bit all-reduce of this process' tensor-parallel group, if it has one."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    return getattr(get_tp_group().device_communicator, "flash", None)
+    return getattr(get_tp_group().device_communicator, "flashcomm", None)
 
 
 def _base_platform() -> str | None:
-    """The name of the platform's class that vLLM would take without us."""
+    """The path of the platform's class that vLLM would take without flashcomm."""
     from vllm.platforms import builtin_platform_plugins
 
     for name in ("cuda", "cpu"):
         try:
             found: str | None = builtin_platform_plugins[name]()
-        except Exception:  # vLLM takes that for a no, too
+        except Exception:  # vLLM counts that as a no, too
             found = None
         if found is not None:
             return found
@@ -163,8 +178,8 @@ def _resolve(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _tested() -> bool:
-    """Whether vLLM's version is one we know; warns where it is not."""
+def _is_tested() -> bool:
+    """Whether vLLM's version is one of TESTED; warns if it is not."""
     from vllm.version import __version__, __version_tuple__
 
     if TESTED[0] <= tuple(__version_tuple__[:2]) <= TESTED[1]:
@@ -175,7 +190,7 @@ def _tested() -> bool:
 
 
 def _warn(text: str) -> None:
-    """Say it once: in the process that the user started, at the first of vLLM's questions."""
+    """Warn once, in the process that the user started."""
     if multiprocessing.parent_process() is None and text not in _warned:
         _warned.add(text)
         log.warning("FLASHCOMM_FORMAT is set, but %s", text)
