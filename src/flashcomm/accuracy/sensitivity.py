@@ -129,10 +129,10 @@ def condition(
 ) -> dict[str, LayerPlan]:
     """Conditioning vectors by layer, from the outputs and gradients on `windows`, token ids (n, length).
 
-    channel_mean: Each channel's mean over tokens. Tokens whose values are more than four times as large as the usual token's
-    (often the first of a text) are left out. scale_exponents: log2 of the power of 2 next to sqrt(g / s), with g the root mean square of
-    the gradient and s^2 the mean square of the output less channel_mean^2. Errors that spread evenly over channels scaled so
-    cost the least.
+    channel_mean: Each channel's mean over tokens. Tokens whose values are more than four times as large as the usual
+    token's (often the first of a text) are left out. scale_exponents: log2 of the power of 2 next to sqrt(g / s), with
+    g the root mean square of the gradient and s^2 the mean square of the output less channel_mean^2. Errors that spread
+    evenly over channels scaled so cost the least.
     """
     count: dict[str, float] = {}
     first: dict[str, Tensor] = {}

@@ -13,9 +13,10 @@ def main() -> None:
     try:
         from flashcomm.cli.app import app
     except ModuleNotFoundError as missing:
-        if missing.name not in ("typer", "rich"):
+        package = (missing.name or "").partition(".")[0]
+        if package not in ("typer", "rich"):
             raise
-        _fail(f"the command line needs {missing.name}: pip install 'flashcomm[cli]'")
+        _fail(f"the command line needs {package}: pip install 'flashcomm[cli]'")
     try:
         app()
     except FlashcommError as why:
