@@ -15,8 +15,8 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 
-from flashcomm.cli.report import human
-from flashcomm.ranks import link
+from flashcomm.bench.records import human_bytes
+from flashcomm.testing import probe_link
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".assets" / "smollm2-135m-instruct"
@@ -38,13 +38,13 @@ def main() -> None:
     panels = []
     for result in results:
         each = [r["wire_bytes"] / len(r["tokens"]) for r in (results[0], result)]  # texts differ in length
-        sent = f"{human(each[1])} a token" + (f", {each[0] / each[1]:.1f}x less" if each[0] > each[1] else "")
+        sent = f"{human_bytes(each[1])} a token" + (f", {each[0] / each[1]:.1f}x less" if each[0] > each[1] else "")
         panels.append(Panel(result["text"].strip(), title=result["format"], subtitle=sent, width=38))
     console.print(Columns(panels))
     console.print(agreement(results))
 
     console.rule(f"[bold]Time to first token, 512 tokens, every rank on a link of {RATE[:-4]} Mbit/s")
-    why_not = link.probe()
+    why_not = probe_link()
     if why_not:
         console.print(f"Skipped: no network namespaces here: {why_not}")
         return
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def generate(fmt: str) -> dict[str, Any]:
-    """What `flashcomm generate --json` says, every all-reduce coded, the small ones of decoding too."""
+    """What `flashcomm generate --json` says, every all-reduce low-bit, the small ones of decoding too."""
     command = ["generate", "--model", str(MODEL), "--world", "3", "--format", fmt, "--prompt", PROMPT]
     command += ["--tokens", "64", "--min-bytes", "0", "--json"]
     done = subprocess.run([sys.executable, "-m", "flashcomm.cli.main", *command], stdout=subprocess.PIPE, text=True)
@@ -64,7 +64,7 @@ def generate(fmt: str) -> dict[str, Any]:
 
 
 def agreement(results: list[dict[str, Any]]) -> str:
-    """How far each format's greedy tokens are those of bf16."""
+    """How many of the first greedy tokens each format has in common with bf16."""
     lines = []
     for result in results[1:]:
         pairs = list(zip(results[0]["tokens"], result["tokens"], strict=False))

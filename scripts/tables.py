@@ -1,15 +1,17 @@
-"""Write the tables of accuracy into README.md and docs/accuracy.md, between `<!-- table NAME -->` and `<!-- end -->`.
+"""Write tables into README.md and docs/accuracy.md, between `<!-- table NAME -->` and `<!-- end -->`.
 
-They come from the CSVs in results/. A test compares the pages with what this would write.
+They come from the CSV files in results/. A test compares the pages with what this would write.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from flashcomm.bench.records import BACKEND, read_csv
+from flashcomm.wire.format import UNCOMPRESSED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/accuracy.md")
@@ -17,8 +19,12 @@ Row = dict[str, str]
 
 
 def rows_of(name: str) -> list[Row]:
-    with (ROOT / "results" / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(ROOT / "results" / name)
+
+
+def low_bit(name: str) -> list[Row]:
+    """The rows of a CSV file without those of the uncompressed baseline."""
+    return [row for row in rows_of(name) if row["format"] != UNCOMPRESSED]
 
 
 def table(head: list[str], body: list[list[str]]) -> str:
@@ -37,7 +43,7 @@ def signed(row: Row, interval: bool = False) -> str:
 
 def accuracy() -> str:
     """By format: bits, rise at each number of ranks, KL at the first."""
-    rows = [r for r in rows_of("accuracy-smollm2.csv") if r["format"] != "bf16"]
+    rows = low_bit("accuracy-smollm2.csv")
     worlds = list(dict.fromkeys(r["world"] for r in rows))
     found = {(r["format"], r["world"]): r for r in rows}
     formats = sorted(dict.fromkeys(r["format"] for r in rows), key=lambda f: -float(found[f, worlds[0]]["bits"]))
@@ -53,16 +59,16 @@ def accuracy() -> str:
 
 
 def auto() -> str:
-    rows = [r for r in rows_of("accuracy-smollm2-2ranks-auto.csv") if r["format"] != "bf16"]
+    rows = low_bit("accuracy-smollm2-2ranks-auto.csv")
     body = [[name_of(r), r["bits"], signed(r, True), f"{float(r['kl']):.4f}", r["greedy_pct"]] for r in rows]
     return table(["format, 2 ranks, one-shot", "bits/value", "rise, %", "KL", "greedy, %"], body)
 
 
 def nodes() -> str:
-    """By format: the rise in two-shot beside that in two nodes, at each number of ranks."""
+    """By format: the rise in two-shot beside the rise in two nodes, at each number of ranks."""
     worlds = ("4", "8")
     flat = {(r["format"], r["world"]): r for r in rows_of("accuracy-smollm2.csv")}
-    rows = [r for w in worlds for r in rows_of(f"accuracy-smollm2-hierarchical-{w}.csv") if r["format"] != "bf16"]
+    rows = [r for w in worlds for r in low_bit(f"accuracy-smollm2-hierarchical-{w}.csv")]
     found = {(r["format"], r["world"]): r for r in rows}
     head = [part for w in worlds for part in (f"{w} ranks, two-shot", f"in 2 nodes of {int(w) // 2}")]
     body = []
@@ -77,30 +83,30 @@ def nodes_times() -> str:
     body = []
     for rate, label in (("200mbit", "200 Mbit/s"), ("1gbit", "1 Gbit/s")):
         rows = [r for r in rows_of(f"allreduce-2x2ranks-{rate}.csv") if r["size"] == str(16 << 20)]
-        native = next(r for r in rows if r["path"] == "native")
+        backend = next(r for r in rows if r["path"] == BACKEND)
         for path, name in (("auto", "two_shot"), ("hierarchical", "hierarchical")):
-            coded = [r for r in rows if r["path"] == path]
-            times = [f"{float(r['time_us']) / 1e3:.0f} ms, {float(r['over_native']):.2f}x" for r in coded]
-            body.append([label, f"`{name}`", f"{float(native['time_us']) / 1e3:.0f} ms", *times])
+            ours = [r for r in rows if r["path"] == path]
+            times = [f"{float(r['time_us']) / 1e3:.0f} ms, {float(r['over_backend']):.2f}x" for r in ours]
+            body.append([label, f"`{name}`", f"{float(backend['time_us']) / 1e3:.0f} ms", *times])
     formats = [name_of(r) for r in rows if r["path"] == "hierarchical"]
     return table(["a host's link", "", "bf16, gloo", *formats], body)
 
 
 def real() -> str:
-    rows = [r for r in rows_of("accuracy-smollm2-3ranks-real.csv") if r["format"] != "bf16"]
+    rows = low_bit("accuracy-smollm2-3ranks-real.csv")
     body = [[r["ranks"], name_of(r), r["bits"], r["perplexity"], signed(r, True), r["kl"]] for r in rows]
     return table(["3 ranks", "format", "bits/value", "perplexity", "rise, %", "KL"], body)
 
 
 def predicted() -> str:
-    """The sum of the prices of layers, and what tune predicted on its own text, beside what came out."""
+    """The sum of the layers' sensitivities, and what tune predicted on its own text, beside what was measured."""
     made = json.loads((ROOT / "results" / "plans" / "smollm2-4.6.json").read_text())["made"]
     measured = {(r["world"], r["format"]): r for r in rows_of("accuracy-smollm2.csv")}
     layers = rows_of("accuracy-layers-smollm2.csv")
     body = []
     for fmt in dict.fromkeys(r["format"] for r in layers):
-        price = sum(float(r["kl"]) for r in layers if r["format"] == fmt)
-        body.append([f"`{fmt}`, 2 ranks", f"{price:.4f}", f"{float(measured['2', fmt]['kl']):.4f}"])
+        total = sum(float(r["kl"]) for r in layers if r["format"] == fmt)
+        body.append([f"`{fmt}`, 2 ranks", f"{total:.4f}", f"{float(measured['2', fmt]['kl']):.4f}"])
     body.append(
         ["`plan-4.6`, 4 ranks", f"{made['predicted_kl']:.4f}", f"{float(measured['4', 'plan-4.6.json']['kl']):.4f}"]
     )

@@ -135,16 +135,17 @@ MUTATIONS = {
         "test_plan.py::test_decoding_takes_its_own_format_and_no_conditioning",
     ),
     "a simulated rank left out": (
-        "accuracy/simulate.py", "return reference.all_reduce(way, tensors,", "return reference.all_reduce(way, tensors[:-1],",
-        "accuracy/test_accuracy.py::TestSimulation::test_every_sum_is_the_reference_of_the_partial_sums",
+        "accuracy/simulate.py", "return reference.all_reduce(route.algorithm, tensors,",
+        "return reference.all_reduce(route.algorithm, tensors[:-1],",
+        "accuracy/test_simulate.py::test_every_sum_is_the_reference_of_the_partial_sums",
     ),
-    "a price without its half": (
+    "a sensitivity without its half": (
         "accuracy/sensitivity.py", "0.5 * float(square)", "float(square)",
-        "accuracy/test_accuracy.py::TestSensitivity::test_a_price_is_half_the_square_of_gradient_times_error",
+        "accuracy/test_sensitivity.py::test_it_is_half_the_square_of_gradient_times_error",
     ),
     "divergence the wrong way round": (
         "accuracy/evaluate.py", "(b.exp() * (b - m)).sum()", "(m.exp() * (m - b)).sum()",
-        "accuracy/test_accuracy.py::TestEvaluate::test_rows_are_what_the_logits_say",
+        "accuracy/test_evaluate.py::test_rows_are_what_the_logits_say",
     ),
     "tables are read in straight lines of sizes": (
         "routing/policy.py", "math.log(n_bytes / low) / math.log(high / low)", "(n_bytes - low) / (high - low)",

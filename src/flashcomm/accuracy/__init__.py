@@ -1,1 +1,1 @@
-"""What a format costs a model: simulation, sensitivity, plans, perplexity."""
+"""What a wire format costs a model: simulated ranks, sensitivity of layers, plans, perplexity."""

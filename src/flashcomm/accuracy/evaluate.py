@@ -1,17 +1,17 @@
-"""`flashcomm eval`: what each wire format costs a model, beside the same model with nothing coded.
+"""`flashcomm eval`: what each wire format costs a model, beside the same ranks with nothing compressed.
 
-All formats see the same windows in turn. Per window and format: log-likelihood of the text, divergence of every
-next-token distribution from the uncompressed one, whether the likeliest token is the same. Rises come with a 95 %
-interval from the differences of single windows (paired, so that it is far narrower than that of either perplexity).
+All formats see the same windows in turn. For each window and format: the log-likelihood of the text, the divergence of
+every next-token distribution from the uncompressed one, and whether the likeliest token is the same. Rises have a 95 %
+interval from the paired differences of windows, which is far narrower than the interval of either perplexity.
 
-The ranks are simulated (`accuracy.simulate`), or real ones: then each runs `on_rank`, and all get the same rows.
+The ranks are simulated (`accuracy.simulate`), or real: then each runs `on_rank`, and all get the same rows.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from flashcomm.accuracy.models import load_model
-from flashcomm.accuracy.simulate import TensorParallel
+from flashcomm.accuracy.simulate import Progress, TensorParallel, no_progress
 from flashcomm.plan import Plan
 from flashcomm.ranks.launch import RankContext
+from flashcomm.wire.format import UNCOMPRESSED
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}  # logits of a batch are kept: 0.8 GB per 4096 tokens of 50k float32
 
@@ -39,13 +40,13 @@ class Tally:
 
 
 class RealRanks:
-    """The same face as `TensorParallel`, over the process group that the model was loaded on."""
+    """The interface of `TensorParallel`, over the process group that the model was loaded on."""
 
     def __init__(self, model: Any, world_size: int, settings: dict[str, Any]) -> None:
         from flashcomm.integrations import transformers as integration
 
         self.model, self.world_size = model, world_size
-        self._seam, self._settings, self._plan = integration, settings, Plan.of("bf16")
+        self._integration, self._settings, self._plan = integration, settings, Plan.of(UNCOMPRESSED)
         self._width = sum(m.weight.shape[0] for m in model.modules() if getattr(m, "_flashcomm_layer", ""))
         self._tokens = self._before = 0
         model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -60,11 +61,11 @@ class RealRanks:
     @plan.setter
     def plan(self, plan: Plan) -> None:
         self._plan = plan
-        self._seam.enable(plan, min_bytes=0, **self._settings)
+        self._integration.enable(plan, min_bytes=0, **self._settings)
         self._tokens, self._before = 0, self._sent()
 
     def _sent(self) -> int:
-        return sum(c.transport.n_bytes_sent for c in self._seam.communicators())
+        return sum(c.transport.n_bytes_sent for c in self._integration.communicators())
 
     @property
     def bits_per_value(self) -> float:
@@ -76,7 +77,7 @@ class RealRanks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._seam.disable()
+        self._integration.disable()
 
 
 def on_rank(
@@ -89,10 +90,10 @@ def on_rank(
     settings: dict[str, Any],
     continuation: int,
 ) -> list[dict[str, Any]]:
-    """The rows of `evaluate`, over real ranks. settings: of the Communicators."""
+    """The rows of `evaluate`, over real ranks. Collective; rank 0 emits progress as (what, done, total)."""
     from flashcomm.integrations import transformers as integration
 
-    integration.enable("bf16", min_bytes=0, **settings)
+    integration.enable(UNCOMPRESSED, min_bytes=0, **settings)
     model, _ = load_model(model_dir, ctx.world_size, ctx.device, dtype)
     ranks = RealRanks(model, ctx.world_size, settings)
     for plan in plans.values():
@@ -112,15 +113,23 @@ def evaluate(
     n_bytes: int,
     plans: dict[str, Plan],
     continuation: int = 0,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Rows by format, the uncompressed baseline ("bf16") first: world, bits, perplexity, rise with interval, KL, ...
+    """Measure perplexity, divergence and agreement of each plan.
 
-    windows: token ids (n, length) on the model's device; n_bytes: of their text. continuation: tokens of the greedy
-    continuation of each window's first quarter that are compared; 0 leaves that out.
+    Args:
+        ranks: The model and its ranks, simulated or real.
+        windows: Token ids (n, length) on the model's device.
+        n_bytes: UTF-8 bytes of their text.
+        plans: Plans by the name that rows show.
+        continuation: Greedy tokens after each window's first quarter that are compared; 0: none.
+        progress: Called along the way.
+
+    Returns:
+        A row for each plan, after one for the uncompressed baseline.
     """
     model, world_size = ranks.model, ranks.world_size
-    tallies = {name: Tally() for name in ["bf16", *plans]}
+    tallies = {name: Tally() for name in (UNCOMPRESSED, *plans)}
     batches = torch.split(windows, max(1, BATCH_TOKENS[windows.device.type] // windows.shape[1]))
     with ranks, torch.inference_mode():
         uncompressed = ranks.plan
@@ -128,7 +137,7 @@ def evaluate(
             progress(f"{world_size} ranks", i, len(batches))
             ranks.plan = uncompressed
             base = _log_probabilities(model, batch)
-            _add(tallies["bf16"], batch, base, base, 16.0)
+            _add(tallies[UNCOMPRESSED], batch, base, base, 16.0)
             for name, plan in plans.items():
                 ranks.plan = plan
                 _add(tallies[name], batch, _log_probabilities(model, batch), base, ranks.bits_per_value)
@@ -136,9 +145,9 @@ def evaluate(
             greedy = _greedy(ranks, uncompressed, windows, continuation)
             for i, (name, plan) in enumerate(plans.items()):
                 progress(f"{world_size} ranks, greedy", i, len(plans))
-                tallies[name].greedy = _agreement(greedy, _greedy(ranks, plan, windows, continuation))
+                tallies[name].greedy = _agreed_share(greedy, _greedy(ranks, plan, windows, continuation))
     n_tokens = windows.shape[0] * (windows.shape[1] - 1)
-    return [_row(name, tally, tallies["bf16"], world_size, n_tokens, n_bytes) for name, tally in tallies.items()]
+    return [_row(name, tally, tallies[UNCOMPRESSED], world_size, n_tokens, n_bytes) for name, tally in tallies.items()]
 
 
 def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
@@ -172,13 +181,16 @@ def continue_greedily(model: Any, prompts: Tensor, n: int) -> Tensor:
     return out[:, prompts.shape[1] :]  # type: ignore[no-any-return]
 
 
-def _agreement(base: Tensor, mine: Tensor) -> float:
-    """The mean share of a continuation that comes before the first token that differs."""
+def _agreed_share(base: Tensor, mine: Tensor) -> float:
+    """Mean share of a continuation before the first token that differs."""
     return (base == mine).cumprod(1).float().mean().item()
 
 
 def rise(mine: Sequence[float], base: Sequence[float], n_tokens: int) -> tuple[float, float, float]:
-    """(rise in perplexity, its 95 % interval), as parts of 1, from nats per window: paired differences, Student's t."""
+    """(rise in perplexity, low and high end of its 95 % interval) as fractions, from nats of each window.
+
+    Paired differences and Student's t.
+    """
     differences = [(m - b) * len(base) / n_tokens for m, b in zip(mine, base, strict=True)]
     mean = statistics.fmean(differences)
     if len(differences) < 2:
@@ -201,18 +213,18 @@ def _student(freedom: int) -> float:
 def _row(name: str, tally: Tally, base: Tally, world_size: int, n_tokens: int, n_bytes: int) -> dict[str, Any]:
     nats = sum(tally.nll)
     risen, low, high = rise(tally.nll, base.nll, n_tokens)
-    coded = tally is not base
+    compared = tally is not base
     return {
         "world": world_size,
         "format": name,
         "bits": round(tally.bits, 3),
         "perplexity": round(math.exp(nats / n_tokens), 4),
         "bits_per_byte": round(nats / math.log(2) / n_bytes, 5),
-        "rise_pct": round(100 * risen, 4) if coded else 0.0,
-        "low_pct": round(100 * low, 4) if coded else 0.0,
-        "high_pct": round(100 * high, 4) if coded else 0.0,
+        "rise_pct": round(100 * risen, 4) if compared else 0.0,
+        "low_pct": round(100 * low, 4) if compared else 0.0,
+        "high_pct": round(100 * high, 4) if compared else 0.0,
         "kl": round(tally.kl / n_tokens, 6),
-        "same_top1_pct": round(100 * tally.same / n_tokens, 3) if coded else 100.0,
+        "same_top1_pct": round(100 * tally.same / n_tokens, 3) if compared else 100.0,
         "greedy_pct": None if tally.greedy is None else round(100 * tally.greedy, 2),
         "tokens": n_tokens,
     }

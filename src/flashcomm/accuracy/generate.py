@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,20 @@ def generate(
     dtype: torch.dtype,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """On every rank: load, generate up to n_tokens; text, counts and times. Rank 0 emits text as it comes."""
+    """Load a model and generate greedily. Collective; rank 0 emits text as it comes.
+
+    Args:
+        ctx: This rank.
+        model_dir: The model's directory.
+        fmt: Wire format or plan of the all-reduces.
+        prompt: In the model's chat template, if it has one.
+        n_tokens: Generate at most this many.
+        dtype: Of the model.
+        settings: Of the Communicators.
+
+    Returns:
+        Text, tokens, seconds, bytes sent and calls by path.
+    """
     from flashcomm.integrations import transformers as integration
 
     integration.enable(fmt, **settings)
@@ -52,7 +66,7 @@ def generate(
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "seconds": round(seconds, 3),
         "wire_bytes": sum(c.transport.n_bytes_sent for c in communicators),
-        "calls": {way: sum(c.calls[way] for c in communicators) for way in {k for c in communicators for k in c.calls}},
+        "calls": dict(sum((Counter(c.calls) for c in communicators), Counter())),
     }
 
 

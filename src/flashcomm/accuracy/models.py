@@ -1,4 +1,4 @@
-"""Models on disk: check what can be checked before any rank starts, then load one rank's part.
+"""Models on disk: check them before any rank starts, then load one rank's part.
 
 A model is a directory as Hugging Face writes it (config.json and safetensors), or one with a single GGUF file.
 """
@@ -14,9 +14,11 @@ from flashcomm.errors import FlashcommError, InputError, UnavailableError
 
 
 def check_model(path: Path, world_size: int) -> Any:
-    """The model's config, after making sure that files are whole and that `world` ranks can share the model.
+    """The model's config, after checking that its files are complete and that world_size ranks can share it.
 
-    Raises InputError saying what is missing, corrupt or indivisible; UnavailableError without transformers.
+    Raises:
+        InputError: Files are missing or corrupt, or the model cannot be shared.
+        UnavailableError: transformers is not installed.
     """
     transformers = import_transformers()
     source = _source(path)
@@ -31,7 +33,7 @@ def check_model(path: Path, world_size: int) -> Any:
 
 
 def check_divisible(config: Any, world_size: int, name: str) -> None:
-    """Raise InputError unless `world` ranks can share a model of this config."""
+    """Raise InputError unless world_size ranks can share a model of this config."""
     indivisible = [
         f"{part}={size}"
         for part in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -47,7 +49,7 @@ def check_divisible(config: Any, world_size: int, name: str) -> None:
 
 
 def cut(config: Any, layers: int, name: str) -> None:
-    """Leave the config's first layers. Raises InputError where it has fewer."""
+    """Keep the config's first layers. Raises InputError if it has fewer."""
     if not 1 <= layers <= config.num_hidden_layers:
         raise InputError(f"--layers {layers}: {name} has {config.num_hidden_layers}; give 1 to that many")
     config.num_hidden_layers = layers
@@ -58,9 +60,14 @@ def cut(config: Any, layers: int, name: str) -> None:
 def load_model(
     path: Path, world_size: int, device: torch.device, dtype: torch.dtype, layers: int | None = None
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of this rank, in evaluation mode; with world > 1 under transformers' tensor parallelism.
+    """This rank's model, in evaluation mode, and its tokenizer.
 
-    layers: leave only so many, the first ones.
+    Args:
+        path: The model's directory.
+        world_size: Above 1 the model is loaded under transformers' tensor parallelism.
+        device: Where to put it.
+        dtype: Of its weights.
+        layers: Keep only the first ones; None: all.
     """
     transformers = import_transformers()
     from transformers.distributed import DistributedConfig
@@ -93,7 +100,7 @@ def import_transformers() -> Any:
 
 
 def _source(path: Path) -> dict[str, str]:
-    """The arguments that tell transformers which file to read: none, or the directory's one GGUF file."""
+    """Arguments that tell transformers which file to read: none, or the directory's only GGUF file."""
     if not path.is_dir():
         raise InputError(
             f"no model directory at {path}: give a directory with config.json and weights, or a GGUF file in it"
@@ -104,12 +111,12 @@ def _source(path: Path) -> dict[str, str]:
         return {}
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) != 1:
-        raise InputError(f"{path} holds {len(gguf)} GGUF files and no config.json: exactly one of either is needed")
+        raise InputError(f"{path} holds {len(gguf)} GGUF files and no config.json: give a directory with one of either")
     return {"gguf_file": gguf[0].name}
 
 
 def _check_safetensors(file: Path) -> None:
-    """Raises InputError unless the header is readable and the file as long as it says."""
+    """Raise InputError unless the header is readable and the file is as long as the header says."""
     from safetensors import safe_open
 
     try:

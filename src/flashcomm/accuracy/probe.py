@@ -1,26 +1,26 @@
-"""`flashcomm probe`: failures that perplexity does not show, in long contexts and in what a model says.
+"""`flashcomm probe`: failures that perplexity does not show, in long contexts and in generated text.
 
-needle      one sentence that holds a number, somewhere in pages of text; the model is to say the number at the end
+needle      a sentence that holds a number, somewhere in pages of text; the model is to give the number at the end
 generation  greedy text from many prompts, token by token, until it first differs from the uncompressed model's
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashcomm.accuracy.evaluate import continue_greedily
-from flashcomm.accuracy.simulate import TensorParallel
+from flashcomm.accuracy.simulate import Progress, TensorParallel, no_progress
 from flashcomm.plan import Plan
+from flashcomm.wire.format import UNCOMPRESSED
 
 NEEDLE = "The secret number of the harbour is {}."
 QUESTION = "\n\nThe secret number of the harbour is"
 DEPTHS = (0.1, 0.5, 0.9)
-Progress = Callable[[str, int, int], None]
 
 
 def needle(
@@ -31,17 +31,29 @@ def needle(
     plans: dict[str, Plan],
     world_size: int,
     algorithm: str,
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Rows by context length and format: share of numbers found, and nats of the right number.
+    """Hide a number in a text and ask for it: three depths and two numbers at each context length.
 
-    hay: token ids (n,). Three depths and two numbers a length, each read in one pass with the answer's tokens in
-    place, so that `found` means: every digit's token was the likeliest one.
+    Each case is one pass with the answer's tokens in place: a number is found if each of its tokens was the likeliest.
+
+    Args:
+        model: A transformers model with a tensor-parallel plan.
+        tokenizer: Its tokenizer.
+        hay: Token ids (n,) of the text, at least as many as the longest context.
+        lengths: Context lengths in tokens.
+        plans: Plans by the name that rows show.
+        world_size: Ranks to simulate.
+        algorithm: As in `flashcomm.settings`.
+        progress: Called along the way.
+
+    Returns:
+        Rows by context length and format: share of numbers found, and mean nats of the right number.
     """
     cases = [(length, depth, number) for length in lengths for depth in DEPTHS for number in (48213, 70956)]
     scores: dict[tuple[int, str], list[tuple[bool, float]]] = {}
     with TensorParallel(model, world_size, algorithm=algorithm) as ranks, torch.inference_mode():
-        everything = {"bf16": ranks.plan} | plans
+        everything = {UNCOMPRESSED: ranks.plan} | plans
         for i, (length, depth, number) in enumerate(cases):
             progress(f"needle in {length} tokens", i, len(cases))
             ids, n_answer = _haystack(tokenizer, hay, length, depth, number)
@@ -64,7 +76,7 @@ def needle(
 
 
 def _haystack(tokenizer: Any, hay: Tensor, length: int, depth: float, number: int) -> tuple[Tensor, int]:
-    """(`length` token ids with the needle at `depth` of them, the question and its answer at the end; answer tokens)"""
+    """(`length` token ids: needle at `depth` of them, question and answer at the end; how many are the answer's)."""
 
     def ids(text: str) -> Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
@@ -76,6 +88,7 @@ def _haystack(tokenizer: Any, hay: Tensor, length: int, depth: float, number: in
 
 
 def _score(logits: Tensor, answer: Tensor) -> tuple[bool, float]:
+    """(whether every token of the answer was the likeliest, nats of the answer)."""
     nats = -logits.log_softmax(-1).gather(1, answer[:, None]).sum().item()
     return bool((logits.argmax(-1) == answer).all()), nats
 
@@ -88,14 +101,25 @@ def generation(
     world_size: int,
     algorithm: str,
     batch: int,
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Rows by format: the token at which greedy text first differs from the uncompressed ranks', and how often it never
-    does within n_tokens. "one rank" is the model unsplit: what another order of sums alone changes.
+    """Generate greedily from many prompts and compare with the uncompressed ranks.
 
-    prompts: token ids (n, length).
+    Args:
+        model: A transformers model with a tensor-parallel plan.
+        prompts: Token ids (n, length).
+        n_tokens: Tokens to generate from each.
+        plans: Plans by the name that rows show.
+        world_size: Ranks to simulate.
+        algorithm: As in `flashcomm.settings`.
+        batch: Prompts at a time.
+        progress: Called along the way.
+
+    Returns:
+        Rows by format: the first token that differs (median and mean), and how often none does. "one rank" is the model
+        unsplit, which shows what another order of sums changes by itself.
     """
-    names = ["bf16", "one rank", *plans]
+    names = [UNCOMPRESSED, "one rank", *plans]
     texts: dict[str, list[Tensor]] = {name: [] for name in names}
     pieces = torch.split(prompts, batch)
     for i, piece in enumerate(pieces):
@@ -103,10 +127,10 @@ def generation(
         with torch.inference_mode():
             texts["one rank"].append(continue_greedily(model, piece, n_tokens).cpu())
             with TensorParallel(model, world_size, algorithm=algorithm) as ranks:
-                for name, plan in ({"bf16": ranks.plan} | plans).items():
+                for name, plan in ({UNCOMPRESSED: ranks.plan} | plans).items():
                     ranks.plan = plan
                     texts[name].append(continue_greedily(model, piece, n_tokens).cpu())
-    base, rows = torch.cat(texts["bf16"]), []
+    base, rows = torch.cat(texts[UNCOMPRESSED]), []
     for name in names[1:]:
         first = (base == torch.cat(texts[name])).cumprod(1).sum(1)
         rows.append(

@@ -1,20 +1,20 @@
-"""What each layer's rounding costs a model, from one backward pass instead of a run per layer and format.
+"""How sensitive a model is to rounding in each layer, from one backward pass instead of a run a layer and format.
 
-A layer's all-reduce returns its sum plus an error e (a vector per token) that the wire format alone determines. With g
-the gradient of a token's log-likelihood with respect to that output, for tokens drawn from the model itself, the
+A layer's all-reduce returns its sum plus an error e (a vector a token) that the wire format alone determines. Let g be
+the gradient of a token's log-likelihood with respect to that output, for tokens drawn from the model itself. Then the
 divergence of the model's next-token distribution from its uncompressed self is, to second order,
 
     KL = 1/2 E[(g . e)^2]   nats per token           (the Fisher information is the Hessian of KL)
 
-and errors of different layers and steps add up, being independent. So the reduce step and the gather step of every
-layer can be priced for every format by encoding what the layer really sends, and a plan's price is a sum. How near
-prices come to measured divergences on SmolLM2-135M: docs/accuracy.md.
+and errors of different layers and steps are independent and add up. So encoding what each layer really sends gives the
+sensitivity of the reduce step and of the gather step to every format, and a plan's divergence is a sum of those.
+docs/accuracy.md compares such sums with measured divergences of SmolLM2-135M.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,25 +22,25 @@ import torch
 from torch import Tensor
 
 from flashcomm import reference
-from flashcomm.accuracy.simulate import TensorParallel
+from flashcomm.accuracy.simulate import Progress, TensorParallel, no_progress, row_parallel_layers
 from flashcomm.codecs import codec_for
 from flashcomm.plan import LayerPlan, Plan
-from flashcomm.wire.format import StepFormat, WireFormat
+from flashcomm.wire.format import UNCOMPRESSED, StepFormat, WireFormat
 
-UNCOMPRESSED = WireFormat.parse("bf16")
+NONE = WireFormat.parse(UNCOMPRESSED)
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 STEPS = ("reduce", "gather")
 
 
 @dataclass
-class Costs:
-    """KL divergence in nats per token by (layer, step, format), each alone; `snr_db` is signal over error."""
+class Sensitivities:
+    """KL divergence in nats per token by (layer, step, format), each alone, and the signal-to-noise ratio in dB."""
 
     kl: dict[tuple[str, str, StepFormat], float] = field(default_factory=dict)
     snr_db: dict[tuple[str, str, StepFormat], float] = field(default_factory=dict)
 
-    def of(self, layer: str, fmt: WireFormat) -> float:
-        """The price of a layer in a two-shot all-reduce."""
+    def kl_of(self, layer: str, fmt: WireFormat) -> float:
+        """KL divergence in nats per token with one layer's two-shot all-reduce in this format."""
         steps = zip(STEPS, (fmt.reduce, fmt.gather), strict=True)
         return sum(0.0 if step.uncompressed else self.kl[layer, name, step] for name, step in steps)
 
@@ -60,21 +60,25 @@ def measure(
     world_size: int,
     steps: Sequence[StepFormat],
     conditioning: dict[str, LayerPlan] | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Costs:
-    """Price `steps` in every row-parallel layer of `model` as `world` ranks.
+    progress: Progress = no_progress,
+) -> Sensitivities:
+    """Measure the sensitivity of every row-parallel layer to each of `steps`.
 
-    windows: token ids (n, length); a few thousand tokens are enough. conditioning: the vectors of layers that have
-    them (their formats do not matter). progress(what, done, total) is called along the way.
+    Args:
+        model: A transformers model with a tensor-parallel plan.
+        windows: Token ids (n, length) on the model's device; a few thousand tokens are enough.
+        world_size: Ranks to simulate.
+        steps: Formats of the reduce and of the gather step.
+        conditioning: The vectors of layers that have them; their formats do not matter.
+        progress: Called along the way.
     """
     plan = Plan(
-        UNCOMPRESSED,
-        layers={k: LayerPlan(UNCOMPRESSED, v.scale_exponents, v.channel_mean) for k, v in (conditioning or {}).items()},
+        NONE, layers={k: LayerPlan(NONE, v.scale_exponents, v.channel_mean) for k, v in (conditioning or {}).items()}
     )
     squares: dict[tuple[str, str, StepFormat], Tensor | float] = {}  # sums stay on the device: reading one waits for it
     noise: dict[tuple[str, str, StepFormat], Tensor | float] = {}
     signal: dict[str, Tensor | float] = {}
-    for seen in _batches(model, windows, world_size, "pricing formats", progress):
+    for seen in _batches(model, windows, world_size, "measuring sensitivity", progress):
         for name, part in seen.items():
             signal[name] = signal.get(name, 0.0) + part.total.square().sum(dtype=torch.float64)
             for step in steps:
@@ -84,25 +88,51 @@ def measure(
                         dtype=torch.float64
                     )
                     noise[key] = noise.get(key, 0.0) + error.square().sum(dtype=torch.float64)
-    costs = Costs()
+    found = Sensitivities()
     for key, square in squares.items():
-        costs.kl[key] = 0.5 * float(square) / windows.numel()
-        costs.snr_db[key] = 10 * math.log10(max(float(signal[key[0]]), 1e-300) / max(float(noise[key]), 1e-300))
-    return costs
+        found.kl[key] = 0.5 * float(square) / windows.numel()
+        found.snr_db[key] = 10 * math.log10(max(float(signal[key[0]]), 1e-300) / max(float(noise[key]), 1e-300))
+    return found
+
+
+def layer_rows(
+    model: Any, windows: Tensor, world_size: int, formats: dict[str, WireFormat], progress: Progress = no_progress
+) -> list[dict[str, Any]]:
+    """Rows by format and layer, each alone: KL divergence, and signal-to-noise ratios of both steps."""
+    steps = dict.fromkeys(
+        step for fmt in formats.values() for step in (fmt.reduce, fmt.gather) if not step.uncompressed
+    )
+    found = measure(model, windows, world_size, list(steps), progress=progress)
+
+    def snr_db(layer: str, which: str, step: StepFormat) -> float | None:
+        return None if step.uncompressed else round(found.snr_db[layer, which, step], 2)
+
+    return [
+        {
+            "world": world_size,
+            "layer": layer,
+            "format": name,
+            "kl": f"{found.kl_of(layer, fmt):.3e}",
+            "reduce_snr_db": snr_db(layer, "reduce", fmt.reduce),
+            "gather_snr_db": snr_db(layer, "gather", fmt.gather),
+        }
+        for name, fmt in formats.items()
+        for layer in row_parallel_layers(model)
+    ]
 
 
 def condition(
     model: Any,
     windows: Tensor,
     world_size: int,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, LayerPlan]:
     """Conditioning vectors by layer, from the outputs and gradients on `windows`, token ids (n, length).
 
-    offset: each channel's mean over tokens, those left out whose values are more than four times as large as the
-    usual token's (the first of a text, often). shift: the power of 2 next to sqrt(g / s), g the root mean square of
-    the gradient and s^2 the mean square of the output less offset^2; errors spread evenly over scaled channels then
-    cost the least.
+    channel_mean: Each channel's mean over tokens. Tokens whose values are more than four times as large as the usual
+    token's (often the first of a text) are left out. scale_exponents: log2 of the power of 2 next to sqrt(g / s), with
+    g the root mean square of the gradient and s^2 the mean square of the output less channel_mean^2. Errors that spread
+    evenly over channels scaled so cost the least.
     """
     count: dict[str, float] = {}
     first: dict[str, Tensor] = {}
@@ -125,12 +155,12 @@ def condition(
         spread = (second[name] / windows.numel() - offset.square()).clamp_min(1e-30)
         wanted = (gradient[name] / windows.numel()).clamp_min(1e-30).log2() / 4 - spread.log2() / 4
         shift = (wanted - wanted.median()).round().clamp(-20, 20)
-        out[name] = LayerPlan(UNCOMPRESSED, shift.to(torch.int8).cpu(), offset.to(torch.bfloat16).cpu())
+        out[name] = LayerPlan(NONE, shift.to(torch.int8).cpu(), offset.to(torch.bfloat16).cpu())
     return out
 
 
 def _errors(plan: Plan, name: str, seen: _Seen, world_size: int, step: StepFormat) -> tuple[Tensor, Tensor]:
-    """What the reduce step and the gather step, coded as `step`, add to the layer's output: (tokens, row) each."""
+    """The errors that the reduce and the gather step in format `step` add to the layer's output: (tokens, row) each."""
     codec = codec_for(seen.total.device.type)
     sent = [plan.before_reduce(name, p, world_size) for p in seen.partials]
     exact = sum(sent[1:], sent[0])
@@ -138,15 +168,14 @@ def _errors(plan: Plan, name: str, seen: _Seen, world_size: int, step: StepForma
     back = plan.after_reduce(name, exact, world_size, dtype)
     reduced = reference.quantized_sum(sent, step, codec).view(exact.shape)
     gathered = reference.quantized_sum([exact], step, codec).view(exact.shape)
-    return plan.after_reduce(name, reduced, world_size, dtype) - back, plan.after_reduce(
-        name, gathered, world_size, dtype
-    ) - back
+    return (
+        plan.after_reduce(name, reduced, world_size, dtype) - back,
+        plan.after_reduce(name, gathered, world_size, dtype) - back,
+    )
 
 
-def _batches(
-    model: Any, windows: Tensor, world_size: int, what: str, progress: Callable[[str, int, int], None]
-) -> Iterator[dict[str, _Seen]]:
-    """Batch by batch what every layer sent and felt: forward, labels drawn from the model's own output, backward."""
+def _batches(model: Any, windows: Tensor, world_size: int, what: str, progress: Progress) -> Iterator[dict[str, _Seen]]:
+    """By layer, batch by batch: what it sent, and the gradient of labels drawn from the model's own output."""
     found: dict[str, tuple[list[Tensor], Tensor]] = {}
 
     def observe(name: str, partials: list[Tensor], total: Tensor) -> None:
@@ -162,7 +191,7 @@ def _batches(
         for i, batch in enumerate(batches):
             progress(what, i, len(batches))
             found.clear()
-            with TensorParallel(model, world_size, UNCOMPRESSED, observer=observe), torch.enable_grad():
+            with TensorParallel(model, world_size, observer=observe), torch.enable_grad():
                 embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
                 logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).float()
                 labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]

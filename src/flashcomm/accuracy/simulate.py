@@ -1,12 +1,12 @@
 """Tensor parallelism of any degree in one process: what a wire format does to a model, without the ranks.
 
-    with TensorParallel(model, world_size=8, plan="int4-had") as ranks:      # any transformers causal LM with a tp_plan
-        logits = model(ids).logits                                     # as 8 ranks would compute them
+    with TensorParallel(model, world_size=8, plan="int4-had") as ranks:  # any transformers causal LM with a tp_plan
+        logits = model(ids).logits  # as 8 ranks would compute them
         print(ranks.bits_per_value)
 
 Row-parallel weights are split along their input and column-parallel ones along their output, as the model's own
-tensor-parallel plan says; each partial sum goes through the real codec, in the order of the real collective. On equal
-kernels the results are those of ranks, bit for bit (the backend's sums excepted, which are summed here in rank order).
+tensor-parallel plan says. Each partial sum goes through the real codec, in the order of the real collective. On equal
+kernels the results are those of ranks, bit for bit, except for sums by the backend: here they are in rank order.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ from flashcomm.errors import InputError
 from flashcomm.plan import Plan
 from flashcomm.routing import policy
 from flashcomm.routing.route import Message, Route
-from flashcomm.wire.format import WireFormat
+from flashcomm.wire.format import UNCOMPRESSED, WireFormat
 
 ROWWISE = ("rowwise", "rowwise_rep", "rowwise_split_input")
 COLWISE = ("colwise", "colwise_rep", "colwise_gather_output")
 
 Observer = Callable[[str, list[Tensor], Tensor], None]
+Progress = Callable[[str, int, int], None]  # what is going on, steps done, steps in all
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
 
 
 def parallel_layers(model: Any, styles: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
@@ -56,40 +61,39 @@ def row_parallel_layers(model: Any) -> dict[str, torch.nn.Linear]:
 
 
 class TensorParallel:
-    """Runs `model` as `world` ranks would, from entering the context to leaving it.
+    """Runs `model` as `world_size` ranks would, from entering the context to leaving it.
 
-    plan: a Plan, a format or a `.json` file; it may be set anew at any time. algorithm, local_world, min_bytes: as in
-    `flashcomm.settings`, here with one node and every message coded by default. observer: called after each all-reduce
-    with the layer's name, the ranks' partial sums and the result.
-    Raises InputError where world does not divide a layer, PlanError where the plan does not fit the model.
+    Args:
+        model: A transformers model with a tensor-parallel plan.
+        world_size: Ranks to simulate.
+        plan: A Plan, a format or the path of a `.json` file; the property may be set again at any time.
+        algorithm: As in `flashcomm.settings`.
+        local_world_size: Ranks of a node; 0: all ranks are one node.
+        min_bytes: As in `flashcomm.settings`; by default every message is quantized.
+        observer: Called after each all-reduce with the layer's name, the ranks' partial sums and the result.
+
+    Raises:
+        InputError: The inputs of a layer are not divisible by world_size.
+        PlanError: The plan does not fit the model.
     """
 
     def __init__(
         self,
         model: Any,
         world_size: int,
-        plan: Plan | WireFormat | str = "bf16",
+        plan: Plan | WireFormat | str = UNCOMPRESSED,
         *,
         algorithm: str = "auto",
         local_world_size: int = 0,
         min_bytes: int = 0,
         observer: Observer | None = None,
     ) -> None:
-        self.model, self.world_size = model, world_size
-        self.algorithm, self.min_bytes, self.observer, self.local_world_size = (
-            algorithm,
-            min_bytes,
-            observer,
-            local_world_size,
-        )
+        self.model, self.world_size, self.local_world_size = model, world_size, local_world_size
+        self.algorithm, self.min_bytes, self.observer = algorithm, min_bytes, observer
         if world_size < 1:
             raise InputError(f"{world_size} ranks asked for: at least 1 is needed")
-        if (local_world_size and world_size % local_world_size) or (
-            algorithm == "hierarchical" and not local_world_size
-        ):
-            raise InputError(
-                f"nodes of local_world_size={local_world_size} ranks asked for: {world_size} ranks do not make such"
-            )
+        if world_size % (local_world_size or 1) or (algorithm == "hierarchical" and not local_world_size):
+            raise InputError(f"local_world_size={local_world_size}: {world_size} ranks do not make nodes of that many")
         self.layers = row_parallel_layers(model)
         self._before: dict[torch.nn.Module, Any] = {}
         indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world_size]
@@ -111,7 +115,7 @@ class TensorParallel:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits a value took on the wire, all included, in messages since the plan was set; a bf16 ring sends 16."""
+        """Bits a value took on the wire, scales included, in messages since the plan was set; 16 for a ring of bf16."""
         return self._sent * 8 / self._values if self._values else 0.0
 
     def __enter__(self) -> TensorParallel:
@@ -159,22 +163,22 @@ class TensorParallel:
         return self._plan.after_reduce(name, total, self.world_size, partials[0].dtype)
 
     def _route(self, x: Tensor, fmt: WireFormat) -> Route:
-        return policy.choose(self._call(x, x.element_size()), fmt, self.algorithm, self.min_bytes).route
+        return policy.choose(self._message(x, x.element_size()), fmt, self.algorithm, self.min_bytes).route
 
-    def _call(self, x: Tensor, itemsize: int) -> Message:
+    def _message(self, x: Tensor, itemsize: int) -> Message:
         row = x.shape[-1] if x.dim() else 1
         return Message(x.numel(), row, itemsize, self.world_size, "cpu", self.local_world_size)
 
     def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
-        """The all-reduce of the ranks' tensors, the way a Communicator of these settings would go."""
+        """The all-reduce of the ranks' tensors, by the route that a Communicator of these settings would take."""
         x = tensors[0]
-        way = self._route(x, fmt).algorithm
-        if way != "copy":
-            self._sent += policy.wire_bytes(way, self._call(x, 2), fmt)  # as of bf16
+        route = self._route(x, fmt)
+        if route.algorithm != "copy":
+            self._sent += policy.wire_bytes(route.algorithm, self._message(x, 2), fmt)  # as if of bf16
             self._values += 2 * (self.world_size - 1) / self.world_size * x.numel()
-        if way in ("copy", "backend"):
+        if route.algorithm in ("copy", "backend"):
             total = x.float()
             for tensor in tensors[1:]:
                 total = total + tensor.float()
             return total.to(x.dtype)
-        return reference.all_reduce(way, tensors, fmt, self.local_world_size, codec_for(x.device.type))
+        return reference.all_reduce(route.algorithm, tensors, fmt, self.local_world_size, codec_for(x.device.type))

@@ -1,4 +1,4 @@
-"""Texts on disk: the same windows of tokens for every format, spread evenly over the file."""
+"""Texts on disk: windows of tokens, spread evenly over the file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from flashcomm.errors import InputError
 
 
 def read_windows(path: Path, tokenizer: Any, length: int, count: int) -> Tensor:
-    """`count` windows of `length` token ids out of the file, at equal distances: int64 (count, length), on the CPU.
+    """Windows of a text at equal distances.
 
-    Raises InputError where the file cannot be read, or holds fewer than count * length tokens.
+    Args:
+        path: A UTF-8 text.
+        tokenizer: Of the model.
+        length: Tokens of a window.
+        count: How many windows.
+
+    Returns:
+        Token ids, int64 (count, length), on the CPU.
+
+    Raises:
+        InputError: The file cannot be read, or has fewer than count * length tokens.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""How long things take."""
+"""How long things take: baselines and timing, all-reduce and codec benchmarks, time to first token, pictures."""

@@ -1,13 +1,13 @@
-"""What our all-reduces are measured against: the backend itself, and the all-reduces of others.
+"""What our all-reduces are measured against: the backend's own, and those of other projects.
 
-    native           torch.distributed.all_reduce in place: NCCL or gloo itself
+    backend          torch.distributed.all_reduce in place: NCCL or gloo itself
     symm one-shot    torch.ops.symm_mem.one_shot_all_reduce: every rank reads all of every peer's memory
     symm two-shot    torch.ops.symm_mem.two_shot_all_reduce_: the same in two steps, in place
     vllm custom      vLLM's CustomAllreduce, where vllm is installed
-    flashinfer fp8   flashinfer.comm.quantized_all_reduce, where flashinfer is installed: low-bit, no lossless baseline
+    flashinfer fp8   flashinfer.comm.quantized_all_reduce, where flashinfer is installed: low-bit
 
-Each is timed at the interface that favours it: inputs lie where it wants them, copies to there are not timed (`note`
-says what is). None of them uses NVLink multicast, and torch is told not to set it up.
+Each is timed at the interface that favors it: inputs lie where it wants them, and copies to there are not timed (`note`
+says what the time includes). None of them uses NVLink multicast, and torch is told not to set it up.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashcomm.bench.records import BACKEND
 from flashcomm.ranks.launch import RankContext
+from flashcomm.wire.format import UNCOMPRESSED
 
 SMALL = 2.0**-8  # inputs are timed at this scale, so that sums in place have room to grow
-NAMES = ("native", "symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8")
+NAMES = (BACKEND, "symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8")
 
 
-class Way:
-    """A way to all-reduce: `load` its inputs once per size; then, as often as wanted, `refill` and `run`."""
+class Implementation:
+    """An all-reduce to measure: `load` inputs once for each size; then `refill` and `run` as often as wanted."""
 
     path = ""
-    format = "bf16"  # the lossless ones; others are named by what they send
+    format = UNCOMPRESSED  # or what a low-bit one sends
     transport = ""
     note = "new output"  # what the time includes
     in_place = False
-    equal = False  # it promises the same bits on every rank, which is checked
+    same_bits = False  # whether it promises the same bits on every rank, which is checked
 
     inputs: Sequence[Tensor] = ()
 
@@ -47,22 +49,22 @@ class Way:
         self.inputs = inputs
 
     def refill(self, scale: float = 1.0) -> None:
-        """Make every input `scale` times what was loaded, for ways that keep copies or reduce in place."""
+        """Make every input `scale` times what was loaded, where copies are kept or reduced in place."""
 
     def run(self, i: int) -> Tensor:
-        """Reduce input i. In place the next run of i starts from the sum."""
+        """Reduce input i. In place, the next run of i starts from the sum."""
         raise NotImplementedError
 
     def capture(self) -> contextlib.AbstractContextManager[object]:
-        """What must surround the capture of a CUDA graph of runs."""
+        """The context in which a CUDA graph of runs is captured."""
         return contextlib.nullcontext()
 
     def refuses(self, x: Tensor, world_size: int) -> str | None:
-        """Why messages like x cannot go this way: a function of what is equal on every rank."""
+        """Why it cannot reduce messages like x: a function of what is equal on every rank."""
         return None
 
     def wire_bytes(self, n_bytes: int, world_size: int) -> int | None:
-        """Payload a rank sends (or has read from it) for a message of n_bytes; None where it is not known."""
+        """Payload in bytes that a rank sends (or peers read from it) for a message of n_bytes; None if unknown."""
         return 2 * (world_size - 1) * n_bytes // world_size
 
     def expected(self, tensors: Sequence[Tensor]) -> Tensor | None:
@@ -70,16 +72,16 @@ class Way:
         return None
 
 
-def growth(dtype: torch.dtype, world_size: int) -> int:
+def max_sums_in_place(dtype: torch.dtype, world_size: int) -> int:
     """How often inputs below 32, scaled by SMALL, can be summed in place before the largest value is not finite."""
     return max(1, int(math.log(torch.finfo(dtype).max / (32 * SMALL)) / math.log(world_size)))
 
 
-class Native(Way):
-    path = "native"
+class Backend(Implementation):
+    path = BACKEND
     note = "in place"
     in_place = True
-    equal = True
+    same_bits = True
 
     def load(self, inputs: Sequence[Tensor]) -> None:
         self.inputs = inputs
@@ -94,14 +96,14 @@ class Native(Way):
         return self.buffers[i]
 
 
-class SymmOneShot(Native):
+class SymmOneShot(Backend):
     """`pool` (flat, symmetric memory) is shared with the two-shot: whoever runs refills it first."""
 
     path = "symm one-shot"
     transport = "symmetric"
     note = "input lies in symmetric memory, no copy timed; new output"
     in_place = False
-    equal = False  # each rank adds in an order of its own
+    same_bits = False  # each rank adds in an order of its own
 
     def __init__(self, pool: Tensor) -> None:
         self.pool, self.group_name = pool, dist.group.WORLD.group_name  # type: ignore[union-attr]
@@ -135,7 +137,7 @@ class SymmTwoShot(SymmOneShot):
         return 2 * (world_size - 1) * n_bytes // world_size
 
 
-class VllmCustom(Way):
+class VllmCustom(Implementation):
     """vLLM's own choice of kernel by size, for messages up to `most_bytes` (vLLM itself stops at 8 MiB)."""
 
     path = "vllm custom"
@@ -166,7 +168,7 @@ class VllmCustom(Way):
         return None
 
 
-class FlashinferFp8(Way):
+class FlashinferFp8(Implementation):
     """FP8 (e4m3), a float32 scale for every 256 values; compiles anew for every size."""
 
     path = "flashinfer fp8"
@@ -190,52 +192,61 @@ class FlashinferFp8(Way):
 
 
 def padded(numel: int) -> int:
-    """Values from one input to the next in the pool: 16 bytes or more of alignment."""
+    """Values from one input to the next in the pool, so that each is aligned to at least 16 bytes."""
     return -(-numel // 8) * 8
 
 
-def peers(ctx: RankContext, dtype: torch.dtype, most_bytes: int, pool_numel: int) -> tuple[list[Way], dict[str, str]]:
-    """The ways that every rank can go, `native` first, and by name why the others cannot be gone. Collective.
+def available(
+    ctx: RankContext, dtype: torch.dtype, most_bytes: int, pool_numel: int
+) -> tuple[list[Implementation], dict[str, str]]:
+    """The baselines that run on every rank. Collective.
 
-    most_bytes: the largest message. pool_numel: values of symmetric memory, for all inputs of a size at once.
+    Args:
+        ctx: This rank.
+        dtype: Of the messages.
+        most_bytes: Size of the largest message.
+        pool_numel: Values of symmetric memory to allocate, for all inputs of a size at once.
+
+    Returns:
+        The implementations, the backend first, and by name why the others cannot run.
     """
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here uses it
-    ways: list[Way] = [Native()]
+    found: list[Implementation] = [Backend()]
     missing: dict[str, str] = {}
 
-    def symm() -> list[Way]:
+    def symm() -> list[Implementation]:
         pool = _symmetric(ctx, pool_numel, dtype)
         return [SymmOneShot(pool), SymmTwoShot(pool)]
 
-    candidates: list[tuple[tuple[str, ...], Callable[[], str | None], Callable[[], list[Way]]]] = [
+    candidates: list[tuple[tuple[str, ...], Callable[[], str | None], Callable[[], list[Implementation]]]] = [
         (NAMES[1:3], lambda: _no_symm(ctx, dtype), symm),
         (NAMES[3:4], lambda: _no_vllm(ctx), lambda: [VllmCustom(ctx, most_bytes)]),
         (NAMES[4:5], lambda: _no_flashinfer(ctx, dtype), lambda: [FlashinferFp8(ctx, most_bytes)]),
     ]
     for names, problem, make in candidates:
-        why = agreed(problem())
+        why = first_reason(problem())
         if why is None:
-            made: list[Way] = []
+            made: list[Implementation] = []
             try:
                 made = make()
-            except Exception as error:  # whatever another project raises: it is told, and this path left out
+            except Exception as error:  # whatever another project raises: the baseline is left out, with its error
                 why = first_line(error)
-            why = agreed(why)
-            ways += made if why is None else []
+            why = first_reason(why)
+            found += made if why is None else []
         if why is not None:
             missing |= dict.fromkeys(names, why)
-    return ways, missing
+    return found, missing
 
 
-def agreed(mine: str | None) -> str | None:
-    """The first rank's reason that has one, the same on every rank; None if no rank has any. Collective."""
+def first_reason(mine: str | None) -> str | None:
+    """The reason of the first rank that has one, on every rank; None if no rank has any. Collective."""
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, mine)
     return next((why for why in reasons if why is not None), None)
 
 
 def first_line(error: Exception) -> str:
-    """The kind and the first line of an error: CUDA's go on for pages."""
+    """The type and the first line of an error, because CUDA's go on for pages."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
@@ -245,7 +256,7 @@ def _no_peer_access(ctx: RankContext) -> str | None:
     if os.environ.get("LOCAL_WORLD_SIZE", str(ctx.world_size)) != str(ctx.world_size):
         return "ranks are on several hosts"
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
-        return "NCCL_P2P_DISABLE is set: this run is to do without peer access"
+        return "NCCL_P2P_DISABLE is set: this run does without peer access"
     others = [i for i in range(ctx.world_size) if i != ctx.device.index]
     if not all(torch.cuda.can_device_access_peer(ctx.device, i) for i in others):
         return "a GPU has no access to the memory of another"

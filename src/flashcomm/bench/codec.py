@@ -1,12 +1,13 @@
 """`flashcomm bench codec`: how fast this machine encodes and decodes, beside a plain copy of the same bytes.
 
-Per format: `encode` of a message, in GB/s of message bytes, and `decode_sum` of the buffers of W ranks, in GB/s of wire
-bytes; each also as a share of `Tensor.copy_` of the message, measured in the same turn. `encode_traffic_share` and
-`decode_traffic_share` count all bytes read and written, of the copy too: 1 is as fast as the memory lets a copy be.
+For each format: `encode` of a message in GB/s of message bytes, and `decode_sum` of several ranks' buffers in GB/s of
+wire bytes. Each is also given as a share of `Tensor.copy_` of the message, measured in the same turn.
+`encode_traffic_share` and `decode_traffic_share` count all bytes read and written, those of the copy too: 1 is as fast
+as the memory lets a copy be.
 
-Every case is compared with the plain torch codec on the CPU first. The operations take turns; the median of the turns
-counts. On CPUs each works on data that it has just touched; on GPUs N calls between two CUDA events rotate over buffers
-that exceed three times the L2 cache together, as far as 16 of them can.
+Every case is first compared with the plain torch codec on the CPU. The operations take turns; the median of the turns
+counts. On CPUs each works on data that it has just touched. On GPUs N calls between two CUDA events rotate over buffers
+that together exceed three times the L2 cache, as far as 16 of them can.
 """
 
 from __future__ import annotations
@@ -38,9 +39,24 @@ def codec(
     device: str = "cpu",
     ranks: int = 4,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of size (bytes), format, threads, copy, encode and decode_sum (GB/s), and their shares of the copy.
+    """Measure the codec.
 
-    Raises UnavailableError without the device, FlashcommError where the codec is wrong.
+    Args:
+        formats: Wire formats; their reduce step is measured.
+        sizes: Message sizes in bytes.
+        row: Values of a row.
+        dtype: Of the message.
+        threads: Of torch, on CPUs.
+        turns: Samples of each operation.
+        device: "cpu" or "cuda".
+        ranks: Buffers that `decode_sum` adds.
+
+    Yields:
+        A row for each size and format: copy, encode and decode_sum in GB/s, shares of the copy, times in us.
+
+    Raises:
+        UnavailableError: There is no such device.
+        FlashcommError: The codec is wrong.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
@@ -62,32 +78,30 @@ def _measure(fmt: str, x: Tensor, row: int, turns: int, device: torch.device, ra
     dtype, n = x.dtype, x.numel()
     step, fast = WireFormat.parse(fmt).reduce, codec_for(device.type)
     layout = Layout(step, row, dtype.itemsize)
+    wire_bytes = layout.nbytes(0, n)
     n_sets = 1 if device.type == "cpu" else timing.sets_for(x.nbytes, device)
     inputs = [x.to(device, copy=True) for _ in range(n_sets)]
-    wires = [torch.empty(ranks, layout.nbytes(0, n), dtype=torch.uint8, device=device) for _ in range(n_sets)]
+    wires = [torch.empty(ranks, wire_bytes, dtype=torch.uint8, device=device) for _ in range(n_sets)]
     for of_ranks in wires:
         for wire in of_ranks:
             fast.encode(inputs[0], layout, 0, n, wire)
     copied, out = ([torch.empty_like(inputs[0]) for _ in range(n_sets)] for _ in range(2))
     _verify(x, wires[0], layout)
-    wire_bytes = layout.nbytes(0, n)
-    cases: dict[str, tuple[Operation, int, int]] = {  # what it does, bytes that it handles, bytes read and written
+    gathered = ranks * wire_bytes
+    cases: dict[str, tuple[Operation, int, int]] = {  # operation, bytes it is rated by, bytes read and written
         "copy": (lambda i: copied[i].copy_(inputs[i]), x.nbytes, 2 * x.nbytes),
         "encode": (lambda i: fast.encode(inputs[i], layout, 0, n, wires[i][0]), x.nbytes, x.nbytes + wire_bytes),
-        "decode_sum": (
-            lambda i: fast.decode_sum(wires[i], layout, 0, n, out[i], dtype),
-            ranks * wire_bytes,
-            ranks * wire_bytes + x.nbytes,
-        ),
+        "decode_sum": (lambda i: fast.decode_sum(wires[i], layout, 0, n, out[i], dtype), gathered, gathered + x.nbytes),
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(turns + 1):  # the first warms up
         for name, (run, _, _) in cases.items():
-            taken = _by_the_clock(run) if device.type == "cpu" else _by_events(run, x.nbytes, n_sets)
+            taken = _by_host_clock(run) if device.type == "cpu" else _by_events(run, x.nbytes, n_sets)
             if turn:
                 seconds[name].append(taken)
-    gb_s = {name: statistics.median(cases[name][1] / s / 1e9 for s in taken) for name, taken in seconds.items()}
-    traffic = {name: gb_s[name] * moved / handled for name, (_, handled, moved) in cases.items()}
+    median_s = {name: statistics.median(taken) for name, taken in seconds.items()}
+    gb_s = {name: rated / median_s[name] / 1e9 for name, (_, rated, _) in cases.items()}
+    traffic = {name: gb_s[name] * moved / rated for name, (_, rated, moved) in cases.items()}
     return {
         "size": x.nbytes,
         "type": str(dtype).removeprefix("torch."),
@@ -98,16 +112,16 @@ def _measure(fmt: str, x: Tensor, row: int, turns: int, device: torch.device, ra
         "decode_share": round(gb_s["decode_sum"] / gb_s["copy"], 3),
         "device": device.type,
         "ranks": ranks,
-        "encode_us": round(statistics.median(seconds["encode"]) * 1e6, 1),
-        "decode_us": round(statistics.median(seconds["decode_sum"]) * 1e6, 1),
+        "encode_us": round(median_s["encode"] * 1e6, 1),
+        "decode_us": round(median_s["decode_sum"] * 1e6, 1),
         "encode_traffic_share": round(traffic["encode"] / traffic["copy"], 3),
         "decode_traffic_share": round(traffic["decode_sum"] / traffic["copy"], 3),
     }
 
 
-def _by_the_clock(run: Operation) -> float:
-    """Seconds of one call by the host's clock."""
-    run(0)  # brings its own data into the caches, whatever ran before
+def _by_host_clock(run: Operation) -> float:
+    """Seconds of one call, by the host's clock."""
+    run(0)  # brings its data into the caches, whatever ran before
     begin = time.perf_counter()
     run(0)
     return time.perf_counter() - begin
@@ -128,8 +142,8 @@ def _by_events(run: Operation, n_bytes: int, n_sets: int) -> float:
 
 
 def _verify(x: Tensor, wires: Tensor, layout: Layout) -> None:
-    """Raise FlashcommError unless the first rows' wire bytes, and the sums of the first and of the last rows, are those
-    of the plain torch codec on the CPU. x: the message, on the CPU; wires: (ranks, nbytes) of it, on the device."""
+    """Raise FlashcommError unless the first rows' wire bytes and the sums of the first and last rows are those of the
+    plain torch codec on the CPU. x: the message, on the CPU; wires: (ranks, nbytes) of it, on the device."""
     n, fast, plain = min(x.numel(), 64 * layout.row), codec_for(wires.device.type), torch_codec
     want = torch.empty(layout.nbytes(0, n), dtype=torch.uint8)
     plain.encode(x[:n], layout, 0, n, want)
@@ -145,4 +159,6 @@ def _verify(x: Tensor, wires: Tensor, layout: Layout) -> None:
         right = right and torch.equal(total, of_whole.cpu())
     if not right:
         where = wires.device.type
-        raise FlashcommError(f"{layout.step}: the codec for {where} differs from the plain one: nothing was timed")
+        raise FlashcommError(
+            f"{layout.step}: the codec for {where} differs from the plain torch codec: nothing was timed"
+        )

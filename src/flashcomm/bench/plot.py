@@ -1,24 +1,32 @@
-"""`flashcomm plot`: a picture of a CSV that `bench`, `ttft` or `eval` wrote. It draws figures and measures none."""
+"""`flashcomm plot`: a picture of a CSV file that `bench`, `ttft` or `eval` wrote."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcomm.cli.report import human
+from flashcomm.bench.records import BACKEND, human_bytes, read_csv
+from flashcomm.bench.ttft import label_of
 from flashcomm.errors import InputError, UnavailableError
+from flashcomm.wire.format import UNCOMPRESSED
 
 Rows = Sequence[Mapping[str, str]]
 
 
 def plot(sources: Sequence[Path], target: Path) -> None:
-    """Draw sources (CSVs) into target (.svg or .png), whatever they hold: time and speed-up by size; time to first
-    token by format, a panel for each model, link and batch; loss against bits on the wire; cost by layer.
+    """Draw CSV files.
 
-    Raises InputError for files that are none of these, and for several that are not of ttft; UnavailableError without
-    matplotlib.
+    What they hold decides: time and speed-up by size; time to first token by format, with a panel for each model, link
+    and batch; loss against bits on the wire; sensitivity by layer.
+
+    Args:
+        sources: CSV files; several only of `flashcomm ttft`.
+        target: The picture, .svg or .png.
+
+    Raises:
+        InputError: The files hold nothing to draw, or cannot be drawn together.
+        UnavailableError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -28,7 +36,7 @@ def plot(sources: Sequence[Path], target: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "flashcomm"  # the same rows give the same file
     from matplotlib import pyplot
 
-    rows = [row for source in sources for row in _read(source)]
+    rows = [row for source in sources for row in read_csv(source)]
     if target.suffix not in (".svg", ".png"):
         raise InputError(f"{target}: give a name that ends in .svg or .png")
     if len(sources) > 1 and not all("ttft_s" in row for row in rows):
@@ -69,10 +77,10 @@ def plot(sources: Sequence[Path], target: Path) -> None:
 
 
 def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
-    """Time and speed-up by size: a line for each format, and for each lossless or foreign path one, grey and dashed.
+    """Time and speed-up by size: a line for each format, and a gray, dashed one for each baseline.
 
-    Of a line's rows those of CUDA graphs are drawn where there are any. What `auto` takes is one of the other lines, so
-    it is left out. Older files hold the best lossless path only: there it is the one line of its format.
+    Rows of CUDA graphs are drawn where a line has any. What `auto` takes is one of the other lines, so it is left out.
+    Older files hold the best uncompressed path only, which is then one line.
     """
     lines: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
@@ -84,12 +92,12 @@ def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
         label = f"{name} (eager)" if has_graphs and not graphs else name
         mine = graphs or mine
         sizes = [int(row["size"]) for row in mine]
-        color, dashes = _GREYS.get(name, (None, "-"))
+        color, dashes = _GRAYS.get(name, (None, "-"))
         style = {"color": color, "linestyle": dashes, "linewidth": 1.0 if color else 1.5}
         time_axis.plot(sizes, [float(row["time_us"]) / 1e3 for row in mine], marker=".", label=label, **style)
         speed_axis.plot(sizes, [float(row["speedup"] or "nan") for row in mine], marker=".", label=label, **style)
     time_axis.set(yscale="log", ylabel="time, ms")
-    speed_axis.set(ylabel="speed-up over the best lossless path", ylim=(0, None))
+    speed_axis.set(ylabel="speed-up over the best uncompressed path", ylim=(0, None))
     for axis in (time_axis, speed_axis):
         axis.set(xscale="log", xlabel="message, bytes of bf16" if rows[0]["type"] == "bfloat16" else "message, bytes")
         axis.grid(alpha=0.3)
@@ -99,32 +107,32 @@ def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
     time_axis.set_title(f"all-reduce, {rows[0]['world']} ranks{link}{mode}", loc="left")
 
 
-_GREYS = {  # what our formats are measured against
-    "native": ("0.2", "--"),
+_GRAYS = {  # baselines
+    BACKEND: ("0.2", "--"),
     "symm one-shot": ("0.7", "--"),
     "symm two-shot": ("0.5", "--"),
     "vllm custom": ("0.4", "-."),
     "flashinfer fp8": ("tab:brown", "-."),
-    "bf16 one_shot": ("0.6", ":"),
-    "bf16 two_shot": ("0.4", ":"),
+    "uncompressed one_shot": ("0.6", ":"),
+    "uncompressed two_shot": ("0.4", ":"),
 }
 
 
 def _line_of(row: Mapping[str, str]) -> str:
     """The line that a row of a bench belongs to."""
-    if row["format"] != "bf16":
-        return row["path"] if row["path"] in _GREYS else row["format"]
+    if row["format"] != UNCOMPRESSED:
+        return row["path"] if row["path"] in _GRAYS else row["format"]
     if "mode" not in row:
-        return "best lossless"
-    return f"bf16 {row['path']}" if row["path"] in ("one_shot", "two_shot") else row["path"]
+        return "best uncompressed"
+    return f"uncompressed {row['path']}" if row["path"] in ("one_shot", "two_shot") else row["path"]
 
 
 _PANEL = ("model", "layers", "link", "batch", "tokens", "compiled")
 
 
 def _ttft(rows: Rows, axis: Any) -> None:
-    """A bar for each way: what computing takes, and what is left of the all-reduces."""
-    names = [_way_of(row) for row in rows]
+    """A bar for each row: the time to compute, and the rest, which all-reduces take."""
+    names = [label_of(r["format"], r.get("path", "auto"), r.get("overlap") == "True") for r in rows]
     compute = [float(row["compute_s"]) for row in rows]
     total = [float(row["ttft_s"]) for row in rows]
     rest = [max(0.0, t - c) for t, c in zip(total, compute, strict=True)]
@@ -135,7 +143,7 @@ def _ttft(rows: Rows, axis: Any) -> None:
     axis.set_yticks(places, names)
     for y, row in enumerate(rows):
         time = f"{1e3 * total[y]:.1f} ms" if max(total) < 1 else f"{total[y]:.2f} s"
-        text = f" {time}, {float(row['speedup']):.2f}x, {human(float(row['wire_bytes']))}"
+        text = f" {time}, {float(row['speedup']):.2f}x, {human_bytes(float(row['wire_bytes']))}"
         axis.text(total[y], y, text, va="center", fontsize=8 if len(rows) < 8 else 7)
     axis.set(xlabel="time to first token, s; speed-up; bytes a rank sends", xlim=(0, max(total) * 1.75))
     axis.invert_yaxis()
@@ -150,12 +158,6 @@ def _ttft(rows: Rows, axis: Any) -> None:
     axis.set_title(title, loc="left", fontsize=10 if len(title) < 60 else 8)
     if axis.get_subplotspec().num1 == 0:
         axis.legend(loc="lower right", fontsize=8)
-
-
-def _way_of(row: Mapping[str, str]) -> str:
-    """What a bar is called: the format, unless the all-reduce is not ours."""
-    name = row["format"] if row.get("path", "auto") == "auto" else f"{row['format']}, not ours"
-    return f"{name}, overlap" if row.get("overlap") == "True" else name
 
 
 def _pareto(rows: Rows, axis: Any) -> None:
@@ -191,7 +193,7 @@ def _family(fmt: str) -> str:
 
 
 def _layers(rows: Rows, axis: Any) -> None:
-    """KL divergence of each layer coded alone, by its place in the model; a color a format, a marker a kind."""
+    """KL divergence of each layer quantized alone, by its place in the model; color by format, marker by kind."""
     names = list(dict.fromkeys(row["layer"] for row in rows))
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     for i, fmt in enumerate(dict.fromkeys(row["format"] for row in rows)):
@@ -204,11 +206,3 @@ def _layers(rows: Rows, axis: Any) -> None:
     axis.set_title(f"{rows[0]['model']}, {rows[0]['world']} ranks", loc="left")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, ncols=2)
-
-
-def _read(source: Path) -> list[dict[str, str]]:
-    try:
-        with source.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError as why:
-        raise InputError(f"{source} cannot be read: {why.strerror}") from why

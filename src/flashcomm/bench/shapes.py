@@ -1,15 +1,17 @@
-"""Models by the shape of well-known ones, with random weights: for timing, which needs no checkpoint.
+"""Models to time: a directory, or the shape of a well-known model with random weights, which needs no checkpoint.
 
-Each rank makes its own shards, normally distributed with the deviation that the model is trained from (0.02).
+Each rank makes its own shards, normally distributed with the standard deviation of the model's initialization (0.02).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from flashcomm.accuracy.models import cut, import_transformers
+from flashcomm.accuracy.models import check_divisible, check_model, cut, import_transformers, load_model
 from flashcomm.errors import InputError
 
 _LLAMA3: dict[str, Any] = {
@@ -22,7 +24,7 @@ _LLAMA3: dict[str, Any] = {
 
 
 def _shape(base: dict[str, Any], hidden: int, mlp: int, layers: int, heads: tuple[int, int, int]) -> dict[str, Any]:
-    """heads: of queries, of keys and values, and the length of one."""
+    """The config of a shape. heads: of queries, of keys and values, and the length of one."""
     sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
     return {**base, **sizes, **dict(zip(names, heads, strict=True))}
@@ -45,11 +47,64 @@ SHAPES = {
 }
 
 
+class TimedModel(NamedTuple):
+    """A model to time, checked before any rank starts.
+
+    source: A directory, or the name of a shape. label: The name to show. layers: Of the model's first ones; None for
+    all. all_layers: How many the whole model has.
+    """
+
+    source: Path | str
+    label: str
+    layers: int | None
+    all_layers: int
+
+    def load(self, world_size: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """This rank's part of the model, in evaluation mode."""
+        if isinstance(self.source, Path):
+            return load_model(self.source, world_size, device, dtype, self.layers)[0]
+        return build(self.source, self.layers, world_size, device, dtype)
+
+
+def find_model(name: str, world_size: int, layers: int | None, device: str, dtype: torch.dtype) -> TimedModel:
+    """The model that --model and --layers name. Of a shape as many layers as fit this machine's memory.
+
+    Raises:
+        InputError: There is no such model, or world_size ranks cannot share it, or no layer fits.
+    """
+    path = Path(name)
+    if name not in SHAPES:
+        if not path.exists() and os.sep not in name:
+            config_of(name)  # raises: names directories and shapes
+        config = check_model(path, world_size)
+        all_layers = int(config.num_hidden_layers)
+        if layers is not None:
+            cut(config, layers, path.name)
+        return TimedModel(path, path.name, layers, all_layers)
+    config = config_of(name)
+    all_layers = int(config.num_hidden_layers)
+    check_divisible(config, world_size, name)
+    if layers is None:
+        fit = layers_that_fit(config, world_size, dtype.itemsize, memory_bytes(device, world_size))
+        if fit < 1:
+            raise InputError(f"not one layer of {name} fits the memory of {world_size} ranks: use more ranks")
+        layers = fit if fit < all_layers else None
+    config_of(name, layers)
+    return TimedModel(name, name, layers, all_layers)
+
+
+def memory_bytes(device: str, world_size: int) -> int:
+    """The memory that a rank has to itself: its GPU's, or its share of this machine's."""
+    if device == "cuda":
+        return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world_size
+
+
 def config_of(name: str, layers: int | None = None) -> Any:
-    """The config of a shape, cut to so many layers. Raises InputError for a name that is none."""
+    """The config of a shape, with its first `layers` layers. Raises InputError if there is no such shape."""
     if name not in SHAPES:
         raise InputError(
-            f"--model {name}: no such directory, and no such shape: there are {', '.join(SHAPES)}; "
+            f"--model {name}: no such directory and no such shape; shapes are {', '.join(SHAPES)}; "
             "a directory has config.json and safetensors, or one GGUF file"
         )
     said = dict(SHAPES[name])
@@ -60,7 +115,7 @@ def config_of(name: str, layers: int | None = None) -> Any:
 
 
 def bytes_per_rank(config: Any, world_size: int, itemsize: int) -> tuple[int, int]:
-    """(bytes of one decoder layer, of all else) that a rank of so many holds."""
+    """Bytes that a rank holds: (of one decoder layer, of everything else)."""
     head, hidden = config.head_dim, config.hidden_size
     attention = hidden * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     layer = attention + 3 * hidden * config.intermediate_size

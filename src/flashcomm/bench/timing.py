@@ -1,12 +1,12 @@
 """How long an all-reduce takes: ranks start together, the slowest rank counts, the median of the turns is given.
 
-    eager    N calls back to back. On GPUs between two CUDA events; a sleeping kernel in front keeps the queue full, so
-             that what the host needs to launch is not in it: that is measured apart. On CPUs by the host's clock.
+    eager    N calls back to back. On GPUs between two CUDA events: a sleeping kernel in front keeps the queue full, so
+             that the host's time to launch is not included; it is measured separately. On CPUs by the host's clock.
     graph    N calls in one CUDA graph, CUDA events around one replay.
 
-Ways take turns within a turn, and start from fresh inputs each time. On GPUs a reduction of one value, behind the sleep
-and before the first event, lets ranks start within microseconds of each other. Inputs rotate over sets that exceed
-three times the L2 cache together, as far as 16 sets can.
+Implementations take turns, and start each turn from fresh inputs. On GPUs a reduction of one value, after the sleep and
+before the first event, lets ranks start within microseconds of each other. Inputs rotate over sets that together exceed
+three times the L2 cache, as far as 16 sets can.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcomm.bench.baselines import SMALL, Way, agreed, first_line
+from flashcomm.bench.baselines import SMALL, Implementation, first_line, first_reason
 from flashcomm.errors import FlashcommError
 from flashcomm.ranks.launch import RankContext
 
@@ -30,7 +30,7 @@ CYCLES_PER_S = 2e9  # about what torch.cuda._sleep counts
 
 @dataclass
 class Timing:
-    """What one way took: seconds a call by mode; on GPUs the host's seconds an eager call; why it has no graph."""
+    """Seconds a call by mode; on GPUs the host's seconds for an eager call; why there is no graph, if there is none."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     host_s: float | None = None
@@ -38,7 +38,7 @@ class Timing:
 
 
 def sets_for(n_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs of n_bytes each take turns."""
+    """How many sets of inputs, of n_bytes each, take turns."""
     if device.type != "cuda":
         return 2
     return max(2, min(MOST_SETS, 3 * torch.cuda.get_device_properties(device).L2_cache_size // n_bytes + 1))
@@ -50,46 +50,57 @@ def calls_for(n_bytes: int, n_sets: int) -> int:
 
 
 def measure(
-    ctx: RankContext, ways: Sequence[Way], modes: Sequence[str], n_sets: int, n_calls: int, turns: int
+    ctx: RankContext, impls: Sequence[Implementation], modes: Sequence[str], n_sets: int, n_calls: int, turns: int
 ) -> list[Timing]:
-    """A Timing for each way, equal on all ranks. Collective; the ways are loaded, and have run once each.
+    """Time implementations that are loaded and have run once each. Collective.
 
-    n_calls: calls in a sample at most; on CPUs as many as 10 ms hold.
-    Raises FlashcommError, on every rank, where replays of our own give other bits than eager calls.
+    Args:
+        ctx: This rank.
+        impls: What to time.
+        modes: "eager", "graph" or both; on CPUs there is eager only.
+        n_sets: Sets of inputs that were loaded.
+        n_calls: Calls in a sample at most; on CPUs as many as 10 ms hold.
+        turns: Samples of each implementation.
+
+    Returns:
+        A Timing for each, equal on all ranks.
+
+    Raises:
+        FlashcommError: On every rank, if replays give other bits than eager calls though the same bits are promised.
     """
     if ctx.device.type == "cuda":
-        return by_events(ctx, ways, modes, n_sets, n_calls, turns)
-    slowest = _slowest(ctx, _by_the_hosts_clock(ways, n_sets, n_calls, turns))
+        return by_events(ctx, impls, modes, n_sets, n_calls, turns)
+    slowest = _slowest(ctx, _by_host_clock(impls, n_sets, n_calls, turns))
     return [Timing({"eager": seconds}) for seconds in slowest]
 
 
 def by_events(
-    ctx: RankContext, ways: Sequence[Way], modes: Sequence[str], n_sets: int, n_calls: int, turns: int
+    ctx: RankContext, impls: Sequence[Implementation], modes: Sequence[str], n_sets: int, n_calls: int, turns: int
 ) -> list[Timing]:
-    """`measure` on GPUs. The graphs of all ways are alive together, each with memory of its own for its results."""
-    timings = [Timing() for _ in ways]
+    """`measure` on GPUs. All graphs are alive together, each with its own memory for results."""
+    timings = [Timing() for _ in impls]
     graphs: dict[int, torch.cuda.CUDAGraph] = {}
-    for w, way in enumerate(ways if "graph" in modes else ()):
-        graph, timings[w].no_graph = _captured(ctx, way, n_sets, n_calls)
+    for k, impl in enumerate(impls if "graph" in modes else ()):
+        graph, timings[k].no_graph = _captured(ctx, impl, n_sets, n_calls)
         if graph is not None:
-            graphs[w] = graph
-    taken = {name: torch.zeros(turns + 1, len(ways), dtype=torch.float64) for name in (*modes, "host")}
+            graphs[k] = graph
+    taken = {name: torch.zeros(turns + 1, len(impls), dtype=torch.float64) for name in (*modes, "host")}
     together = torch.zeros(1, device=ctx.device)
     for turn in range(turns + 1):  # the first warms up
-        for w, way in enumerate(ways):
+        for k, impl in enumerate(impls):
             if "eager" in modes:
-                host = taken["host"][turn, w] = _host_seconds(way, n_sets, n_calls)
-                way.refill(SMALL)
-                calls = _calls(way, n_sets, n_calls)
-                taken["eager"][turn, w] = device_seconds(calls, 2 * float(host), together) / n_calls
-            if w in graphs:
-                way.refill(SMALL)
-                taken["graph"][turn, w] = device_seconds(graphs[w].replay, 1e-3, together) / n_calls
+                host = taken["host"][turn, k] = _host_seconds(impl, n_sets, n_calls)
+                impl.refill(SMALL)
+                calls = _calls(impl, n_sets, n_calls)
+                taken["eager"][turn, k] = device_seconds(calls, 2 * float(host), together) / n_calls
+            if k in graphs:
+                impl.refill(SMALL)
+                taken["graph"][turn, k] = device_seconds(graphs[k].replay, 1e-3, together) / n_calls
     for name, seconds in taken.items():
-        for w, (timing, value) in enumerate(zip(timings, _slowest(ctx, seconds[1:]), strict=True)):
+        for k, (timing, value) in enumerate(zip(timings, _slowest(ctx, seconds[1:]), strict=True)):
             if name == "host":
                 timing.host_s = value / n_calls if "eager" in modes else None
-            elif name == "eager" or w in graphs:
+            elif name == "eager" or k in graphs:
                 timing.seconds[name] = value
     return timings
 
@@ -97,8 +108,10 @@ def by_events(
 def device_seconds(work: Callable[[], object], lead_s: float, together: Tensor | None = None) -> float:
     """Seconds between CUDA events around what `work` launches on the current stream.
 
-    lead_s: how long the GPU sleeps first, at most 0.2 s, for the host to fill the queue. together: one value on the
-    device, which all ranks reduce before the first event; None if this rank is by itself.
+    Args:
+        work: Launches kernels.
+        lead_s: How long the GPU sleeps first, at most 0.2 s, for the host to fill the queue.
+        together: One value on the device, which all ranks reduce before the first event; None for one rank alone.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     if together is not None:
@@ -114,78 +127,82 @@ def device_seconds(work: Callable[[], object], lead_s: float, together: Tensor |
     return float(begin.elapsed_time(end)) / 1e3  # from ms
 
 
-def _calls(way: Way, n_sets: int, n_calls: int) -> Callable[[], None]:
+def _calls(impl: Implementation, n_sets: int, n_calls: int) -> Callable[[], None]:
     def calls() -> None:
-        for k in range(n_calls):
-            way.run(k % n_sets)
+        for i in range(n_calls):
+            impl.run(i % n_sets)
 
     return calls
 
 
-def _host_seconds(way: Way, n_sets: int, n_calls: int) -> float:
-    """Seconds the host takes to enqueue n_calls, the GPU idle before and not waited for."""
-    way.refill(SMALL)
+def _host_seconds(impl: Implementation, n_sets: int, n_calls: int) -> float:
+    """Seconds the host takes to enqueue n_calls; the GPU is idle before, and is not waited for."""
+    impl.refill(SMALL)
     dist.barrier()
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    _calls(way, n_sets, n_calls)()
+    _calls(impl, n_sets, n_calls)()
     seconds = time.perf_counter() - begin
     torch.cuda.synchronize()
     return seconds
 
 
-def _captured(ctx: RankContext, way: Way, n_sets: int, n_calls: int) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
-    """A graph of n_calls whose last result is right, or why there is none: the same on every rank."""
+def _captured(
+    ctx: RankContext, impl: Implementation, n_sets: int, n_calls: int
+) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
+    """A graph of n_calls whose last result is right, or why there is none; the same on every rank."""
     graph, problem = torch.cuda.CUDAGraph(), None
     try:
         # Other threads of ours (a heart-beat, NCCL's watchdog) may call CUDA meanwhile.
-        with way.capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with impl.capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for k in range(n_calls):
-                last = way.run(k % n_sets)
-    except RuntimeError as error:  # what cannot be captured is left out, and said
+                last = impl.run(k % n_sets)
+    except RuntimeError as error:  # what cannot be captured is left out, and the reason reported
         problem = first_line(error)
-    if (problem := agreed(problem)) is not None:
+    if (problem := first_reason(problem)) is not None:
         return None, problem
     i = (n_calls - 1) % n_sets
-    times = 1 + (n_calls - 1) // n_sets if way.in_place else 1
-    way.refill(SMALL)
-    once = way.run(i).clone()
-    way.refill(SMALL)
+    times = 1 + (n_calls - 1) // n_sets if impl.in_place else 1
+    impl.refill(SMALL)
+    once = impl.run(i).clone()
+    impl.refill(SMALL)
     dist.barrier()
     graph.replay()
     torch.cuda.synchronize()
-    if way.in_place or not way.equal:  # the first sum is equal on all ranks: each further one multiplies by the world
+    if (
+        impl.in_place or not impl.same_bits
+    ):  # the first sum is equal on all ranks: each further one multiplies by the world
         want = once.double() * float(ctx.world_size) ** (times - 1)
         right = bool((last.double() - want).norm() <= 0.05 * want.norm())
     else:
         right = torch.equal(last, once)
-    wrong = agreed(None if right else "a replay gives other values than an eager call")
-    if wrong and way.equal:
-        raise FlashcommError(f"{way.format} by {way.path}: {wrong}")
+    wrong = first_reason(None if right else "a replay gives other values than an eager call")
+    if wrong and impl.same_bits:
+        raise FlashcommError(f"{impl.format} by {impl.path}: {wrong}")
     return (None, wrong) if wrong else (graph, None)
 
 
-def _by_the_hosts_clock(ways: Sequence[Way], n_sets: int, most: int, turns: int) -> Tensor:
-    """Seconds a call by turn and way, on this rank."""
-    taken = torch.zeros(turns, len(ways), dtype=torch.float64)
+def _by_host_clock(impls: Sequence[Implementation], n_sets: int, most: int, turns: int) -> Tensor:
+    """Seconds a call, (turns, implementations), on this rank."""
+    taken = torch.zeros(turns, len(impls), dtype=torch.float64)
     for turn in range(-1, turns):  # turn -1 warms up
-        for w, way in enumerate(ways):
-            n_calls = 1 if turn < 1 else max(1, min(most, int(0.01 / max(1e-5, taken[0, w].item()))))
+        for k, impl in enumerate(impls):
+            n_calls = 1 if turn < 1 else max(1, min(most, int(0.01 / max(1e-5, taken[0, k].item()))))
             agreed_calls = torch.tensor([n_calls])
             dist.broadcast(agreed_calls, 0)  # counts must not differ between ranks
             n_calls = int(agreed_calls.item())
-            calls = _calls(way, n_sets, n_calls)
-            way.refill(SMALL)
+            calls = _calls(impl, n_sets, n_calls)
+            impl.refill(SMALL)
             dist.barrier()
             begin = time.perf_counter()
             calls()
             if turn >= 0:
-                taken[turn, w] = (time.perf_counter() - begin) / n_calls
+                taken[turn, k] = (time.perf_counter() - begin) / n_calls
     return taken
 
 
 def _slowest(ctx: RankContext, taken: Tensor) -> list[float]:
-    """Per column of taken (turns, ways) the median over turns of the slowest rank. Collective."""
+    """Per column of `taken` (turns, implementations) the median over turns of the slowest rank. Collective."""
     slowest = taken.to(ctx.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return [float(v) for v in slowest.cpu().quantile(0.5, dim=0)]

@@ -1,17 +1,20 @@
-"""`flashcomm doctor`: this machine, its links and versions, and which way messages of each size would go and why."""
+"""`flashcomm doctor`: this machine and its versions, and which path messages of each size would take and why."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import typer
 
 import flashcomm
-from flashcomm.cli.report import cpu_name
+from flashcomm.bench.records import cpu_name
+from flashcomm.cli import options
+from flashcomm.cli.console import console, print_json, print_table
 from flashcomm.ranks import link
 from flashcomm.routing import policy, timings
 from flashcomm.routing.route import Machine, Message
@@ -22,8 +25,33 @@ SIZES = tuple(1 << k for k in range(12, 28, 3))
 PACKAGES = ("torch", "numpy", "llvmlite", "transformers", "triton", "pyroute2", "vllm", "sglang")
 
 
+def doctor(
+    world_size: options.World = 2,
+    format: Annotated[str | None, typer.Option("--format", "-f", help="Wire format.")] = None,
+    row: options.RowLength = 4096,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "bf16",
+    json: options.Json = False,
+) -> None:
+    """Show machine, links and versions, and which path each size would take, and why not the others."""
+    where = options.device_of(device, world_size)
+    settings = Settings.resolve(where, format=format)
+    found = examine(world_size, row, options.dtype_of(dtype).itemsize, settings, where)
+    if json:
+        print_json(found)
+        return
+    for section in ("machine", "versions", "paths", "settings"):
+        console.print(f"[bold]{section}[/bold]")
+        for key, value in found[section].items():
+            console.print(f"  {key:16} {value}", markup=False)
+    rows = [c | {"not": "\n".join(f"{k}: {v}" for k, v in c["not"].items())} for c in found["choices"]]
+    title = f"all-reduce of {dtype} rows of {row} as {settings.format}, {world_size} ranks on {where}"
+    columns = {"size": "bytes", "path": "path", "wire_bytes": "wire bytes", "why": "why", "not": "why not"}
+    print_table(title, columns, rows)
+
+
 def examine(world_size: int, row: int, itemsize: int, settings: Settings, device: str) -> dict[str, Any]:
-    """Everything `doctor` shows, as one JSON-able object. Starts no ranks: it works out what they would agree on."""
+    """Everything that `doctor` shows, as one object for JSON, worked out without starting ranks."""
     found = _found(device, world_size, settings)
     return {
         "machine": _machine(),
@@ -35,7 +63,7 @@ def examine(world_size: int, row: int, itemsize: int, settings: Settings, device
 
 
 def _found(device: str, world_size: int, settings: Settings) -> Machine:
-    """What ranks 0 to world-1, one for each GPU, would find; see `links.connect`."""
+    """What the ranks, one for each GPU, would find; see `discovery.connect`."""
     name, rejected = "process_group", []
     for kind in discovery.candidates(device, settings.transport):
         here = min(world_size, torch.cuda.device_count()) if device == "cuda" else world_size
@@ -83,7 +111,7 @@ def _versions() -> dict[str, str]:
 
 
 def _paths(device: str, found: Machine) -> dict[str, str]:
-    """Each thing a message could go through, and whether it can here."""
+    """By codec, backend and transport: whether it is available here."""
     try:
         import llvmlite
 

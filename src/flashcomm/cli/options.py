@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flashcomm.errors import SettingsError, UnavailableError
+from flashcomm.plan import Plan
+from flashcomm.settings import Settings, parse_size
+from flashcomm.wire.format import WireFormat
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
 World = Annotated[int, typer.Option("--world", "-n", min=1, help="Number of ranks.")]
@@ -19,19 +23,33 @@ Device = Annotated[str, typer.Option(help="cpu (gloo), cuda (NCCL), or auto: cud
 Dtype = Annotated[str, typer.Option(help="bf16, fp16 or fp32.")]
 Model = Annotated[Path, typer.Option(help="Model directory: config.json and safetensors, or one GGUF file.")]
 MinBytes = Annotated[str | None, typer.Option(help="Leave smaller messages to the backend, e.g. 64K.")]
-Algorithm = Annotated[str | None, typer.Option(help="auto, native, one_shot, two_shot or hierarchical.")]
+Algorithm = Annotated[str | None, typer.Option(help="auto, backend, one_shot, two_shot or hierarchical.")]
 LocalWorld = Annotated[
-    int | None, typer.Option(min=1, help="Ranks of a node, for hierarchical; with --link they share one.")
+    int | None,
+    typer.Option("--local-world", min=1, help="Ranks of a node, for hierarchical; with --link they share one."),
 ]
 Timeout = Annotated[float, typer.Option(help="Seconds after which the whole run is given up.")]
 Csv = Annotated[
     Path | None, typer.Option(help="Write the rows, with machine, versions, date and command, to this file.")
 ]
+Begin = Annotated[str, typer.Option("--begin", "-b", help="Smallest message.")]
+End = Annotated[str, typer.Option("--end", "-e", help="Largest message.")]
+Factor = Annotated[int, typer.Option("--factor", "-f", min=2, help="From one size to the next.")]
+RowLength = Annotated[
+    int, typer.Option("--row", min=1, help="Length of a row (hidden size), where it divides the message.")
+]
+Turns = Annotated[int, typer.Option(min=1, help="Alternating samples; the median counts.")]
+Formats = Annotated[str, typer.Option(help="Wire formats, separated by commas.")]
+FormatsAndPlans = Annotated[str, typer.Option(help="Wire formats and plans (.json), separated by commas.")]
+Text = Annotated[Path, typer.Option(help="UTF-8 text to run through the model.")]
+Context = Annotated[int, typer.Option(min=8, help="Tokens of a window.")]
+Windows = Annotated[int, typer.Option(min=1, help="How many windows, spread evenly over the text.")]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def device_for(asked: str, world_size: int) -> str:
-    import torch
-
+def device_of(asked: str, world_size: int) -> str:
+    """ "cpu" or "cuda": the value of --device, with auto decided."""
     if asked not in ("auto", "cpu", "cuda"):
         raise SettingsError(f"--device {asked}: allowed are auto, cpu and cuda")
     if asked == "cuda" and not torch.cuda.is_available():
@@ -41,27 +59,15 @@ def device_for(asked: str, world_size: int) -> str:
     return asked
 
 
-def dtype_for(name: str) -> Any:
-    import torch
-
-    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name not in known:
-        raise SettingsError(f"--dtype {name}: allowed are {', '.join(known)}")
-    return known[name]
-
-
-def progress_bar(quiet: bool) -> Progress:
-    from flashcomm.cli.report import err_console
-
-    parts = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*parts, console=err_console, transient=True, disable=quiet or not err_console.is_terminal)
+def dtype_of(name: str) -> torch.dtype:
+    """The value of --dtype."""
+    if name not in DTYPES:
+        raise SettingsError(f"--dtype {name}: allowed are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def formats_of(text: str, *, plans: bool = False) -> list[str]:
     """The formats in a list, in canonical form; with `plans` also paths of .json files, which are read and checked."""
-    from flashcomm.plan import Plan
-    from flashcomm.wire.format import WireFormat
-
     names = []
     for part in text.split(","):
         if plans and part.strip().lower().endswith(".json"):
@@ -72,28 +78,22 @@ def formats_of(text: str, *, plans: bool = False) -> list[str]:
     return names
 
 
-def modes_of(asked: str | None, device: str) -> tuple[str, ...]:
-    """Which ways to time: CUDA graphs only where there is CUDA."""
-    known = {"eager": ("eager",), "graph": ("graph",), "both": ("eager", "graph")}
-    asked = asked or ("both" if device == "cuda" else "eager")
-    if asked not in known:
-        raise SettingsError(f"--mode {asked}: allowed are {', '.join(known)}")
-    if device != "cuda" and asked != "eager":
-        raise SettingsError(f"--mode {asked}: CUDA graphs need --device cuda; on CPUs there is eager only")
-    return known[asked]
+def plans_of(names: Sequence[str]) -> dict[str, Plan]:
+    """Plans by the name to show, without uncompressed formats. A file's name stands for its path where it is unique."""
+    plans: dict[str, Plan] = {}
+    files = [Path(name).name for name in names]
+    for name, file in zip(names, files, strict=True):
+        plan = Plan.of(name)
+        if plan.layers or not plan.format.uncompressed:
+            plans[file if name.endswith(".json") and files.count(file) == 1 else name] = plan
+    return plans
 
 
-def prepare(
-    fmt: str, device: str, world_size: int, min_bytes: str | None, algorithm: str | None
-) -> tuple[str, dict[str, Any]]:
-    """(device, settings), wrong ones refused before any rank starts."""
-    from flashcomm.plan import Plan
-    from flashcomm.settings import Settings
-
-    where = device_for(device, world_size)
-    settings: dict[str, Any] = {k: v for k, v in (("min_bytes", min_bytes), ("algorithm", algorithm)) if v is not None}
-    Settings.resolve(where, format=Plan.of(fmt).format, **settings)
-    return where, settings
+def settings_of(fmt: str, device: str, **given: Any) -> dict[str, Any]:
+    """Settings of Communicators from options, without those that are None; wrong ones raise before any rank starts."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    Settings.resolve(device, format=Plan.of(fmt).format, **settings)
+    return settings
 
 
 def numbers_of(option: str, text: str) -> list[int]:
@@ -102,3 +102,21 @@ def numbers_of(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise SettingsError(f"{option} {text}: give positive numbers, separated by commas, such as 1,8")
     return list(dict.fromkeys(map(int, parts)))
+
+
+def sizes_of(begin: str, end: str, factor: int) -> list[int]:
+    """Message sizes in bytes: begin, begin * factor, ... up to end."""
+    size, last = parse_size("--begin", begin, least=16), parse_size("--end", end)
+    sizes = []
+    while size <= last:
+        sizes.append(size)
+        size *= factor
+    if not sizes:
+        raise SettingsError(f"no sizes from {begin} to {end}: give --begin not above --end")
+    return sizes
+
+
+def check_several_ranks(world_size: int) -> None:
+    """Raise SettingsError for a world of one, in which a collective sends nothing."""
+    if world_size < 2:
+        raise SettingsError(f"--world {world_size}: one rank sends nothing; measuring needs --world 2 or more")

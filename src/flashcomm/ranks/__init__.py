@@ -1,1 +1,1 @@
-"""Start ranks, emulate slow links."""
+"""Ranks on one machine: processes that are started and watched, and emulated slow links between them."""

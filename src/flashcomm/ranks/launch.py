@@ -1,11 +1,11 @@
 """`run`: call a function on every rank, and bring back what rank 0 returns.
 
-A rank is a process in a process group. `run` starts the ranks here, and what happens to them is the business of
-`processes`: events and errors come back, and no rank outlives the run. There are three ways to have ranks:
+A rank is a process in a process group. `processes` watches the ranks: their events and errors come back, and no rank
+outlives the run. Ranks come in three ways:
 
-    alone        fresh processes, joined over the loopback
-    `link`       the same, each in a network namespace of its own: a process in between builds the network (see
-                 `link.py`) and watches over the ranks; the caller's process watches over that one, with the same loop
+    alone        new processes, connected over the loopback
+    `link`       the same, each in its own network namespace: a process in between builds the network (see `link.py`)
+                 and watches the ranks; the caller's process watches that one, with the same loop
     torchrun     the ranks exist already, this process is one of them, and `run` joins in
 """
 
@@ -36,7 +36,14 @@ _SHARES_GPUS = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own name fo
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a target knows of its place: `emit(obj)` hands a picklable object to the caller's `on_event`."""
+    """What a rank knows about itself.
+
+    Attributes:
+        rank: 0 to world_size - 1.
+        world_size: Number of ranks.
+        device: Where this rank's tensors live.
+        emit: Hands a picklable object to the `on_event` of whoever called `run`.
+    """
 
     rank: int
     world_size: int
@@ -55,24 +62,31 @@ def run(
     on_event: Emit | None = None,
     timeout_s: float = 600,
 ) -> object:
-    """Run `target(ctx, *args)` on `world` ranks and return what rank 0's returns.
+    """Run `target(ctx, *args)` on every rank and return what rank 0's returns.
 
-    `target` is a module-level function; the default process group (gloo for device "cpu", nccl for "cuda", gloo where
-    ranks share GPUs) is ready when it is called. `link` is a rate in bits per second, or a text for `link.parse_rate`:
-    every rank then has a network link of that rate to itself, or `local_world` consecutive ones have one together, as
-    ranks of one host do. `on_event` is called in this process with what any rank emits, in order. What ranks print goes
-    to stderr. A run takes at most `timeout_s` seconds, starting the ranks included.
+    Under torchrun `target` runs in this process. `on_event` is then called, and the result returned, on rank 0 only
+    (None elsewhere), and `timeout_s` holds for each collective.
 
-    Under torchrun `target` runs in this process; `on_event` is called and the result returned on rank 0 only (None
-    elsewhere), and `timeout_s` holds for each collective.
+    Args:
+        target: A module-level function. The default process group is ready when it is called: nccl for "cuda", gloo
+            for "cpu" and where ranks share GPUs. What it prints goes to stderr.
+        world_size: Number of ranks.
+        args: Further arguments of `target`, picklable.
+        device: "cpu" or "cuda".
+        link: Rate of an emulated network link for each rank, in bits per second or as text such as "100mbit".
+        local_world_size: Consecutive ranks that share one link, as ranks of one host do.
+        on_event: Called in this process with what any rank emits, in order.
+        timeout_s: Seconds that the run may take, starting the ranks included.
 
-    Raises SettingsError or UnavailableError for a request that cannot be met; the flashcomm error that a rank
-    raised, with "rank N: " before its message unless all ranks raised the same; FlashcommError when a rank raised
-    something else or died; CommunicationError past `timeout_s`. `__cause__` has the rank's traceback.
+    Raises:
+        SettingsError, UnavailableError: The request cannot be met.
+        CommunicationError: The run takes longer than `timeout_s`.
+        FlashcommError: A rank raised it, died or raised something else. "rank N: " precedes the message unless all
+            ranks raised the same. `__cause__` has the rank's traceback.
     """
     if world_size < 1 or device not in ("cpu", "cuda"):
         raise SettingsError(
-            f"world_size={world_size}, device={device!r}: world is 1 or more, device is 'cpu' or 'cuda'"
+            f"world_size={world_size}, device={device!r}: give at least 1 rank and device 'cpu' or 'cuda'"
         )
     rate = links.parse_rate(link) if isinstance(link, str) else link
     if rate is not None and device == "cuda":
@@ -115,7 +129,7 @@ class _Job:
 
 
 def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
-    """Be the process in between: build the network, and watch over the ranks in it."""
+    """Body of the process in between: build the network, and watch the ranks in it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the forked copies of the caller's handlers end here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the ranks warn that these addresses have no names
@@ -123,11 +137,11 @@ def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
 
 
 def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) -> object:
-    """Start the ranks, in their namespaces if there is a network, and watch them to the end."""
+    """Start the ranks, in their namespaces if there is a network, and watch them until the end."""
     with processes.children() as children:
         if network is None:
-            # The port is chosen by the kernel and never let go, so no other run can take it; and the store, which
-            # trusts whoever connects, listens on the loopback only.
+            # The kernel chooses the port and it stays open, so no other run can take it. The store trusts whoever
+            # connects, so it listens on the loopback only.
             listener = socket.create_server(("127.0.0.1", 0))
             port = listener.getsockname()[1]
             store = TCPStore(  # noqa: F841  (serves as long as it is referenced)
@@ -148,7 +162,7 @@ def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) 
 
 
 def _rank_body(emit: Emit, job: _Job, env: dict[str, str], hosts_store: bool) -> object:
-    """Be a rank in a process that `_run_ranks` started."""
+    """Body of a rank that `_run_ranks` started."""
     os.environ.update(env)
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     store = TCPStore(host, port, job.world_size, hosts_store, timedelta(seconds=job.timeout_s))
@@ -156,7 +170,7 @@ def _rank_body(emit: Emit, job: _Job, env: dict[str, str], hosts_store: bool) ->
 
 
 def _join(job: _Job, rate: int | None, on_event: Emit) -> object:
-    """Be the rank that torchrun says this process is."""
+    """Run as the rank that torchrun made this process."""
     size, rank, stdout = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), sys.stdout
     if job.world_size != size:
         raise SettingsError(
@@ -177,7 +191,7 @@ def _join(job: _Job, rate: int | None, on_event: Emit) -> object:
 
 
 def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
-    """Call the target inside a process group, as the rank that the environment names; the result if that is 0."""
+    """Call the target in a process group, as the rank that the environment names; its result if that is rank 0."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda, where = job.device == "cuda", torch.device("cpu")
     if cuda:
@@ -192,6 +206,6 @@ def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
     dist.init_process_group(**group, store=store, rank=rank, world_size=world_size, timeout=timeout)
     result = job.target(RankContext(rank, world_size, where, emit), *job.args)
     if dist.is_initialized():
-        dist.barrier()  # nobody leaves, and takes a connection or the store along, while another rank needs it
+        dist.barrier()  # no rank closes its connections or the store while another needs them
         dist.destroy_process_group()
     return result if rank == 0 else None

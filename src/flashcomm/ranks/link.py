@@ -1,7 +1,7 @@
-"""`--link RATE`: every rank behind a network link of its own, at a rate that is really enforced.
+"""`--link RATE`: every rank behind a network link of its own, whose rate the kernel enforces.
 
-A low-bit collective pays where the wire is slow, and one machine has no slow wire. This module builds one out of
-what every Linux kernel carries: network namespaces, veth pairs, a bridge and token bucket filters.
+A low-bit collective pays off on a slow network, which one machine does not have. This module builds one from parts of
+every Linux kernel: network namespaces, veth pairs, a bridge and token bucket filters.
 
     rank 0's namespace          switch namespace          rank 1's namespace
     eth0 10.77.0.1 [tbf] ─────── [tbf] port0 ─ bridge ─ port1 [tbf] ─────── [tbf] eth0 10.77.0.2
@@ -9,10 +9,10 @@ what every Linux kernel carries: network namespaces, veth pairs, a bridge and to
 A queueing discipline shapes only what leaves a device. So each veth pair has two token bucket filters: the one on
 eth0 limits the rank's upload, the one on the bridge port its download. Everything above is the ordinary TCP stack.
 
-The namespaces are anonymous: held by file descriptors and processes, named nowhere. When the processes end, however
-they end, the kernel frees the namespaces and every device in them, and nothing has to be cleaned up. Root may make
-them at once; everyone else first makes a user namespace, where the kernel allows that. Making a user namespace needs
-a process with a single thread, so a `Network` is built in a freshly forked child, which becomes the switch.
+The namespaces are anonymous: file descriptors and processes hold them, and they have no names. When the processes end,
+however they end, the kernel frees the namespaces and every device in them. Root may create them directly; everyone else
+first creates a user namespace, where the kernel allows that. This needs a process with a single thread, so a `Network`
+is built in a newly forked child, which becomes the switch.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from flashcomm.errors import FlashcommError, SettingsError, UnavailableError
 
 PAYLOAD_FRACTION = 1448 / 1514
 """Share of the link's rate that can be payload: an Ethernet frame of 1514 bytes, as the filter counts it, carries
-1448 bytes of a TCP/IPv4 stream with timestamps (14 Ethernet, 20 IPv4, 20 TCP and 12 option bytes are headers)."""
+1448 bytes of a TCP/IPv4 stream with timestamps. The headers are 14 bytes of Ethernet, 20 of IPv4, 32 of TCP."""
 
 INTERFACE = "eth0"
 """Name of each rank's only interface besides the loopback, for GLOO_SOCKET_IFNAME."""
 
 MAX_WORLD = 253
-"""Most ranks that one link can join: the host addresses of the /24, less one to spare."""
+"""Most ranks that a `Network` can connect: the host addresses of the /24, less one to spare."""
 
 _UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 _MIN_RATE, _MAX_RATE = 10**3, 10 * 10**9  # above 10 Gbit/s a veth is as fast as the CPU, not as the filter says
@@ -54,7 +54,8 @@ def address(rank: int) -> str:
 def parse_rate(text: str) -> int:
     """Bits per second of a rate such as "100mbit", "2.5Gbit" or "512 kbit" (decimal units: 1 kbit = 1000 bits).
 
-    Raises SettingsError when it is not a number with one of these units, or not within 1kbit to 10gbit.
+    Raises:
+        SettingsError: It is not a number with one of these units, or not within 1kbit to 10gbit.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(kbit|mbit|gbit)", text.strip().lower(), re.ASCII)
     return _allowed(round(float(match[1]) * _UNITS[match[2]]) if match else 0, repr(text))
@@ -84,12 +85,18 @@ def bucket(rate: int) -> dict[str, Any]:
 
 
 class Network:
-    """`world` network namespaces joined at `rate` bits per second; makes the calling process their switch.
+    """Network namespaces, one for each rank, connected by a switch, which is the calling process.
 
-    Call it only in a process made for that purpose, with a single thread: it moves the process to a new network
-    namespace for good, and into a new user namespace if it may not make one otherwise (uid 0 in there is the user).
+    Create it only in a process made for that purpose, with a single thread: it moves the process to a new network
+    namespace for good, and to a new user namespace if it may not create one otherwise (uid 0 in there is the user).
 
-    Raises UnavailableError if the kernel refuses or pyroute2 is missing, SettingsError for a rate or world not allowed.
+    Args:
+        world_size: Namespaces, 1 to `MAX_WORLD`.
+        rate: Bits per second of each link.
+
+    Raises:
+        UnavailableError: The kernel refuses, or pyroute2 is not installed.
+        SettingsError: The rate or the number of ranks is not allowed.
     """
 
     def __init__(self, world_size: int, rate: int) -> None:
@@ -133,7 +140,7 @@ class Network:
 
     @contextlib.contextmanager
     def inside(self, rank: int) -> Iterator[None]:
-        """While it lasts the calling thread is in `rank`'s namespace; a process started in it stays there."""
+        """The calling thread is in `rank`'s namespace inside the block; a process started there stays in it."""
         _enter(self._ranks[rank])
         try:
             yield
@@ -143,9 +150,9 @@ class Network:
 
 @contextlib.contextmanager
 def forking() -> Iterator[None]:
-    """To fork within: the child will not collect garbage, for what it inherits may own threads, as a TCPStore does.
+    """A context to fork in: the child collects no garbage, because what it inherits may own threads (a TCPStore).
 
-    A fork copies no other thread, and freeing the owner of one that is not there crashes the child.
+    A fork copies no other thread, and the child crashes if it frees the owner of a thread that is not there.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -157,7 +164,7 @@ def forking() -> Iterator[None]:
 
 
 def probe() -> str | None:
-    """None if `--link` can be had here, else the reason in one line. Leaves nothing behind."""
+    """Why links cannot be emulated on this machine, in one line; None if they can. Leaves nothing behind."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     child = fork.Process(target=_probe_child, args=(sender,))
@@ -185,7 +192,7 @@ def _probe_child(sender: Connection) -> None:
 
 
 def _leave_host_network() -> None:
-    """Move this process to a new, empty network namespace, through a user namespace if need be."""
+    """Move this process to a new, empty network namespace, through a user namespace if necessary."""
     uid, gid = os.getuid(), os.getgid()  # inside the new user namespace they read 65534 until mapped
     try:
         return _unshare(_CLONE_NEWNET)

@@ -1,7 +1,7 @@
-"""Child processes that are watched: what they report comes back, their failures are told, and none outlives its parent.
+"""Child processes that are watched: their reports and failures come back, and none outlives its parent.
 
-A collective is a promise between processes: when one of them dies, the others wait, often for half an hour. So the
-process that started them does nothing but watch. Each child has a pipe to it, with three kinds of message:
+When a process of a collective dies, the others wait, often for half an hour. So the process that started them does
+nothing but watch. Each child has a pipe to it, with three kinds of message:
 
     event    an object for the caller's `on_event`, while the child goes on
     result   the child is done
@@ -11,7 +11,7 @@ A pipe that closes before its result is a child that died. The first error or de
 have a second to report theirs (they often have the same), then they are terminated and, if need be, killed.
 
 No child is left behind. Children ignore Ctrl-C, which a terminal sends to the whole group: the watching process notes
-it and stops them. And should that process itself be killed, the kernel kills its children (PR_SET_PDEATHSIG).
+it and stops them. If that process itself is killed, the kernel kills its children (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Emit = Callable[[object], None]
 
 
 class RankTraceback(Exception):  # noqa: N818  (it is text to show, nobody catches it)
-    """The `__cause__` of an error that a child raised: its text is the traceback over there."""
+    """The `__cause__` of an error that a child raised; its text is the traceback in the child."""
 
 
 @contextlib.contextmanager
 def children(patience_s: float = GRACE_S) -> Iterator[Children]:
-    """Children to start and watch: however the block is left, they are gone afterwards.
+    """Children to start and watch; they are gone after the block, however it is left.
 
-    A terminated child has `patience_s` seconds to go by itself: give more to one that has children to stop.
+    A terminated child has `patience_s` seconds to exit by itself; one that has children to stop needs more.
     """
     with _deferred_signals() as check:
         family = Children(check)
@@ -75,7 +75,7 @@ class _Failure:
 
 
 class Children:
-    """Made by `children`. `check` raises what a signal asked for."""
+    """Created by `children`. `check` raises what a signal asked for."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
@@ -98,7 +98,7 @@ class Children:
         self._all.append(_Child(name, process, receiver))
 
     def watch(self, on_event: Emit, timeout_s: float) -> list[object]:
-        """Pass on events until every child has reported; their results, or the error that tells most."""
+        """Pass on events until every child has reported; return their results, or raise the error that tells most."""
         deadline = time.monotonic() + timeout_s
         results: dict[str, object] = {}
         failures: dict[str, _Failure] = {}
@@ -142,7 +142,7 @@ class Children:
 
 
 def _child_main(parent: int, pipe: connection.Connection, body: Callable[..., object], *args: object) -> None:
-    """First code of every child: tie its life to the parent's, keep stdout clean, report how `body` ended."""
+    """First code of every child: tie its life to its parent's, keep stdout clean, report how `body` ended."""
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the line above
@@ -167,7 +167,7 @@ def _death(child: _Child) -> _Failure:
 
 
 def _error(failures: dict[str, _Failure], count: int) -> FlashcommError:
-    """The failure to show: a death before what other children raised because of it, otherwise the first."""
+    """The failure to show: a death rather than what other children raised because of it, otherwise the first."""
     name, failure = next(((n, f) for n, f in failures.items() if f.died), next(iter(failures.items())))
     everywhere = len(failures) == count and len({f.message for f in failures.values()}) == 1
     message = failure.message if everywhere or failure.died else f"{name}: {failure.message}"
@@ -178,10 +178,10 @@ def _error(failures: dict[str, _Failure], count: int) -> FlashcommError:
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[Callable[[], None]]:
-    """Note SIGINT and SIGTERM instead of acting on them; the function it gives raises what was noted.
+    """Note SIGINT and SIGTERM instead of acting on them; the function that it yields raises what was noted.
 
-    So they are acted on in the watching loop, and never halfway through starting or stopping a child. Handlers that
-    the caller has installed are left alone. SIGTERM becomes SystemExit(143), which is how a shell reports it.
+    So the watching loop acts on them, and never while a child is being started or stopped. Handlers that the caller
+    installed are left alone. SIGTERM becomes SystemExit(143), which is how a shell reports it.
     """
     noted: list[int] = []
     saved: dict[int, Any] = {}

@@ -1,0 +1,88 @@
+"""Rows of measurements: the machine and versions that belong to them, and the CSV files that keep them.
+
+`read_csv` also reads the files of older versions, which named the backend's own all-reduce "native".
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flashcomm
+from flashcomm.errors import InputError
+from flashcomm.wire.format import UNCOMPRESSED
+
+BACKEND = "backend"  # the path of torch.distributed's own all-reduce
+_OLD_COLUMNS = {"over_native": "over_backend"}
+_OLD_VALUES = {"path": {"native": BACKEND}, "format": {"bf16": UNCOMPRESSED}}
+
+Row = Mapping[str, Any]
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions, date and command: the columns that say where a measurement comes from."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    machine = f"{count} x {torch.cuda.get_device_name(0)}" if count else f"{os.cpu_count()} cores of {cpu_name()}"
+    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("FLASHCOMM_", "NCCL_"))]
+    return {
+        "machine": machine,
+        "flashcomm": flashcomm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join([*settings, "flashcomm", *map(shlex.quote, sys.argv[1:])]),
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write `rows`, with the columns of `environment()` after their own. A row may lack columns that others have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = environment()
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*columns, *where])
+        writer.writeheader()
+        writer.writerows({**row, **where} for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, with the present names of columns, paths and formats.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as why:
+        raise InputError(f"{path} cannot be read: {why.strerror}") from why
+    renamed = [{_OLD_COLUMNS.get(key, key): value for key, value in row.items()} for row in rows]
+    return [{key: _OLD_VALUES.get(key, {}).get(value, value) for key, value in row.items()} for row in renamed]
+
+
+def human_bytes(n_bytes: float) -> str:
+    """Bytes with a unit, in powers of 1000: "12.5 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} GB"

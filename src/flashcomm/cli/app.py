@@ -1,0 +1,27 @@
+"""The commands of `flashcomm`, put together. Each takes `--json`; the exit code is 0 only if all went well."""
+
+from __future__ import annotations
+
+import typer
+
+from flashcomm.cli import bench, calibrate, doctor, eval, generate, plot, probe, ttft, tune
+
+app = typer.Typer(
+    name="flashcomm",
+    help="The `flashcomm` command. Each subcommand takes `--json`; the exit code is 0 only if all went well.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure collectives, each verified before it is timed.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+bench_app.command("all_reduce")(bench.all_reduce)
+bench_app.command("codec")(bench.codec)
+app.command("eval")(eval.evaluate)
+app.command("tune")(tune.tune)
+app.command("probe")(probe.probe)
+app.command("ttft")(ttft.ttft)
+app.command("doctor")(doctor.doctor)
+app.command("generate")(generate.generate)
+app.command("calibrate")(calibrate.calibrate)
+app.command("plot")(plot.plot)

@@ -1,0 +1,134 @@
+"""Simulated ranks compute what real ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import IDS, LAYERS, MODEL, needs_model, tiny, transformers
+from torch import Tensor
+
+from flashcomm import WireFormat, reference
+from flashcomm.accuracy.simulate import TensorParallel
+from flashcomm.errors import InputError, PlanError
+from flashcomm.plan import LayerPlan, Plan
+from flashcomm.testing import RankContext, run
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As on the ranks, because kernels cut their work by threads; given back, because other tests need threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_every_sum_is_the_reference_of_the_partial_sums(algorithm: str) -> None:
+    model, fmt = tiny(), WireFormat.parse("int4-g32-had/int6")
+    module = model.get_submodule(LAYERS[3])
+    seen: list[tuple[str, list[Tensor], Tensor]] = []
+    inputs: list[Tensor] = []
+    module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with (
+        TensorParallel(model, 4, fmt, algorithm=algorithm, observer=lambda *v: seen.append(v)),
+        torch.no_grad(),
+    ):
+        model(IDS)
+    assert [name for name, *_ in seen] == LAYERS
+    combine = reference.one_shot if algorithm == "one_shot" else reference.two_shot
+    for _, partials, total in seen:
+        assert len(partials) == 4
+        assert torch.equal(total, combine(partials, fmt))
+    _, partials, _ = seen[3]
+    for rank, partial in enumerate(partials):
+        columns = slice(32 * rank, 32 * rank + 32)
+        want = inputs[0][..., columns] @ module.weight[:, columns].T
+        torch.testing.assert_close(partial, want, rtol=1e-5, atol=1e-5)
+
+
+def test_uncompressed_ranks_compute_the_model_and_leave_it_as_it_was() -> None:
+    model = tiny()
+    with torch.inference_mode():
+        want = model(IDS).logits
+        with TensorParallel(model, 2) as ranks:
+            torch.testing.assert_close(model(IDS).logits, want, rtol=1e-4, atol=1e-4)
+            ranks.plan = "int3"
+            assert (model(IDS).logits - want).norm() > 0.01 * want.norm()
+        assert torch.equal(model(IDS).logits, want)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_bits_are_those_on_the_wire() -> None:
+    """64 channels a row: 4 bits and a 16-bit word for 64 values; 6 bits and 24; 8 bits and 24 a gather step."""
+    model = tiny()
+    cases = (("int4", 4.25), ("int6-had", 6.375), ("bf16", 16.0), ("int4/int8", (4.25 + 8.375) / 2))
+    with TensorParallel(model, 2, algorithm="two_shot") as ranks, torch.inference_mode():
+        for text, bits in cases:
+            ranks.plan = text
+            ranks.algorithm = "native" if text == "bf16" else "two_shot"
+            model(torch.arange(128).view(1, 128))
+            assert ranks.bits_per_value == pytest.approx(bits, rel=0.002)  # sections are padded to 16 bytes
+
+
+def test_one_inside_another_is_left_as_it_was() -> None:
+    model = tiny()
+    with torch.inference_mode():
+        plain = model(IDS).logits
+        with TensorParallel(model, 2, "int4") as outer:
+            want = model(IDS).logits
+            with TensorParallel(model, 4, "int2"):
+                assert not torch.equal(model(IDS).logits, want)
+            assert torch.equal(model(IDS).logits, want)
+            outer.plan = "int2"
+            assert not torch.equal(model(IDS).logits, want)
+        assert torch.equal(model(IDS).logits, plain)
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="0 ranks asked for: at least 1"):
+        TensorParallel(tiny(), 0)
+    with pytest.raises(InputError, match=r"3 ranks cannot share the inputs of model.layers.0.self_attn.o_proj \(64\)"):
+        TensorParallel(tiny(), 3)
+    with pytest.raises(InputError, match="Sequential has no row-parallel Linear layers"):
+        TensorParallel(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2)
+    with pytest.raises(PlanError, match="names layers that the model does not have"):
+        TensorParallel(tiny(), 2, Plan(WireFormat.parse("int8"), layers={"x": LayerPlan(WireFormat.parse("int8"))}))
+
+
+@needs_model
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_three_real_ranks_compute_the_same_bits(algorithm: str, one_thread: None) -> None:
+    ids = torch.arange(1000, 1200).view(1, 200)
+    plans = [Plan.of("int6-had"), smol_plan()]
+    real = run(real_logits, 3, (ids, plans, algorithm), timeout_s=300)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    with TensorParallel(model, 3, algorithm=algorithm) as ranks, torch.inference_mode():
+        for plan, want in zip(plans, real, strict=True):
+            ranks.plan = plan
+            assert torch.equal(model(ids).logits, torch.tensor(want))
+
+
+def smol_plan() -> Plan:
+    """A plan with conditioning and different formats."""
+    shift = torch.randint(-3, 4, (576,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    special = LayerPlan(WireFormat.parse("int4-had/int5-had"), shift, (shift / 8).bfloat16())
+    return Plan(WireFormat.parse("int5"), layers={"model.layers.*.mlp.down_proj": special})
+
+
+def real_logits(ctx: RankContext, ids: Tensor, plans: list[Plan], algorithm: str) -> list[Any]:
+    from flashcomm.accuracy.models import load_model
+    from flashcomm.integrations import transformers as integration
+
+    torch.set_num_threads(1)
+    integration.enable("bf16", algorithm=algorithm, min_bytes=0)
+    model, _ = load_model(MODEL, ctx.world_size, ctx.device, torch.float32)
+    out = []
+    for plan in plans:
+        integration.enable(plan, algorithm=algorithm, min_bytes=0)
+        with torch.inference_mode():
+            out.append(model(ids).logits.tolist())
+    return out

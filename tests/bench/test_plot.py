@@ -1,0 +1,69 @@
+"""Pictures of CSV files, new and old."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashcomm.bench import records
+from flashcomm.bench.plot import plot
+from flashcomm.errors import InputError
+from flashcomm.wire.format import UNCOMPRESSED
+
+RESULTS = Path(__file__).parent.parent.parent / "results"
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> dict[str, Any]:
+    """The lines of the left panel by label: their line style and their times in ms."""
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot([source], target)
+    lines = figures[0].axes[0].get_lines()
+    return {line.get_label(): (line.get_linestyle(), list(line.get_ydata())) for line in lines}
+
+
+def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    common = {"type": "bfloat16", "world": 2, "speedup": 1.0}
+    rows = []
+    for size in (1024, 2048):
+        for mode, us in (("eager", 1000 * size), ("graph", size)):
+            for fmt, path in (
+                (UNCOMPRESSED, "backend"),
+                (UNCOMPRESSED, "one_shot"),
+                ("int4", "auto"),
+                ("int4", f"path of {size}"),
+            ):
+                rows.append({"size": size, "format": fmt, "path": path, "mode": mode, "time_us": us, **common})
+        rows.append({"size": size, "format": "fp8", "path": "flashinfer fp8", "mode": "eager", "time_us": 7, **common})
+    source = tmp_path / "new.csv"
+    records.write_csv(source, rows)
+    lines = drawn(monkeypatch, source, tmp_path / "new.svg")
+    assert lines == {
+        "backend": ("--", [1.024, 2.048]),
+        "uncompressed one_shot": (":", [1.024, 2.048]),
+        "int4": ("-", [1.024, 2.048]),
+        "flashinfer fp8 (eager)": ("-.", [0.007, 0.007]),
+    }
+
+
+def test_pictures_of_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    lines = drawn(monkeypatch, RESULTS / "allreduce-2ranks-1gbit.csv", tmp_path / "old.svg")
+    assert set(lines) == {"best uncompressed", "int8", "int6-had", "int4-had", "int4"}
+    lines = drawn(monkeypatch, RESULTS / "h200x2-nvlink.csv", tmp_path / "gpu.svg")
+    assert lines["backend"][0] == "--"
+    assert {"uncompressed one_shot", "symm two-shot", "int4"} < set(lines)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.csv cannot be read"):
+        plot([tmp_path / "none.csv"], tmp_path / "x.svg")
+    with pytest.raises(InputError, match=r"give a name that ends in \.svg or \.png"):
+        plot([RESULTS / "allreduce-2ranks-1gbit.csv"], tmp_path / "x.pdf")
+    with pytest.raises(InputError, match="holds no rows of `flashcomm bench`"):
+        plot([RESULTS / "codec-1-thread.csv"], tmp_path / "x.svg")

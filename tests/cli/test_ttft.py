@@ -1,0 +1,72 @@
+"""`flashcomm ttft`: of a real model, and of a shape with random weights, with every column."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import MODEL, as_json, flashcomm, needs_link, needs_model, refused
+
+TINY = ("ttft", "--model", "tiny", "--formats", "bf16,int4", "--repeats", 1, "--min-bytes", 0)
+SMOL = ("ttft", "--model", MODEL, "--world", 3, "--formats", "int4", "--tokens", 128, "--repeats", 1)
+
+
+@needs_model
+def test_a_real_model(tmp_path: Path) -> None:
+    got = as_json(flashcomm(*SMOL, "--csv", tmp_path / "t.csv", "--json"))
+    backend, int4 = got["rows"]
+    assert (backend["path"], int4["format"]) == ("backend", "int4")
+    assert backend["speedup"] == 1.0
+    assert backend["wire_bytes"] == 60 * 4 * 128 * 576 * 2 // 3
+    assert 3.4 < backend["wire_bytes"] / int4["wire_bytes"] < 3.8
+    assert 0 < backend["compute_s"] < backend["ttft_s"]
+    assert backend["predicted_s"] is None
+    as_json(flashcomm("plot", tmp_path / "t.csv", "-o", tmp_path / "t.png", "--json"))
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_model
+@needs_link
+@pytest.mark.alone
+def test_over_a_link() -> None:
+    backend, int4 = as_json(flashcomm(*SMOL, "--link", "50mbit", "--json"))["rows"]
+    predicted = backend["compute_s"] + backend["wire_bytes"] * 8 / 50e6 * 1514 / 1448
+    assert backend["predicted_s"] == pytest.approx(predicted, rel=1e-3)
+    assert int4["speedup"] > 1.3
+
+
+def test_sweep_with_overlap(tmp_path: Path) -> None:
+    sizes = ("--batch", "2,3", "--tokens", "16,32", "--layers", 2)
+    rows = as_json(flashcomm(*TINY, *sizes, "--overlap", "--csv", tmp_path / "t.csv", "--json"))["rows"]
+    variants = [("backend", False), ("auto", False), ("backend", True), ("auto", True)]
+    want = [(b, n, *variant) for n in (16, 32) for b in (2, 3) for variant in variants]
+    assert [(r["batch"], r["tokens"], r["path"], r["overlap"]) for r in rows] == want
+    for row in rows:
+        n_values = row["batch"] * row["tokens"] * 128
+        assert (row["layers"], row["all_layers"], row["compiled"], row["link"]) == (2, 3, False, "none")
+        assert row["wire_bytes"] == 2 * 2 * (n_values * 2 if row["path"] == "backend" else n_values * 17 // 32)
+        assert (row["format"] == "int4") == (row["path"] == "auto")
+        assert row["same_bits"] is (True if row["overlap"] else None)
+        assert row["share"] == pytest.approx(1 - 1 / row["limit"], abs=2e-3)
+        base = next(r for r in rows if (r["batch"], r["tokens"]) == (row["batch"], row["tokens"]))
+        assert row["speedup"] == pytest.approx(base["ttft_s"] / row["ttft_s"], rel=0.02)
+        assert row["limit"] == pytest.approx(base["ttft_s"] / base["compute_s"], rel=0.02)
+    as_json(flashcomm("plot", tmp_path / "t.csv", tmp_path / "t.csv", "-o", tmp_path / "t.svg", "--json"))
+    assert (tmp_path / "t.svg").read_text().count("<!-- tiny, 2 of 3 layers, ") == 4
+    refused(flashcomm("plot", tmp_path / "t.csv", Path(__file__), "-o", tmp_path / "t.svg"), "several make one")
+
+
+def test_compiled() -> None:
+    done = flashcomm(*TINY, "--batch", 2, "--tokens", 16, "--compile")
+    assert done.returncode == 0, done.stderr
+    assert "tiny, 2 x 16 tokens, 2 ranks on cpu, compiled" in done.stdout
+    assert "compiled: the stack, embeddings to last norm" in done.stdout
+
+
+def test_refusals() -> None:
+    refused(flashcomm("ttft", "--model", "llama-9b"), "--model llama-9b: no such directory and no such shape")
+    refused(flashcomm(*TINY, "--layers", 4), "--layers 4: tiny has 3; give 1 to that many")
+    refused(flashcomm(*TINY, "--world", 4), "4 ranks cannot share tiny", "--world 1, 2")
+    refused(flashcomm(*TINY, "--batch", "1,x"), "--batch 1,x: give positive numbers")
+    refused(flashcomm(*TINY, "--overlap"), "give batches of 2 and more")
+    refused(flashcomm(*TINY, "--batch", 2, "--overlap", "--compile"), "cannot be interleaved")
