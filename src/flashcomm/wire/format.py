@@ -26,6 +26,7 @@ from typing import ClassVar
 
 from flashcomm.errors import FormatError
 
+WIRE_VERSION = 1  # of the bytes on the wire; ranks compare it. Change it with any bit that an encoder writes
 ALIGN = 16  # bytes; every section of a wire buffer starts at a multiple of it
 GROUPS = (16, 32, 64, 128, 256)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
