@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "collectives": {"errors", "wire", "gpu", "transports", "reference", "routing"},
     "routing": {"errors", "wire.format"},
     "settings": {"errors", "wire.format", "routing"},
-    "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "wire.torch_codec"},
+    "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "wire.torch_codec"}
+    | {"__version__", "wire.format"},
     "communicator": {
         *(
             "errors",

@@ -155,12 +155,16 @@ class Communicator:
             ClosedError: The Communicator was closed.
             CommunicationError: A peer died or did not come within the time-out.
         """
-        if out is None and not self._guard.busy and (recent := self._recent.repeat(x, format, whole, self._guard)):
-            result, name, n_bytes = recent
-            self.calls[name] += 1
-            self.sent[name] += n_bytes
-            self._n_calls += 1
-            return result
+        if out is None and not self._guard.busy:
+            self._guard.busy = True  # stays so if an exception leaves it halfway
+            recent = self._recent.repeat(x, format, whole)
+            self._guard.busy = False
+            if recent:
+                result, name, n_bytes = recent
+                self.calls[name] += 1
+                self.sent[name] += n_bytes
+                self._n_calls += 1
+                return result
         return self._collective("all_reduce", x, out, format, whole)
 
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None, *, format: str | WireFormat | None = None) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from flashcomm.collectives.executors import Launch
-from flashcomm.setup.call_guard import CallGuard
 from flashcomm.wire.format import WireFormat
 
 MAX_KINDS = 4096  # of calls that are remembered
@@ -28,7 +27,7 @@ class RecentCalls:
             self._kept.clear()
         self._kept[x.shape, x.dtype, format, whole] = name, n_bytes, again
 
-    def repeat(self, x: Any, format: Any, whole: int | None, guard: CallGuard) -> tuple[Tensor, str, int] | None:
+    def repeat(self, x: Any, format: Any, whole: int | None) -> tuple[Tensor, str, int] | None:
         """The result of a call like an earlier one, its name and bytes; None if there was none or x is not as plain."""
         if not self._kept or type(x) not in PLAIN or not (format is None or isinstance(format, (str, WireFormat))):
             return None
@@ -42,9 +41,7 @@ class RecentCalls:
             return None
         name, n_bytes, again = kept
         result = torch.empty_like(x)
-        guard.busy = True  # what leaves this call halfway leaves the Communicator unusable
         again(source, result.data_ptr())
-        guard.busy = False
         return result, name, n_bytes
 
     def clear(self) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError, UnavailableError
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import CHECK_TAG, ProcessGroupTransport, has_nccl
-from flashcomm.wire import format as wire_format
 from flashcomm.wire.torch_codec import DTYPES
 
 CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "making a Communicator")
@@ -239,10 +238,11 @@ def _tell(transport: ProcessGroupTransport, mine: dict[str, Any], what: str) -> 
 
 def _described(transport: ProcessGroupTransport, mine: Settings | FlashcommError) -> dict[str, Any]:
     """What `check_settings` compares: settings and versions, or this rank's error. JSON holds it."""
-    import flashcomm  # here, as the package imports this module
+    from flashcomm import __version__  # here, as the package imports this module
+    from flashcomm.wire.format import WIRE_VERSION
 
     if isinstance(mine, Settings):
-        said = {"version": flashcomm.__version__, "wire version": wire_format.WIRE_VERSION}
+        said = {"version": __version__, "wire version": WIRE_VERSION}
         said |= {"device": transport.device.type} | mine.as_dict()
         try:
             json.dumps(said)
