@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "accuracy": {"errors", "routing", "reference", "codecs", "plan", "wire", "integrations", "ranks"},
     "bench": {
         *("errors", "settings", "routing", "setup", "reference", "codecs", "communicator", "integrations", "wire"),
-        *("ranks", "accuracy.models", "cli.report"),
+        *("ranks", "accuracy.models", "cli.report", "transports"),
     },
     "cli": {
         *("errors", "settings", "routing", "setup", "plan", "wire", "communicator", "ops", "integrations", ""),

@@ -277,7 +277,7 @@ class Communicator:
         whole: int | None = None,
     ) -> Tensor:
         with self._guard.call(op):
-            problem = consistency.problem_with(op, x, self.device, self.world_size, out)
+            problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole)
             fmt = self._validate(op, x, format, problem, whole)
             if out is None:
                 shape = consistency.result_shape(op, tuple(x.shape), self.world_size)

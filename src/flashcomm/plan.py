@@ -21,6 +21,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -73,11 +74,13 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         """Read a file. Raises PlanError saying which part of it is wrong."""
         try:
-            said = json.loads(path.read_text())
+            said = json.loads(path.read_text(), object_pairs_hook=_unique)
         except OSError as why:
             raise PlanError(f"no plan at {path}: {why.strerror}; `flashcomm tune` writes one") from why
-        except ValueError as why:
-            raise PlanError(f"{path} is no JSON: {why}") from why
+        except PlanError as why:
+            raise PlanError(f"{path}: {why}") from why
+        except (ValueError, RecursionError) as why:
+            raise PlanError(f"{path} is no JSON that can be read: {why}") from why
         try:
             return cls.from_dict(said)
         except (PlanError, FormatError) as why:
@@ -228,3 +231,12 @@ def _said(part: LayerPlan) -> Any:
         for key, vector in (("shift", part.shift), ("offset", part.offset))
     }
     return {"format": str(part.format), **encoded}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises PlanError if a key comes twice, of which Python would keep the last."""
+    said = dict(pairs)
+    if len(said) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise PlanError(f"the key {twice!r} comes twice in one object")
+    return said

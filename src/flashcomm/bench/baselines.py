@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcomm.ranks.launch import RankContext
+from flashcomm.setup import consistency
+from flashcomm.transports.process_group import ProcessGroupTransport
 
 SMALL = 2.0**-8  # inputs are timed at this scale, so that sums in place have room to grow
 NAMES = ("native", "symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8")
@@ -229,8 +231,9 @@ def peers(ctx: RankContext, dtype: torch.dtype, most_bytes: int, pool_numel: int
 
 def agreed(mine: str | None) -> str | None:
     """The first rank's reason that has one, the same on every rank; None if no rank has any. Collective."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, mine)
+    group: Any = dist.group.WORLD
+    transport = ProcessGroupTransport(group, consistency.group_device(group, None), timeout_s=600)
+    reasons: list[str | None] = consistency.tell(transport, mine, "telling why a baseline cannot run")
     return next((why for why in reasons if why is not None), None)
 
 

@@ -50,10 +50,13 @@ class Problem(enum.IntEnum):
     RESIDUAL = 11
     WEIGHT = 12
     EPS = 13
+    OVERLAP = 14
+    WHOLE = 15
 
     def text(self, x: Any, device: torch.device, world_size: int) -> str:
         """For the rank whose tensor it is: what was given, what is allowed, what to do."""
-        got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        plain = isinstance(x, Tensor) and not x.is_nested  # nested tensors have no shape
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if plain else type(x).__name__
         return f"got {got}: {self.advice(device, world_size)}"
 
     def advice(self, device: torch.device, world_size: int) -> str:
@@ -63,10 +66,12 @@ class Problem(enum.IntEnum):
             Problem.NO_TENSOR: "a torch.Tensor is needed",
             Problem.DTYPE: f"the dtype must be one of {dtypes}; convert it, or use torch.distributed for it",
             Problem.DEVICE: f"the tensor must be on {device} for this group's backend; move it there",
-            Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense()",
+            Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense(), or .values() of a nested tensor",
             Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
             Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world_size}; pad it",
             Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
+            Problem.OVERLAP: "out= must not share memory with x, except that all_reduce takes x itself; leave it out",
+            Problem.WHOLE: "whole= must be a number of values, at least those of x; leave it out",
             Problem.FORMAT: "format= is no wire format; give one such as 'int4-had', or leave it out",
             Problem.MEMORY: "a tensor with memory of its own is needed; of a DTensor give .to_local()",
             Problem.RESIDUAL: "residual must be like x in shape, dtype and device, dense and without a gradient",
@@ -97,15 +102,17 @@ def result_shape(op: str, shape: tuple[int, ...], world_size: int) -> tuple[int,
     return (shape[0] // world_size, *shape[1:]) if op == "reduce_scatter" else shape
 
 
-def problem_with(name: str, x: Any, device: torch.device, world_size: int, out: Any = None) -> Problem:
-    """What is wrong with this rank's tensor for the call `name`, if anything."""
+def problem_with(
+    name: str, x: Any, device: torch.device, world_size: int, out: Any = None, whole: object = None
+) -> Problem:
+    """What is wrong with this rank's arguments for the call `name`, if anything."""
     if not isinstance(x, Tensor):
         return Problem.NO_TENSOR
     if x.dtype not in DTYPES:
         return Problem.DTYPE
     if x.device.type != device.type or x.device.index not in (None, device.index):
         return Problem.DEVICE
-    if x.layout != torch.strided:
+    if x.layout != torch.strided or x.is_nested:
         return Problem.LAYOUT
     if type(x) not in PLAIN and x.numel() and x.data_ptr() == 0:
         return Problem.MEMORY
@@ -121,12 +128,31 @@ def problem_with(name: str, x: Any, device: torch.device, world_size: int, out: 
         isinstance(out, Tensor)
         and out.shape == result_shape(name, tuple(x.shape), world_size)
         and (out.dtype, out.device) == (x.dtype, x.device)
+        and out.layout == torch.strided
         and out.is_contiguous()
+        and not out.is_neg()
         and not (out.requires_grad and torch.is_grad_enabled())
         and (torch.is_inference_mode_enabled() or not out.is_inference())
     ):
         return Problem.OUT
+    if out is not None and _overlap(x, out) and not (name == "all_reduce" and _same_memory(x, out)):
+        return Problem.OVERLAP
+    if whole is not None and (not isinstance(whole, int) or whole < max(1, x.numel())):
+        return Problem.WHOLE
     return Problem.NONE
+
+
+def _same_memory(x: Tensor, out: Tensor) -> bool:
+    return x.data_ptr() == out.data_ptr() and x.is_contiguous()
+
+
+def _overlap(x: Tensor, out: Tensor) -> bool:
+    """Whether the memory from the first value of x to its last meets that of out, which is contiguous."""
+    if not x.numel() or not out.numel():
+        return False
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    begin, end = x.data_ptr(), x.data_ptr() + span * x.element_size()
+    return begin < out.data_ptr() + out.numel() * out.element_size() and out.data_ptr() < end
 
 
 def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.device, world_size: int) -> Problem:

@@ -33,7 +33,7 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 UNCOMPRESSED = "bf16"
 LIMIT = 2.0**126  # see StepFormat.limit
 
-_STEP = re.compile(r"int(?P<bits>[1-9]\d*)(?P<options>(?:-[a-z0-9]+)*)")
+_STEP = re.compile(r"int(?P<bits>[1-9][0-9]{0,2})(?P<options>(?:-[a-z0-9]+)*)")
 _HELP = (
     "a format is int2 ... int8, optionally with -g16, -g32, -g64, -g128 or -g256 (values per scale) and -had "
     "(a Hadamard transform of each group), e.g. 'int8', 'int6-had', 'int4-g32-had'; 'int4/int8' uses the first for the "
@@ -132,7 +132,7 @@ class StepFormat:
         for option in match["options"].split("-")[1:]:
             if option == "had" and not hadamard:
                 hadamard = True
-            elif re.fullmatch(r"g\d+", option) and group is None:
+            elif re.fullmatch(r"g[1-9][0-9]{0,3}", option) and group is None:
                 group = int(option[1:])
             else:
                 raise FormatError(f"unknown or repeated option '-{option}' in format {text!r}: {_HELP}")
