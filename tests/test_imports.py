@@ -37,7 +37,8 @@ MAY_IMPORT = {
         "collectives",
         "codecs",
         "gpu",
-        "wire.torch_codec",
+        "wire",
+        "__version__",
     },
     "communicator": {
         *(
@@ -61,7 +62,7 @@ MAY_IMPORT = {
     "accuracy": {"errors", "routing", "reference", "codecs", "plan", "wire", "integrations", "ranks"},
     "bench": {
         *("errors", "routing", "setup", "reference", "codecs", "communicator", "integrations", "wire", ""),
-        *("ranks", "accuracy.models"),
+        *("ranks", "accuracy.models", "transports"),
     },
     "cli": {
         *("errors", "settings", "routing", "setup", "plan", "wire", ""),

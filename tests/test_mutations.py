@@ -102,7 +102,7 @@ MUTATIONS = {
         "collectives/test_pipelined.py::test_how_a_message_is_cut_does_not_matter",
     ),
     "no agreement before a call": (
-        "communicator.py", "if self.settings.check and self.world > 1:", "if False:",
+        "communicator.py", "if self.settings.check and self.world_size > 1:", "if False:",
         "test_communicator.py::TestAgreement::test_bad_input",
     ),
     "settings are not compared": (

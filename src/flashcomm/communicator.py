@@ -11,6 +11,7 @@ A call is validated, routed (`routing.policy`), run (`collectives.executors`) an
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -23,13 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcomm.collectives.add_rms_norm import add_rms_norm
-from flashcomm.collectives.executors import Launch
+from flashcomm.collectives.executors import Base, Launch
 from flashcomm.collectives.recent import RecentCalls
 from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
 from flashcomm.routing import policy
-from flashcomm.routing.route import Choice, Message
+from flashcomm.routing.route import Choice, Executor, Machine, Message
 from flashcomm.settings import Arguments, Settings
-from flashcomm.setup import consistency, discovery
+from flashcomm.setup import call_guard, consistency, discovery
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire.format import WireFormat
 
@@ -78,14 +79,22 @@ class Communicator:
             self.device = consistency.group_device(group, device)
             mine: Settings | FlashcommError = Settings.resolve(self.device.type, format=format, **settings)
             mine = replace(mine, plan=plan) if isinstance(mine, Settings) else mine
-        except FlashcommError as why:
+        except Exception as why:  # of this rank alone, perhaps: raised below, once every rank knows of it
             self.device = consistency.group_device(group, None)
-            mine = why  # raised below, once every rank knows of it
+            mine = why if isinstance(why, FlashcommError) else SettingsError(f"{type(why).__name__}: {why}")
         timeout_s = mine.timeout_s if isinstance(mine, Settings) else 60.0
+        state = call_guard.state_of(group)
+        self._guard = call_guard.CallGuard(state.lock if self.device.type == "cpu" else threading.Lock(), timeout_s)
         self.transport = ProcessGroupTransport(group, self.device, timeout_s)
-        self.settings = consistency.agree_on_settings(self.transport, mine)
+        try:
+            with self._guard.call("making a Communicator"):
+                self.settings = consistency.check_settings(self.transport, state.n_made, mine)
+                state.n_made = self.transport.tags.communicator + 1
+                self.machine, self._executors = self._connect()
+        except BaseException:
+            self.transport.close()
+            raise
         self.format = self.settings.format
-        self.machine, self._executors = discovery.connect(group, self.transport, self.settings)
         self.calls: Counter[str] = Counter()  # by `Route.name`; replays of CUDA graphs are not seen
         self.sent: Counter[str] = Counter()  # payload bytes to other ranks, by `Route.name`
         self._recent = RecentCalls(self.device)
@@ -93,6 +102,18 @@ class Communicator:
         self._closed = False
         if self.settings.debug == "info":
             _show_info()
+
+    def _connect(self) -> tuple[Machine, dict[Executor, Base]]:
+        """`discovery.connect`, so that an exception on one rank is an error on all of them."""
+        try:
+            found = discovery.connect(self.group, self.transport, self.settings)
+            consistency.tell(self.transport, None, "finishing the Communicator")  # no rank may miss a failure
+            return found
+        except FlashcommError:  # on all ranks, or nobody can be told
+            raise
+        except Exception as why:
+            consistency.tell_failure(self.transport, why)
+            raise
 
     @property
     def rank(self) -> int:
@@ -134,12 +155,16 @@ class Communicator:
             ClosedError: The Communicator was closed.
             CommunicationError: A peer died or did not come within the time-out.
         """
-        if out is None and (recent := self._recent.repeat(x, format, whole)):
-            result, name, n_bytes = recent
-            self.calls[name] += 1
-            self.sent[name] += n_bytes
-            self._n_calls += 1
-            return result
+        if out is None and not self._guard.busy:
+            self._guard.busy = True  # stays so if an exception leaves it halfway
+            recent = self._recent.repeat(x, format, whole)
+            self._guard.busy = False
+            if recent:
+                result, name, n_bytes = recent
+                self.calls[name] += 1
+                self.sent[name] += n_bytes
+                self._n_calls += 1
+                return result
         return self._collective("all_reduce", x, out, format, whole)
 
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None, *, format: str | WireFormat | None = None) -> Tensor:
@@ -178,11 +203,12 @@ class Communicator:
             format: As in `all_reduce`.
         """
         eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
-        problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world_size)
-        fmt = self._validate("all_reduce_add_rms_norm", x, format, problem, eps)
-        total = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._run("all_reduce_add_rms_norm", self._message("all_reduce", x.shape, x.dtype), fmt, x, total)
-        return add_rms_norm(total, residual, weight, eps)
+        with self._guard.call("all_reduce_add_rms_norm"):
+            problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world_size)
+            fmt = self._validate("all_reduce_add_rms_norm", x, format, problem, eps)
+            total = torch.empty_like(x, memory_format=torch.contiguous_format)
+            self._run("all_reduce_add_rms_norm", self._message("all_reduce", x.shape, x.dtype), fmt, x, total)
+            return add_rms_norm(total, residual, weight, eps)
 
     def explain(
         self,
@@ -220,8 +246,10 @@ class Communicator:
     def close(self) -> None:
         """Free buffers and threads. Not collective; on GPUs it waits for this rank's calls. Closing again is fine.
 
-        A call afterwards raises ClosedError; a CUDA graph that holds calls must not be replayed.
+        A call afterwards raises ClosedError; a CUDA graph that holds calls must not be replayed. A call that runs in
+        another thread ends first.
         """
+        self._guard.wait_idle()
         if not self._closed:
             for executor in self._executors.values():
                 executor.close()
@@ -248,15 +276,16 @@ class Communicator:
         format: str | WireFormat | None,
         whole: int | None = None,
     ) -> Tensor:
-        problem = consistency.problem_with(op, x, self.device, self.world_size, out)
-        fmt = self._validate(op, x, format, problem, whole)
-        if out is None:
-            shape = consistency.result_shape(op, tuple(x.shape), self.world_size)
-            out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        name, n_bytes, again = self._run(op, self._message(op, x.shape, x.dtype, whole), fmt, x, out)
-        if again and op == "all_reduce" and x.is_cuda and self.settings.debug == "off" and not self.settings.check:
-            self._recent.keep(x, format, whole, name, n_bytes, again)
-        return out
+        with self._guard.call(op):
+            problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole)
+            fmt = self._validate(op, x, format, problem, whole)
+            if out is None:
+                shape = consistency.result_shape(op, tuple(x.shape), self.world_size)
+                out = torch.empty(shape, dtype=x.dtype, device=x.device)
+            name, n_bytes, again = self._run(op, self._message(op, x.shape, x.dtype, whole), fmt, x, out)
+            if again and op == "all_reduce" and x.is_cuda and self.settings.debug == "off" and not self.settings.check:
+                self._recent.keep(x, format, whole, name, n_bytes, again)
+            return out
 
     def _validate(
         self,
@@ -280,12 +309,13 @@ class Communicator:
             problem = problem or consistency.Problem.FORMAT
         if self.settings.check and self.world_size > 1:
             number, same = self._n_calls + 1, (self.settings, fmt, also_equal)
-            consistency.agree_on_call(self.transport, op, x, problem, number, same)
+            consistency.check_call(self.transport, op, x, problem, number, same)
         elif problem == consistency.Problem.FORMAT and unknown:
             raise unknown
         elif problem:
             raise InputError(f"{op}: {problem.text(x, self.device, self.world_size)}")
         self._n_calls += 1
+        self.transport.tags.begin(self._n_calls)
         return fmt
 
     def _message(self, op: str, shape: Sequence[int], dtype: torch.dtype, whole: int | None = None) -> Message:

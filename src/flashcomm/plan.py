@@ -25,6 +25,7 @@ import base64
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -113,11 +114,13 @@ class Plan:
             PlanError: The file cannot be read, or is not a plan. The message names the wrong entry.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(), object_pairs_hook=_unique)
         except OSError as why:
             raise PlanError(f"no plan at {path}: {why.strerror}; `flashcomm tune` writes one") from why
-        except ValueError as why:
-            raise PlanError(f"{path} is no JSON: {why}") from why
+        except PlanError as why:
+            raise PlanError(f"{path}: {why}") from why
+        except (ValueError, RecursionError) as why:
+            raise PlanError(f"{path} is no JSON that can be read: {why}") from why
         try:
             return cls.from_dict(content)
         except (PlanError, FormatError) as why:
@@ -315,3 +318,12 @@ def _layer_to_json(layer: LayerPlan) -> Any:
 
 def _deprecated(old: str, new: str) -> None:
     warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=3)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises PlanError if a key comes twice, of which Python would keep the last."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise PlanError(f"the key {twice!r} comes twice in one object")
+    return content

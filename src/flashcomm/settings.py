@@ -44,7 +44,7 @@ NAMES = (
 )
 _ARGUMENTS = {name: name.lower() for name in NAMES} | {"LOCAL_WORLD": "local_world_size"}
 _PREFIX = "FLASHCOMM_"
-_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18})\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
 class Arguments(TypedDict, total=False):
@@ -147,15 +147,15 @@ def _format(value: Any) -> str:
 def _seconds(value: float | str) -> float:
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = 0.0
-    if not 0 < seconds < 1e7:
-        raise SettingsError(f"timeout_s={value!r}: give a positive number of seconds")
+    if not 1e-3 <= seconds < 1e7:  # torch.distributed counts milliseconds, and takes 0 of them for no time-out
+        raise SettingsError(f"timeout_s={value!r}: give a number of seconds, at least 0.001")
     return seconds
 
 
 def _ranks(value: int | str | None) -> int:
-    if value is not None and not (str(value).strip().isdecimal() and int(value) > 0):
+    if value is not None and not re.fullmatch(r"0*[1-9][0-9]{0,8}", str(value).strip()):
         raise SettingsError(f"local_world_size={value!r}: give the number of ranks in a node")
     return 0 if value is None else int(value)
 

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from flashcomm.bench.records import BACKEND
 from flashcomm.ranks.launch import RankContext
+from flashcomm.setup import consistency
+from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire.format import UNCOMPRESSED
 
 SMALL = 2.0**-8  # inputs are timed at this scale, so that sums in place have room to grow
@@ -240,8 +242,9 @@ def available(
 
 def first_reason(mine: str | None) -> str | None:
     """The reason of the first rank that has one, on every rank; None if no rank has any. Collective."""
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, mine)
+    group: Any = dist.group.WORLD
+    transport = ProcessGroupTransport(group, consistency.group_device(group, None), timeout_s=600)
+    reasons: list[str | None] = consistency.tell(transport, mine, "comparing why a baseline cannot run")
     return next((why for why in reasons if why is not None), None)
 
 

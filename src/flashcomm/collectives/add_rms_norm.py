@@ -15,7 +15,7 @@ BLOCK_NUMEL = 1 << 16  # values that a CPU works on at a time, to have them in i
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.add_rms_norm`, the same bits, of tensors that fit each other: (normed, new residual), both new."""
-    total, residual, weight = total.contiguous(), residual.contiguous(), weight.contiguous()
+    total, residual, weight = (t.resolve_neg().contiguous() for t in (total, residual, weight))
     hidden = total.shape[-1]
     if total.numel() == 0:
         return torch.empty_like(total), torch.empty_like(total)

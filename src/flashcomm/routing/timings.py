@@ -7,6 +7,7 @@ a transport: first the user's own, then those that come with the package.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -17,8 +18,10 @@ from typing import Any
 
 from flashcomm.wire.format import WireFormat
 
+log = logging.getLogger("flashcomm")
 BUILT_IN = Path(__file__).parent / "machines"
 BACKEND = "backend"  # the key of torch.distributed's own all-reduce
+ALGORITHMS = ("one_shot", "two_shot")  # the other keys: a format and one of these
 _OLD_BACKEND = "native"  # its key in files of flashcomm 0.1
 
 
@@ -77,8 +80,10 @@ def find(machine: str, world_size: int, transport: str) -> Timings | None:
         path = directory / file_name(machine, world_size, transport)
         try:
             return from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError:
             continue
+        except (ValueError, RecursionError) as why:
+            log.warning("%s holds no timings and is ignored: %s", path, why)
     return None
 
 
@@ -87,14 +92,22 @@ def as_dict(timings: Timings) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Timings:
-    """Timings of their JSON. Raises ValueError, KeyError or TypeError for anything else."""
-    sizes = tuple(int(size) for size in data["sizes"])
-    us = {BACKEND if k == _OLD_BACKEND else str(k): tuple(float(t) for t in times) for k, times in data["us"].items()}
-    if not sizes or sorted(set(sizes)) != list(sizes) or BACKEND not in us:
-        raise ValueError(f"timings need rising sizes and times of {BACKEND!r}")
-    if any(len(times) != len(sizes) or min(times) <= 0 for times in us.values()):
-        raise ValueError("timings need a positive time of every route for every size")
-    return Timings(str(data["source"]), sizes, us)
+    """Timings of their JSON. Raises ValueError for anything else."""
+    try:
+        source, sizes = str(data["source"]), tuple(int(size) for size in data["sizes"])
+        us = {BACKEND if k == _OLD_BACKEND else str(k): tuple(map(float, times)) for k, times in data["us"].items()}
+    except (KeyError, TypeError, AttributeError, OverflowError) as why:
+        raise ValueError(f"timings need source, sizes and us: {type(why).__name__}: {why}") from why
+    if not sizes or sizes[0] < 1 or sorted(set(sizes)) != list(sizes) or BACKEND not in us:
+        raise ValueError(f"timings need rising sizes of at least 1 byte and times of {BACKEND!r}")
+    if any(len(times) != len(sizes) or not all(0 < t < math.inf for t in times) for times in us.values()):
+        raise ValueError("timings need a positive, finite time of every route for every size")
+    for key in us.keys() - {BACKEND}:
+        fmt, _, algorithm = key.partition(" ")
+        WireFormat.parse(fmt)  # raises FormatError, a ValueError
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"timings of {key!r}: a format and one of {', '.join(ALGORITHMS)} are needed")
+    return Timings(source, sizes, us)
 
 
 def save(path: Path, timings: Timings) -> None:

@@ -1,9 +1,11 @@
-"""How ranks make sure they are about to do the same thing: an error is raised on all of them or on none.
+"""Consistency checks: ranks compare what they are about to do, and an error is raised on all of them or on none.
 
-Settings are compared once, when a Communicator is made. Calls are compared every time where a peer's mistake would
-otherwise kill the process (gloo aborts on a message of unexpected size): each rank sends 128 bytes that say what it is
-about to do, looks at everybody's, and all come to the same verdict. On GPUs that would stall the host, so it is off
-there unless asked for.
+Settings and versions are compared once, when a Communicator is made. Calls are compared every time on CPUs, where a
+message of unexpected size makes gloo abort the process. Each rank sends 128 bytes that describe its call and compares
+those of all ranks, so that all come to the same decision. On GPUs that would stall the host, so it is off unless asked
+for.
+
+All that ranks send each other here is integers and JSON. Nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError
+from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError, UnavailableError
 from flashcomm.settings import Settings
-from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
+from flashcomm.transports.process_group import CHECK_TAG, ProcessGroupTransport, has_nccl
 from flashcomm.wire.torch_codec import DTYPES
 
-SETTINGS_BYTES = 2048
 CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "making a Communicator")
 PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is where they say; subclasses may only wrap others
 _MAX_DIMS = 8
-_WORDS = 16  # int64 per rank: version, call, its number, problem, settings, dtype, dims, up to 8 sizes, 1 spare
-_VERSION = 1
+_WORDS = 16  # int64 per rank: version, Communicator, call, its number, problem, settings, dtype, dims, up to 8 sizes
+_VERSION = 2  # of these words
+_MAX_ERROR = 2000  # characters of a rank's error that the others are told
 
 
 class Problem(enum.IntEnum):
@@ -48,10 +50,13 @@ class Problem(enum.IntEnum):
     RESIDUAL = 11
     WEIGHT = 12
     EPS = 13
+    OVERLAP = 14
+    WHOLE = 15
 
     def text(self, x: Any, device: torch.device, world_size: int) -> str:
         """For the rank whose tensor it is: what was given, what is allowed, what to do."""
-        got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+        plain = isinstance(x, Tensor) and not x.is_nested  # nested tensors have no shape
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if plain else type(x).__name__
         return f"got {got}: {self.advice(device, world_size)}"
 
     def advice(self, device: torch.device, world_size: int) -> str:
@@ -61,10 +66,12 @@ class Problem(enum.IntEnum):
             Problem.NO_TENSOR: "a torch.Tensor is needed",
             Problem.DTYPE: f"the dtype must be one of {dtypes}; convert it, or use torch.distributed for it",
             Problem.DEVICE: f"the tensor must be on {device} for this group's backend; move it there",
-            Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense()",
+            Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense(), or .values() of a nested tensor",
             Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
             Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world_size}; pad it",
             Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
+            Problem.OVERLAP: "out= must not share memory with x, except that all_reduce takes x itself; leave it out",
+            Problem.WHOLE: "whole= must be a number of values, at least those of x; leave it out",
             Problem.FORMAT: "format= is no wire format; give one such as 'int4-had', or leave it out",
             Problem.MEMORY: "a tensor with memory of its own is needed; of a DTensor give .to_local()",
             Problem.RESIDUAL: "residual must be like x in shape, dtype and device, dense and without a gradient",
@@ -95,15 +102,17 @@ def result_shape(op: str, shape: tuple[int, ...], world_size: int) -> tuple[int,
     return (shape[0] // world_size, *shape[1:]) if op == "reduce_scatter" else shape
 
 
-def problem_with(name: str, x: Any, device: torch.device, world_size: int, out: Any = None) -> Problem:
-    """What is wrong with this rank's tensor for the call `name`, if anything."""
+def problem_with(
+    name: str, x: Any, device: torch.device, world_size: int, out: Any = None, whole: object = None
+) -> Problem:
+    """What is wrong with this rank's arguments for the call `name`, if anything."""
     if not isinstance(x, Tensor):
         return Problem.NO_TENSOR
     if x.dtype not in DTYPES:
         return Problem.DTYPE
     if x.device.type != device.type or x.device.index not in (None, device.index):
         return Problem.DEVICE
-    if x.layout != torch.strided:
+    if x.layout != torch.strided or x.is_nested:
         return Problem.LAYOUT
     if type(x) not in PLAIN and x.numel() and x.data_ptr() == 0:
         return Problem.MEMORY
@@ -119,12 +128,31 @@ def problem_with(name: str, x: Any, device: torch.device, world_size: int, out: 
         isinstance(out, Tensor)
         and out.shape == result_shape(name, tuple(x.shape), world_size)
         and (out.dtype, out.device) == (x.dtype, x.device)
+        and out.layout == torch.strided
         and out.is_contiguous()
+        and not out.is_neg()
         and not (out.requires_grad and torch.is_grad_enabled())
         and (torch.is_inference_mode_enabled() or not out.is_inference())
     ):
         return Problem.OUT
+    if out is not None and _overlap(x, out) and not (name == "all_reduce" and _same_memory(x, out)):
+        return Problem.OVERLAP
+    if whole is not None and (not isinstance(whole, int) or whole < max(1, x.numel())):
+        return Problem.WHOLE
     return Problem.NONE
+
+
+def _same_memory(x: Tensor, out: Tensor) -> bool:
+    return x.data_ptr() == out.data_ptr() and x.is_contiguous()
+
+
+def _overlap(x: Tensor, out: Tensor) -> bool:
+    """Whether the memory from the first value of x to its last meets that of out, which is contiguous."""
+    if not x.numel() or not out.numel():
+        return False
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    begin, end = x.data_ptr(), x.data_ptr() + span * x.element_size()
+    return begin < out.data_ptr() + out.numel() * out.element_size() and out.data_ptr() < end
 
 
 def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.device, world_size: int) -> Problem:
@@ -145,59 +173,142 @@ def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.d
     return Problem.NONE if isinstance(eps, (int, float)) and 0 <= eps < math.inf else Problem.EPS
 
 
-def agree_on_call(
+def check_call(
     transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int, settings: object
 ) -> None:
     """Return if every rank is about to make this very call; otherwise raise the same InputError on all of them.
 
-    settings: what else must be equal: the settings of the Communicator, in which another one of the same group differs,
-    and the format of this call; anything whose `repr` says it all.
+    Args:
+        transport: Of the Communicator.
+        name: One of CALLS.
+        x: This rank's tensor.
+        problem: What is wrong with it.
+        number: Of the call.
+        settings: What else must be equal: the settings of the Communicator and the format of this call. Anything whose
+            `repr` says it all.
     """
-    words = [_VERSION, CALLS.index(name), number, int(problem), _digest(settings)]
-    if isinstance(x, Tensor) and problem not in (Problem.DTYPE, Problem.DIMS):
+    words = [CALLS.index(name), number, int(problem), _digest(settings)]
+    if problem == Problem.NONE and isinstance(x, Tensor):  # others may have no shape, or too long a one
         words += [DTYPES.index(x.dtype), x.dim(), *x.shape]
-    mine = torch.tensor(words + [0] * (_WORDS - len(words)), dtype=torch.int64)
-    rows = _gather(transport, mine.view(torch.uint8), f"agreement on {name}").view(torch.int64).tolist()
-    if all(row == rows[0] for row in rows) and not rows[0][3]:
+    rows = _exchange_words(transport, transport.tags.communicator, words, f"the consistency check of {name}")
+    if all(row == rows[0] for row in rows) and not rows[0][4]:
         return
-    lines = []
-    for rank, (_, call, count, code, digest, dtype, dims, *sizes) in enumerate(rows):
-        what = f"{CALLS[call]} number {count}" + (", of other settings or format," if digest != rows[0][4] else "")
-        if CALLS[call] == CALLS[-1]:
-            lines.append(f"  rank {rank}: {CALLS[call]}")
-        elif code:
-            lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world_size)}")
-        else:
-            lines.append(f"  rank {rank}: {what} of {tuple(sizes[:dims])} {str(DTYPES[dtype]).removeprefix('torch.')}")
-    raise InputError("the ranks did not make the same valid call; nothing was sent:\n" + "\n".join(lines))
+    raise InputError(_differences(rows, transport))
 
 
-def agree_on_settings(transport: ProcessGroupTransport, mine: Settings | FlashcommError) -> Settings:
-    """This rank's settings, if they are valid and equal on every rank; otherwise the same error on all of them."""
-    agree_on_call(transport, CALLS[-1], None, Problem.NONE, 0, None)  # a peer may be in a call of another Communicator
-    said: dict[str, Any]
-    if isinstance(mine, Settings):
-        said = {"device": transport.device.type} | mine.as_dict()
-    else:
-        text = str(mine).encode("ascii", "replace").decode()[: SETTINGS_BYTES // 2]
-        said = {"error": text, "kind": type(mine).__name__}
-    payload = json.dumps(said).encode()
-    if len(payload) > SETTINGS_BYTES:
-        raise SettingsError(f"settings of {len(payload)} bytes; {SETTINGS_BYTES} are allowed")
-    padded = torch.frombuffer(bytearray(payload.ljust(SETTINGS_BYTES)), dtype=torch.uint8)
-    everybody = [json.loads(bytes(row.tolist())) for row in _gather(transport, padded, "comparing settings")]
+def check_settings(transport: ProcessGroupTransport, n_made: int, mine: Settings | FlashcommError) -> Settings:
+    """This rank's settings, if they are valid and equal on every rank; otherwise raise the same error on all of them.
+
+    Also gives the Communicator its number, the same on all ranks.
+
+    Args:
+        transport: Of the Communicator that is being made.
+        n_made: How many Communicators of this group this rank knows.
+        mine: The settings, or why there are none.
+    """
+    # A peer may be in a call of another Communicator instead. Ranks that failed to make one may count differently.
+    rows = _exchange_words(
+        transport, n_made, [CALLS.index(CALLS[-1])], "the consistency check of making a Communicator"
+    )
+    if any(row[0] != rows[0][0] or row[2] != rows[0][2] for row in rows):
+        raise InputError(_differences(rows, transport))
+    transport.tags.communicator = max(row[1] for row in rows)
+    transport.tags.begin(0)
+    everybody = tell(transport, _described(transport, mine), "comparing settings")
     errors = [(rank, s) for rank, s in enumerate(everybody) if "error" in s]
     if errors:
         ranks = ", ".join(str(rank) for rank, _ in errors)
         kind = FormatError if errors[0][1]["kind"] == "FormatError" else SettingsError
         raise kind(f"rank {ranks}: {errors[0][1]['error']}")
-    differing = [key for key in everybody[0] if any(s[key] != everybody[0][key] for s in everybody)]
+    keys = list(dict.fromkeys(key for s in everybody for key in s))  # another version may have more of them, or fewer
+    differing = [key for key in keys if any(s.get(key) != everybody[0].get(key) for s in everybody)]
     if differing or not isinstance(mine, Settings):
-        told = "\n".join(
-            f"  {k}: " + ", ".join(f"rank {r} {s[k]!r}" for r, s in enumerate(everybody)) for k in differing
+        lines = "\n".join(
+            f"  {k}: " + ", ".join(f"rank {r} {s.get(k, 'not known')!r}" for r, s in enumerate(everybody))
+            for k in differing
         )
-        raise SettingsError(f"settings differ between ranks; give all of them the same:\n{told}")
+        what = "versions" if any("version" in key for key in differing) else "settings"
+        raise SettingsError(f"{what} differ between ranks; give all of them the same:\n{lines}")
     return mine
+
+
+def tell(transport: ProcessGroupTransport, mine: Any, what: str) -> list[Any]:
+    """Every rank's `mine`, in rank order. Collective: two exchanges, of lengths and of texts.
+
+    Args:
+        transport: Among these ranks.
+        mine: Anything that JSON holds.
+        what: The phase, for error messages.
+
+    Raises:
+        UnavailableError: A rank came here by `tell_failure`; the same on all ranks.
+    """
+    return _tell(transport, {"value": mine}, what)
+
+
+def tell_failure(transport: ProcessGroupTransport, error: Exception) -> None:
+    """Make every rank's `tell`, this one's included, raise UnavailableError with this rank's error."""
+    _tell(transport, {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR]}, "telling of a failure")
+
+
+def _tell(transport: ProcessGroupTransport, mine: dict[str, Any], what: str) -> list[Any]:
+    text = json.dumps(mine).encode()
+    length = torch.tensor([len(text)], dtype=torch.int64).view(torch.uint8)
+    size = max(int(row.view(torch.int64).item()) for row in _gather(transport, length, what))
+    padded = torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
+    everybody = [json.loads(bytes(row.tolist())) for row in _gather(transport, padded, what)]
+    if errors := [f"rank {rank}: {said['error']}" for rank, said in enumerate(everybody) if "error" in said]:
+        raise UnavailableError(f"a rank failed while the ranks set up what they share: {'; '.join(errors)}")
+    return [said["value"] for said in everybody]
+
+
+def _described(transport: ProcessGroupTransport, mine: Settings | FlashcommError) -> dict[str, Any]:
+    """What `check_settings` compares: settings and versions, or this rank's error. JSON holds it."""
+    from flashcomm import __version__  # here, as the package imports this module
+    from flashcomm.wire.format import WIRE_VERSION
+
+    if isinstance(mine, Settings):
+        said = {"version": __version__, "wire version": WIRE_VERSION}
+        said |= {"device": transport.device.type} | mine.as_dict()
+        try:
+            json.dumps(said)
+            return said
+        except (TypeError, ValueError) as why:  # a plan that is no text
+            mine = SettingsError(f"{why}: settings must be text and numbers")
+    return {"error": str(mine)[:_MAX_ERROR], "kind": type(mine).__name__}
+
+
+def _exchange_words(
+    transport: ProcessGroupTransport, communicator: int, words: list[int], what: str
+) -> list[list[int]]:
+    """Every rank's words. They have one size and one tag whatever the call, and so match those of any other call."""
+    words = [_VERSION, communicator, *words]
+    mine = torch.tensor(words + [0] * (_WORDS - len(words)), dtype=torch.int64)
+    rows: list[list[int]] = _gather(transport, mine.view(torch.uint8), what, CHECK_TAG).view(torch.int64).tolist()
+    return rows
+
+
+def _differences(rows: list[list[int]], transport: ProcessGroupTransport) -> str:
+    lines, told = [], next(row for row in rows if row[0] == _VERSION)
+    for rank, (version, communicator, call, count, code, digest, dtype, dims, *sizes) in enumerate(rows):
+        if version != _VERSION:
+            lines.append(
+                f"  rank {rank}: another version of flashcomm (consistency check {version}, here {_VERSION}): install "
+                "the same version on all ranks"
+            )
+            continue
+        if CALLS[call] == CALLS[-1]:
+            lines.append(f"  rank {rank}: {CALLS[call]}")
+            continue
+        what = f"{CALLS[call]} number {count}"
+        if any(row[1] != communicator for row in rows):
+            what += f" of Communicator {communicator}"
+        what += ", of other settings or format," if digest != told[5] else ""
+        if code:
+            lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world_size)}")
+        else:
+            lines.append(f"  rank {rank}: {what} of {tuple(sizes[:dims])} {str(DTYPES[dtype]).removeprefix('torch.')}")
+    return "the ranks did not make the same valid call; nothing was sent:\n" + "\n".join(lines)
 
 
 def _digest(settings: object) -> int:
@@ -205,19 +316,10 @@ def _digest(settings: object) -> int:
     return zlib.crc32(repr(settings).encode())
 
 
-def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str) -> Tensor:
-    """uint8 (world, n) on the CPU: every rank's `mine` (n,). Waits for it on the host."""
+def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str, tag: int | None = None) -> Tensor:
+    """uint8 (world_size, n) on the CPU: every rank's `mine` (n,). Waits for it on the host."""
     sent = transport.n_bytes_sent
     out = torch.empty((transport.world_size, mine.numel()), dtype=torch.uint8, device=transport.device)
-    transport.all_gather(out, mine.to(transport.device), what, overlap=False).wait()
+    transport.all_gather(out, mine.to(transport.device), what, overlap=False, tag=tag).wait()
     transport.n_bytes_sent = sent  # the counter is of messages
     return out.cpu()
-
-
-def tell(transport: ProcessGroupTransport, mine: Any, what: str) -> list[Any]:
-    """Every rank's `mine`, anything that JSON holds, in rank order. Collective, twice: lengths, then texts."""
-    text = json.dumps(mine).encode()
-    length = torch.tensor([len(text)], dtype=torch.int64).view(torch.uint8)
-    size = max(int(row.view(torch.int64).item()) for row in _gather(transport, length, what))
-    padded = torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
-    return [json.loads(bytes(row.tolist())) for row in _gather(transport, padded, what)]

@@ -1,22 +1,31 @@
 """Bytes over any torch.distributed process group: gloo on CPUs, NCCL on GPUs, across hosts.
 
-Two verbs, both with equal pieces and both asynchronous: `all_to_all` and `all_gather`. They call the group's own
-methods rather than `torch.distributed` functions, so that a group which is not registered by name (the inner one of
-our c10d backend) serves as well.
+Two verbs, `all_to_all` and `all_gather`. Both move equal pieces and both are asynchronous. They call the group's own
+methods rather than `torch.distributed` functions, so that a group without a registered name (the inner group of our
+c10d backend) works too.
 
-On CPUs the verbs are W-1 matched steps: in step k every rank sends to rank+k and receives from rank-k. Each link then
-carries one stream at a time in each direction, and carries it at full rate; posting all messages at once, as gloo's
-all-to-all does, makes streams collide at receivers (12.1 ms against 8.8 for 52 kB over 100 Mbit/s, 3 ranks: LOG.md).
-A thread of the transport's own takes the steps, so that the caller can code the next chunk meanwhile.
+On CPUs a verb is W-1 matched steps: in step k every rank sends to rank+k and receives from rank-k. Each link then
+carries one stream in each direction at full rate. Posting all messages at once, as gloo's all-to-all does, makes
+streams collide at receivers (12.1 ms against 8.8 for 52 kB over 100 Mbit/s, 3 ranks: LOG.md); only messages of up to
+2 KiB go that way. The transport has a thread that takes these steps, so that the caller can code the next chunk in the
+meantime.
 
-GPU tensors over a group without NCCL go by way of the CPU, slowly: such a group is for ranks that find a faster way
-through `symmetric` or `host`, and is all that ranks which share a GPU can have.
+Every message on a CPU carries a tag made of the Communicator's number, the call's number and the exchange's number
+within the call (`Tags`). gloo accepts a shorter message in place of a longer one without an error, so a message of
+another call must never match. The one exception is the consistency check: its messages have a fixed size, one tag, and
+say themselves which call they belong to.
+
+GPU tensors over a group without NCCL go through the CPU, slowly. Such a group serves ranks that find a faster way
+through `symmetric` or `host_memory`, and ranks that share one GPU.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -32,28 +41,51 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     AllToAllOptions,
 )
 
-from flashcomm.errors import CommunicationError
+from flashcomm.errors import ClosedError, CommunicationError
 
-_TAG = 0xF1A5  # of our point-to-point messages, out of the way of the program's own
+CHECK_TAG = 0xF1A5  # of consistency checks; the same in every version, so that versions can be compared
+SMALL_BYTES = 2048  # pieces up to which an exchange posts all its messages at once
+_OURS = 1 << 30  # the highest bit of a tag: out of the way of the program's own messages
+
+
+class Tags:
+    """Numbers the messages of one Communicator: 10 bits for it, 11 for the call, 9 for the exchange in the call.
+
+    A number that wraps around is no danger: messages between two ranks arrive in order, and after a call that was left
+    halfway its Communicator sends nothing more.
+    """
+
+    def __init__(self) -> None:
+        self.communicator = self._call = self._exchange = 0
+
+    def begin(self, call_number: int) -> None:
+        """Start numbering the exchanges of a call."""
+        self._call, self._exchange = call_number, 0
+
+    def next(self) -> int:
+        """The tag of the next exchange of this call."""
+        self._exchange += 1
+        return _OURS | self.communicator % 1024 << 20 | self._call % 2048 << 9 | self._exchange % 512
 
 
 class Pending:
-    """An exchange in flight; `wait()` makes its result usable (on GPUs: by the current stream)."""
+    """An exchange in flight."""
 
     def __init__(self, finish: Callable[[], object], what: str, transport: ProcessGroupTransport) -> None:
-        self._finish, self._what, self._transport = finish, what, transport
+        self._finish, self._what, self._transport, self._begin = finish, what, transport, time.monotonic()
 
     def wait(self) -> None:
-        """Raises CommunicationError naming the phase when a peer died or did not answer within the time-out."""
-        transport, group = self._transport, self._transport.group
+        """Make the result usable (on GPUs: by the current stream).
+
+        Raises:
+            CommunicationError: A peer died or did not answer within the time-out.
+        """
         try:
             self._finish()
+        except (CommunicationError, ClosedError):
+            raise
         except RuntimeError as why:
-            raise CommunicationError(
-                f"rank {group.rank()} of {group.size()}: {self._what} failed: a peer died or did not answer "
-                f"within {transport.timeout_s:g} s (FLASHCOMM_TIMEOUT_S). Restart the group; the first to fail says "
-                f"more. The backend said: {str(why).splitlines()[0]}"
-            ) from why
+            self._transport.fail(self._what, "a peer", why, self._begin)
 
 
 def has_nccl(group: dist.ProcessGroup) -> bool:
@@ -63,9 +95,19 @@ def has_nccl(group: dist.ProcessGroup) -> bool:
 
 
 class ProcessGroupTransport:
-    """The two byte verbs over a c10d group. `n_bytes_sent` counts what this rank sent to others, payload only.
+    """The two byte verbs over a c10d group.
 
-    rank, world: among those that take part: all of the group, or the `members` that `among` names.
+    Args:
+        group: The process group.
+        device: Where the tensors are.
+        timeout_s: Seconds to wait for a peer.
+        members: Group ranks that take part, ascending; None means all.
+        parent: The transport that this one is a part of; it counts bytes and has the numbering and the thread.
+
+    Attributes:
+        rank, world_size: Among the members.
+        n_bytes_sent: Payload bytes that this rank sent to others.
+        tags: The numbering of messages.
     """
 
     def __init__(
@@ -74,130 +116,241 @@ class ProcessGroupTransport:
         device: torch.device,
         timeout_s: float,
         members: Sequence[int] | None = None,
-        whole: ProcessGroupTransport | None = None,
+        parent: ProcessGroupTransport | None = None,
     ) -> None:
         self.group, self.device, self.timeout_s = group, device, timeout_s
         self._members = range(group.size()) if members is None else members
         self.rank, self.world_size = self._members.index(group.rank()), len(self._members)
-        self.n_bytes_sent, self._whole = 0, whole  # which counts for its parts, and whose thread they use
-        self._by_cpu: ProcessGroupTransport | None = None  # what takes GPU tensors over a group without NCCL
+        self.n_bytes_sent, self._parent = 0, parent
+        self.tags: Tags = parent.tags if parent else Tags()
+        self._by_cpu: ProcessGroupTransport | None = None  # carries GPU tensors over a group without NCCL
         if device.type == "cuda" and not has_nccl(group):
             self._by_cpu = ProcessGroupTransport(group, torch.device("cpu"), timeout_s, members)
+            self._by_cpu.tags = self.tags
         self._lane: _Lane | None = None
         if device.type == "cpu":
-            self._lane = whole._lane if whole else _Lane()
+            self._lane = parent._lane if parent else _Lane()
+        # Works of the latest exchange. gloo gets stuck in a message whose work is dropped halfway, so an exchange that
+        # an exception leaves must stay alive.
+        self._in_flight: list[Any] = []
 
     def among(self, members: Sequence[int]) -> ProcessGroupTransport:
-        """The verbs among some ranks, in ascending order. All ranks of the group are to be in such a part, and to call
-        the same verb at the same time."""
+        """The verbs among some ranks, in ascending order.
+
+        Every rank of the group must be in such a part and call the same verbs in the same order.
+        """
         return ProcessGroupTransport(self.group, self.device, self.timeout_s, members, self)
 
     def all_to_all(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
-        """Row j of inp goes to rank j; row i of out comes from rank i. Both uint8 (world, n), contiguous.
+        """Send row j of inp to rank j; row i of out comes from rank i.
 
-        overlap=False, where nothing is to be done before `wait()`, spares CPUs the way over another thread.
+        Args:
+            out: uint8 (world_size, n), contiguous.
+            inp: uint8 (world_size, n), contiguous.
+            what: The phase, for error messages.
+            overlap: False, where nothing is done before `wait()`, saves CPUs the detour over another thread.
         """
         self._count(inp.numel() // self.world_size * (self.world_size - 1))
         if self._by_cpu:
-            there = torch.empty_like(out, device="cpu")
-            self._by_cpu.all_to_all(there, inp.cpu(), what, overlap=False).wait()
-            return self._brought(there, out, what)
+            on_cpu = torch.empty_like(out, device="cpu")
+            self._by_cpu.all_to_all(on_cpu, inp.cpu(), what, overlap=False).wait()
+            return self._copied_back(on_cpu, out, what)
         if self._lane:
-            return self._on_cpu(lambda: self._steps(out, lambda rank: inp[rank]), what, overlap)
+            return self._on_cpu(out, lambda rank: inp[rank], what, overlap, None)
         return self._pending(self._rows(out, inp), what)
 
-    def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending:
-        """inp, uint8 (n,), goes to everybody; row i of out, uint8 (world, n), comes from rank i. inp may be row `rank`
-        of out. overlap: see above."""
+    def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True, tag: int | None = None) -> Pending:
+        """Send inp to every rank; row i of out comes from rank i.
+
+        Args:
+            out: uint8 (world_size, n), contiguous.
+            inp: uint8 (n,); may be row `rank` of out.
+            what: The phase, for error messages.
+            overlap: As for `all_to_all`.
+            tag: The tag of the messages on CPUs; None takes the call's next one.
+        """
         self._count(inp.numel() * (self.world_size - 1))
         if self._by_cpu:
-            there = torch.empty_like(out, device="cpu")
-            self._by_cpu.all_gather(there, inp.cpu(), what, overlap=False).wait()
-            return self._brought(there, out, what)
+            on_cpu = torch.empty_like(out, device="cpu")
+            self._by_cpu.all_gather(on_cpu, inp.cpu(), what, overlap=False, tag=tag).wait()
+            return self._copied_back(on_cpu, out, what)
         if self._lane:
-            return self._on_cpu(lambda: self._steps(out, lambda rank: inp), what, overlap)
+            return self._on_cpu(out, lambda rank: inp, what, overlap, tag)
         if self.world_size < self.group.size():
             return self._pending(self._rows(out, inp.expand(self.world_size, -1).contiguous()), what)
         return self._pending(self.group._allgather_base(out.view(-1), inp, AllgatherOptions()), what)
 
     def all_reduce_native(self, x: Tensor, what: str) -> Pending:
-        """The backend's own sum of x, in place; its algorithm and its order of additions."""
+        """The backend's own sum of x, in place, by its own algorithm and in its own order of additions."""
         self._count(2 * (self.world_size - 1) * x.numel() * x.element_size() // self.world_size)
         if self._by_cpu:
-            there = x.cpu()
-            self._by_cpu.all_reduce_native(there, what).wait()
-            return self._brought(there, x, what)
+            on_cpu = x.cpu()
+            self._by_cpu.all_reduce_native(on_cpu, what).wait()
+            return self._copied_back(on_cpu, x, what)
         options = AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
         return self._pending(self.group.allreduce([x], options), what)
 
     def close(self) -> None:
-        """End the transport's thread; exchanges must be over."""
+        """End the transport's thread. Exchanges that have not started yet raise ClosedError."""
         if self._lane:
-            self._lane.close()
+            self._lane.close(self.timeout_s)
         if self._by_cpu:
             self._by_cpu.close()
 
+    def fail(self, what: str, peer: str, why: RuntimeError, begin: float) -> None:
+        """Raise CommunicationError that names the peer and says what happened.
+
+        Args:
+            what: The phase.
+            peer: Whom this rank waited for, such as "rank 3".
+            why: The backend's error.
+            begin: `time.monotonic()` when the wait began.
+        """
+        seconds, text = time.monotonic() - begin, (str(why).splitlines() or [""])[0]
+        if "timed out" in text.lower() or "timeout" in text.lower():
+            happened = f"{peer} did not answer within {self.timeout_s:g} s (FLASHCOMM_TIMEOUT_S)"
+        else:
+            happened = f"the connection to {peer} was lost after {seconds:.2g} s: that process ended, or gave up"
+        raise CommunicationError(
+            f"rank {self.group.rank()} of {self.group.size()}: {what} failed: {happened}. Restart the group; the first "
+            f"rank to fail says more. The backend said: {text}"
+        ) from why
+
     def _count(self, n_bytes: int) -> None:
-        (self._whole or self).n_bytes_sent += n_bytes
+        (self._parent or self).n_bytes_sent += n_bytes
 
     def _rows(self, out: Tensor, inp: Tensor) -> Any:
-        """The all-to-all of rows by the backend's own; ranks that are no members get and give nothing."""
-        n, everybody = inp.shape[1], range(self.group.size())
-        sizes = [n if r in self._members else 0 for r in everybody] if self.world_size < len(everybody) else []
+        """The backend's all-to-all of rows; ranks that are no members neither send nor receive."""
+        n, ranks = inp.shape[1], range(self.group.size())
+        sizes = [n if r in self._members else 0 for r in ranks] if self.world_size < len(ranks) else []
         return self.group.alltoall_base(out.view(-1), inp.view(-1), sizes, sizes, AllToAllOptions())
 
-    def _brought(self, there: Tensor, out: Tensor, what: str) -> Pending:
-        out.copy_(there)
+    def _copied_back(self, on_cpu: Tensor, out: Tensor, what: str) -> Pending:
+        out.copy_(on_cpu)
         return Pending(lambda: None, what, self)
 
     def _pending(self, work: Any, what: str) -> Pending:
         if self.device.type == "cpu":
+            (self._parent or self)._in_flight = [work]
             return Pending(lambda: work.wait(timedelta(seconds=self.timeout_s)), what, self)
-        return Pending(work.wait, what, self)  # orders the stream behind it; NCCL's watchdog keeps the group's time-out
+        return Pending(work.wait, what, self)  # orders the stream behind it; NCCL's watchdog has the group's time-out
 
-    def _on_cpu(self, steps: Callable[[], None], what: str, overlap: bool) -> Pending:
+    def _on_cpu(
+        self, out: Tensor, piece_for: Callable[[int], Tensor], what: str, overlap: bool, tag: int | None
+    ) -> Pending:
         assert self._lane
+        tag = self.tags.next() if tag is None else tag  # now, in the order of the caller's exchanges
+        steps = lambda: self._steps(out, piece_for, what, tag)  # noqa: E731
         return Pending(self._lane.start(steps) if overlap else steps, what, self)
 
-    def _steps(self, out: Tensor, piece_for: Callable[[int], Tensor]) -> None:
-        """The exchange as W-1 matched steps. Raises RuntimeError, from the backend."""
-        limit, ranks = timedelta(seconds=self.timeout_s), self._members
+    def _steps(self, out: Tensor, piece_for: Callable[[int], Tensor], what: str, tag: int) -> None:
+        """The exchange as W-1 matched steps, or as one if pieces are small. Raises CommunicationError."""
         if out[self.rank].data_ptr() != piece_for(self.rank).data_ptr():
             out[self.rank].copy_(piece_for(self.rank))
-        for k in range(1, self.world_size):
-            source, target = (self.rank - k) % self.world_size, (self.rank + k) % self.world_size
-            received = self.group.recv([out[source]], ranks[source], _TAG)
-            sent = self.group.send([piece_for(target)], ranks[target], _TAG)
-            received.wait(limit)
-            sent.wait(limit)
+        steps = range(1, self.world_size)
+        # Small messages do not collide, and whoever waits for all peers at once finds the one that does not come.
+        for together in [steps] if out.shape[1] <= SMALL_BYTES else [range(k, k + 1) for k in steps]:
+            if self._lane and self._lane.closed:
+                raise ClosedError(f"{what}: the Communicator was closed during the call")
+            begin, peer, works = time.monotonic(), 0, []  # type: ignore[var-annotated]
+            (self._parent or self)._in_flight = works
+            try:
+                for k in together:
+                    source, target = (self.rank - k) % self.world_size, (self.rank + k) % self.world_size
+                    peer = self._members[source]
+                    works.append((peer, self.group.recv([out[source]], peer, tag)))
+                    peer = self._members[target]
+                    works.append((peer, self.group.send([piece_for(target)], peer, tag)))
+                for peer, work in works:  # noqa: B007  (named if it fails)
+                    work.wait(timedelta(seconds=self.timeout_s))
+            except RuntimeError as why:
+                self.fail(what, f"rank {peer}", why, begin)
 
 
 class _Lane:
-    """One daemon thread that runs what it is given, in order; it starts with the first job and ends with its owner."""
+    """One daemon thread that runs jobs in order. It starts with the first job and ends with its owner."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self.close = weakref.finalize(self, self._jobs.put, None)
+        self._state = _LaneState()
+        weakref.finalize(self, self._state.stop).atexit = False  # at exit `_join_all` does it
+
+    @property
+    def closed(self) -> bool:
+        return self._state.stopped
 
     def start(self, job: Callable[[], None]) -> Callable[[], object]:
         """Queue job; the function returned waits for it and raises what it raised."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="flashcomm-exchange", daemon=True)
-            self._thread.start()
+        state = self._state
+        if state.stopped:
+            raise ClosedError("the Communicator was closed during the call")
+        if state.thread is None:
+            state.thread = threading.Thread(target=_work, args=(state,), name="flashcomm-exchange", daemon=True)
+            _running.add(state)
+            state.thread.start()
         future: Future[None] = Future()
-        self._jobs.put((job, future))
+        state.jobs.put((job, future))
+        if self.closed:  # in the meantime: the thread may be gone
+            state.drain()
         return future.result
 
+    def close(self, timeout_s: float) -> None:
+        """Stop after the job that is running, and wait for it up to timeout_s seconds."""
+        self._state.stop()
+        self._state.join(timeout_s)
 
-def _work(jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None]) -> None:
-    while (item := jobs.get()) is not None:
+
+class _LaneState:
+    """What the thread shares with its `_Lane`, which may be collected while the thread runs."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        self.stopped, self.pid = False, os.getpid()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.jobs.put(None)
+
+    def drain(self) -> None:
+        """Jobs that will not run any more raise ClosedError."""
+        while True:
+            try:
+                item = self.jobs.get_nowait()
+            except queue.Empty:
+                return
+            if item is not None:
+                item[1].set_exception(ClosedError("the Communicator was closed during the call"))
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread, unless it is this one or belongs to the process that this one was forked from."""
+        if self.thread is not None and self.pid == os.getpid() and self.thread is not threading.current_thread():
+            self.thread.join(timeout_s)
+
+
+_running: weakref.WeakSet[_LaneState] = weakref.WeakSet()
+
+
+@atexit.register
+def _join_all() -> None:
+    """A thread that waits inside gloo while Python finalizes would abort the process (SIGABRT)."""
+    states = [state for state in _running if state.pid == os.getpid()]
+    for state in states:
+        state.stop()
+    for state in states:
+        state.join(timeout_s=3600)  # the job that is running ends within the time-out of its Communicator
+
+
+def _work(state: _LaneState) -> None:
+    while (item := state.jobs.get()) is not None:
         job, future = item
         try:
-            with torch.inference_mode():  # modes are per thread, and the caller's tensors may be of inference mode
+            if state.stopped:
+                raise ClosedError("the Communicator was closed during the call")
+            with torch.inference_mode():  # modes are per thread, and the caller's tensors may be inference tensors
                 job()
             future.set_result(None)
-        except BaseException as why:  # handed to whoever waits
+        except BaseException as why:  # handed to the caller who waits
             future.set_exception(why)
-        del item, job, future  # hold no buffers while waiting for the next
+        del item, job, future  # hold no buffers while waiting for the next job
+    state.drain()

@@ -34,13 +34,14 @@ from typing import ClassVar
 
 from flashcomm.errors import FormatError
 
+WIRE_VERSION = 1  # of the bytes on the wire; ranks compare it. Change it with any bit that an encoder writes
 ALIGN = 16  # bytes; every section of a wire buffer starts at a multiple of it
 GROUPS = (16, 32, 64, 128, 256)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 UNCOMPRESSED = "bf16"
 LIMIT = 2.0**126  # magnitudes from here on count as not finite, see StepFormat.limit
 
-_STEP = re.compile(r"int(?P<bits>[1-9]\d*)(?P<options>(?:-[a-z0-9]+)*)")
+_STEP = re.compile(r"int(?P<bits>[1-9][0-9]{0,2})(?P<options>(?:-[a-z0-9]+)*)")
 _HELP = (
     "a format is int2 ... int8, optionally with -g16, -g32, -g64, -g128 or -g256 (values per scale) and -had "
     "(a Hadamard transform of each group), e.g. 'int8', 'int6-had', 'int4-g32-had'; 'int4/int8' uses the first for the "
@@ -152,7 +153,7 @@ class StepFormat:
         for option in match["options"].split("-")[1:]:
             if option == "had" and not hadamard:
                 hadamard = True
-            elif re.fullmatch(r"g\d+", option) and group is None:
+            elif re.fullmatch(r"g[1-9][0-9]{0,3}", option) and group is None:
                 group = int(option[1:])
             else:
                 raise FormatError(f"unknown or repeated option '-{option}' in format {text!r}: {_HELP}")

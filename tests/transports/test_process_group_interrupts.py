@@ -1,0 +1,143 @@
+"""An exception may leave a call at any instant. Every rank then has the right result or an error, and goes on living.
+
+Real processes over gloo. A timer's signal handler raises in the middle of a call on one rank; the ranks then call
+again. A rank that is aborted, or that hangs, fails the run itself.
+
+FLASHCOMM_TEST_THOROUGH=1 takes 200 instants instead of a few.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import gloo_group, same_bits
+
+from flashcomm import Communicator, reference
+from flashcomm.errors import FlashcommError
+from flashcomm.ranks.launch import RankContext, run
+
+THOROUGH = os.environ.get("FLASHCOMM_TEST_THOROUGH") == "1"
+SHAPE, FORMAT = (256, 1152), "int4"
+TIMEOUT_S = 1.0
+
+
+class TooSlow(Exception):  # noqa: N818  (as a program would name it)
+    """What a program's own time limit raises."""
+
+
+def too_slow(number: int, frame: object) -> None:
+    raise TooSlow
+
+
+def message(rank: int, turn: int) -> torch.Tensor:
+    """Of another turn: other values of the same size, so that what is left over shows."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 * turn + rank))
+    return (x * (1 + 3 * turn)).bfloat16()
+
+
+def wanted(kind: str, comm: Communicator, rank: int, turn: int, world_size: int) -> torch.Tensor:
+    everybody = [message(r, turn) for r in range(world_size)]
+    if kind == "hierarchical":
+        return reference.hierarchical(everybody, comm.format, 2)
+    if kind == "reduce_scatter":
+        return reference.reduce_scatter(everybody, comm.format)[rank]
+    result: torch.Tensor = getattr(reference, kind)(everybody, comm.format)
+    return result
+
+
+def make(group: dist.ProcessGroup, kind: str, chunk_bytes: int) -> Communicator:
+    algorithm = kind if kind in ("one_shot", "two_shot", "hierarchical") else "two_shot"
+    return Communicator(
+        group,
+        FORMAT,
+        algorithm=algorithm,
+        min_bytes=0,
+        chunk_bytes=chunk_bytes,
+        timeout_s=TIMEOUT_S,
+        local_world_size=2,
+    )
+
+
+def call(comm: Communicator, kind: str, x: torch.Tensor) -> torch.Tensor:
+    if kind in ("reduce_scatter", "all_gather"):
+        result: torch.Tensor = getattr(comm, kind)(x)
+        return result
+    return comm.all_reduce(x)
+
+
+def interrupted(ctx: RankContext, cases: list[tuple[str, int]], trials: int, seed: int) -> None:
+    """`trials` groups for each kind and chunk size, each with one interrupted call and two calls after it."""
+    signal.signal(signal.SIGALRM, too_slow)
+    store: Any = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
+    rng, seen = random.Random(seed), Counter[str]()
+    for case, (kind, chunk_bytes) in enumerate(cases):
+        for trial in range(trials):
+            victim, part = rng.randrange(ctx.world_size), rng.uniform(0.0, 1.2)
+            group = gloo_group(dist.PrefixStore(f"case{case}trial{trial}", store), ctx.rank, ctx.world_size)
+            comm = make(group, kind, chunk_bytes)
+            want = [wanted(kind, comm, ctx.rank, turn, ctx.world_size) for turn in range(4)]
+            for _ in range(2):
+                begin = time.perf_counter()
+                assert same_bits(call(comm, kind, message(ctx.rank, 0)), want[0])
+                seconds = time.perf_counter() - begin
+            dist.barrier()
+            for turn in (1, 2, 3):
+                limit = max(1e-6, seconds * part) if turn == 1 and ctx.rank == victim else 0
+                seen[outcome(comm, kind, message(ctx.rank, turn), want[turn], limit)] += 1
+            dist.barrier()  # nobody leaves a group that others still wait in
+            comm.close()
+    ctx.emit(dict(seen))
+
+
+def outcome(comm: Communicator, kind: str, x: torch.Tensor, want: torch.Tensor, limit: float) -> str:
+    """What becomes of a call that a timer's signal ends after `limit` seconds (0: none)."""
+    try:
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        got = call(comm, kind, x)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return "right" if same_bits(got, want) else "wrong"
+    except TooSlow:
+        return "interrupted"
+    except FlashcommError:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return "error"
+
+
+LARGE, SMALL = 1 << 30, 1 << 14  # one chunk, and 36
+PAIRS = [
+    ("one_shot", LARGE),
+    ("two_shot", LARGE),
+    ("two_shot", SMALL),
+    ("reduce_scatter", LARGE),
+    ("all_gather", SMALL),
+]
+FOURS = [("hierarchical", SMALL)]
+if THOROUGH:
+    PAIRS = [
+        (kind, chunk) for kind in ("one_shot", "two_shot", "reduce_scatter", "all_gather") for chunk in (LARGE, SMALL)
+    ]
+    FOURS = [(kind, chunk) for kind in ("hierarchical", "two_shot") for chunk in (LARGE, SMALL)]
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    ("world_size", "cases", "trials"), [(2, PAIRS, 20 if THOROUGH else 3), (4, FOURS, 20 if THOROUGH else 5)]
+)
+def test_right_or_an_error_on_every_rank(world_size: int, cases: list[tuple[str, int]], trials: int) -> None:
+    total, told = Counter[str](), []  # type: ignore[var-annotated]
+    seed = int(os.environ.get("FLASHCOMM_TEST_SEED", "0"))
+    run(interrupted, world_size, (cases, trials, seed), on_event=told.append, timeout_s=2500)
+    for one in told:
+        total.update(one)
+    print(world_size, cases, trials, dict(total))
+    assert sum(total.values()) == 3 * trials * len(cases) * world_size
+    assert total["wrong"] == 0
+    assert total["interrupted"] > 0, "no signal came in the middle of a call"
