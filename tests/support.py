@@ -55,6 +55,7 @@ def ranks(world_size: int | None = None, **options: Any) -> Callable[[Callable[.
 
         @functools.wraps(body)
         def test(*instance: object, **values: Any) -> None:
+            __tracebackhide__ = True
             n = values["world_size"] if world_size is None else world_size
             if of_the_rank == {"ctx"}:
                 launch.run(_Body(body.__module__, body.__name__), n, (values,), **{"timeout_s": 280} | options)

@@ -1,4 +1,4 @@
-"""The policy with a machine: transports, measured tables, where tables lie. Pure functions, so no group is needed."""
+"""The policy: which route a message takes, with and without measured times. Pure functions, so no group is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ TIMINGS = Timings(
         "int8-had two_shot": (9.0, 15.0, 260.0),
     },
 )
-FAST = Machine("symmetric", TIMINGS)
+INT4 = WireFormat.parse("int4")
+FAST = Machine("symmetric", TABLE)
 
 
 def choose(
@@ -133,3 +134,96 @@ def test_own_tables_come_before_those_of_the_package(tmp_path: Path, monkeypatch
 def test_what_is_no_table(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="timings need"):
         timings.from_dict(wrong)
+
+
+# On CPUs, without measured times
+
+
+def choose_on_cpus(
+    numel: int, world_size: int, fmt: str = "int4", algorithm: str = "auto", row: int = 576, min_bytes: int = 65536
+) -> policy.Choice:
+    """Over gloo, without measured times."""
+    return policy.choose(Call(numel, row, 2, world_size, "cpu"), WireFormat.parse(fmt), algorithm, min_bytes)
+
+
+def test_auto_takes_the_algorithm_of_fewest_bytes_or_the_backend() -> None:
+    assert choose_on_cpus(512 * 576, 2).route.algorithm == "one_shot"
+    assert choose_on_cpus(512 * 576, 3).route.algorithm == "two_shot"
+    assert choose_on_cpus(80 * 576, 3).route.algorithm == "one_shot"
+    assert choose_on_cpus(576, 3).route.algorithm == "native"
+    assert choose_on_cpus(512 * 576, 3, "bf16").route.algorithm == "native"
+    assert choose_on_cpus(512 * 576, 3, row=1).route.algorithm == "native"  # 3 bytes a value would be sent for 2
+    assert choose_on_cpus(512 * 576, 1).route.algorithm == "copy"
+    assert choose_on_cpus(0, 3, row=0).route.algorithm == "copy"
+
+
+def test_a_sweep_admits_every_algorithm_somewhere() -> None:
+    seen = {choose_on_cpus(n * 576, w).route.algorithm for n in (1, 80, 512) for w in range(1, 9)}
+    assert seen == {"copy", "native", "one_shot", "two_shot"}
+
+
+def test_what_is_asked_for_wins() -> None:
+    for algorithm in policy.CHOSEN:
+        assert choose_on_cpus(576, 3, algorithm=algorithm).route.algorithm == algorithm
+    assert choose_on_cpus(576, 3, min_bytes=0).route.algorithm == "one_shot"
+
+
+def test_every_route_not_taken_has_a_reason() -> None:
+    for world_size in (2, 3):
+        for n in (1, 80, 512):
+            choice = choose_on_cpus(n * 576, world_size)
+            assert {choice.route.algorithm, *(r.algorithm for r in choice.rejected)} == set(policy.CHOSEN)
+            assert all(r.reason for r in choice.rejected)
+            assert choice.route.reason
+            assert f"{choice.route.wire_bytes} bytes a rank" in str(choice)
+
+
+def test_wire_bytes_are_those_of_the_layout() -> None:
+    """int4 over 3 ranks, two-shot: 4.25 bits, two thirds of the message sent in each of two steps."""
+    row_bytes = 288 + 9 * 2
+    assert choose_on_cpus(513 * 576, 3).route.wire_bytes == 2 * 2 * (171 * row_bytes + -171 * 18 % 16)
+    assert choose_on_cpus(512 * 576, 2).route.wire_bytes == 512 * row_bytes
+    assert choose_on_cpus(512 * 576, 4, "bf16").route.wire_bytes == 2 * 3 * 512 * 576 * 2 // 4
+
+
+# Nodes
+
+
+def test_hierarchical_is_two_shot_where_nodes_gain_nothing() -> None:
+    """One node, nodes of one rank, and so many that less crosses in two-shot."""
+    for world_size, local_world_size, algorithm in (
+        *((4, 4, "two_shot"), (4, 1, "two_shot"), (4, 0, "two_shot"), (8, 2, "two_shot")),
+        *((4, 2, "hierarchical"), (6, 2, "hierarchical"), (8, 4, "hierarchical")),
+    ):
+        choice = policy.choose(Call(4096, 512, 2, world_size, "cpu", local_world_size), INT4, "hierarchical", 0)
+        assert choice.route.algorithm == algorithm, (world_size, local_world_size)
+
+
+def test_hierarchical_leaves_small_messages_to_the_backend() -> None:
+    for numel, given, algorithm in (
+        (1 << 14, None, "native"),
+        (1 << 15, None, "hierarchical"),
+        (1 << 14, 0, "hierarchical"),
+    ):
+        call = Call(numel, 512, 2, 4, "cpu", 2)
+        assert policy.choose(call, INT4, "hierarchical", given).route.algorithm == algorithm, numel
+    told = str(policy.choose(Call(64, 64, 2, 4, "cpu", 2), INT4, "hierarchical", 1 << 20))
+    assert "128 message bytes are fewer than min_bytes=1048576" in told
+
+
+def test_hierarchical_sends_a_quarter_of_the_message_to_other_nodes() -> None:
+    """Of 8 ranks in 2 nodes: 3/4 of the message twice within the node, 1/4 once across."""
+    call = Call(1 << 20, 4096, 2, 8, "cpu", 4)
+    message = policy.wire_bytes("one_shot", call, INT4) // 7
+    assert policy.wire_bytes("hierarchical", call, INT4) == message * (3 + 1 + 3) // 4
+    assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
+    told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
+    crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
+    assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
+    assert "hierarchical" not in str(policy.choose(Call(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
+
+
+def test_hierarchical_goes_by_exchanges_and_never_by_one_kernel() -> None:
+    for transport, taken in (("symmetric", "process_group"), ("host", "host"), ("process_group", "process_group")):
+        call = Call(1 << 12, 512, 2, 8, "cuda", 4)
+        assert policy.choose(call, INT4, "hierarchical", 0, Machine(transport)).route.transport == taken
