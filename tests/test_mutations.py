@@ -127,8 +127,8 @@ MUTATIONS = {
         "integrations/test_engines.py::TestTransformers::test_lossless_is_transformers_own_and_formats_switch",
     ),
     "the op aliases its input": (
-        "communicator.py", "result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out",
-        "result = x if out is None else out", "test_ops.py::test_all_reduce_as_a_function_and_as_an_op",
+        "communicator.py", "out = torch.empty(shape, dtype=x.dtype, device=x.device)", "out = x",
+        "test_ops.py::test_all_reduce_as_a_function_and_as_an_op",
     ),
     "the channel mean is not added back": (
         "plan.py", "return (total * inverse + mean).to(dtype)", "return (total * inverse).to(dtype)",
@@ -150,24 +150,24 @@ MUTATIONS = {
         "accuracy/evaluate.py", "(b.exp() * (b - m)).sum()", "(m.exp() * (m - b)).sum()",
         "accuracy/test_accuracy.py::TestEvaluate::test_rows_are_what_the_logits_say",
     ),
-    "tables are read in straight lines of sizes": (
-        "routing/policy.py", "math.log(n_bytes / low) / math.log(high / low)", "(n_bytes - low) / (high - low)",
-        "routing/test_policy.py::test_a_table_is_read_between_and_beyond_its_sizes",
+    "timings are read in straight lines of sizes": (
+        "routing/timings.py", "math.log(n_bytes / low) / math.log(high / low)", "(n_bytes - low) / (high - low)",
+        "routing/test_policy.py::test_timings_are_read_between_and_beyond_their_sizes",
     ),
-    "the table wins over min_bytes": (
-        "routing/policy.py", "uncoded, min_bytes is not None)", "uncoded, False)",
-        "routing/test_policy.py::test_settings_win_over_the_table",
+    "timings win over min_bytes": (
+        "routing/policy.py", "uncompressed, min_bytes != AUTO)", "uncompressed, False)",
+        "routing/test_policy.py::test_settings_win_over_timings",
     ),
-    "the package's tables come before one's own": (
+    "the package's timings come before one's own": (
         "routing/timings.py", "in (own_directory(), BUILT_IN)", "in (BUILT_IN, own_directory())",
-        "routing/test_policy.py::test_own_tables_come_before_those_of_the_package",
+        "routing/test_policy.py::test_own_timings_come_before_those_of_the_package",
     ),
     "peers on another host": (
         "transports/cpu_shared.py", 'if mine["host"] != everybody[0]["host"]:', "if False:",
         "gpu/test_kernels.py::test_what_peers_memory_needs",
     ),
     "another transport than was asked for": (
-        "setup/discovery.py", 'if asked != "auto":', "if False:",
+        "setup/discovery.py", 'if settings.transport != "auto":', "if False:",
         "gpu/test_kernels.py::test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks",
     ),
     "sections that are not aligned": (
@@ -211,7 +211,7 @@ MUTATIONS = {
         "n = (column * 0 + GROUP).to(tl.int32)", "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "misaligned tensors go to the kernel": (
-        "communicator.py", "return x.clone() if x.data_ptr() % 16 else x", "return x",
+        "collectives/executors.py", "return x.clone() if x.data_ptr() % 16 else x", "return x",
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "transforms have the limit of values": (
@@ -219,7 +219,7 @@ MUTATIONS = {
         "gpu/test_gpu_codec.py::test_transforms_have_a_smaller_limit",
     ),
     "strides are not looked at": (
-        "communicator.py", "x = x.resolve_neg().contiguous()", "x = x.resolve_neg()",
+        "collectives/executors.py", "x = x.resolve_neg().contiguous()", "x = x.resolve_neg()",
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "a slot is filled before it was fetched": (
@@ -248,8 +248,8 @@ MUTATIONS = {
         "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference[int4-dtype0-4-2]",
     ),
     "a column of ranks with other shards": (
-        "setup/discovery.py", "range(transport.rank % local_world_size, transport.world_size, local_world_size)",
-        "range(transport.rank // local_world_size, transport.world_size, local_world_size)",
+        "setup/discovery.py", "* local_world_size, transport.rank % local_world_size",
+        "* local_world_size, transport.rank // local_world_size",
         "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference[int4-dtype0-4-2]",
     ),
     "nodes whose ranks are apart": (

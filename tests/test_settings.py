@@ -17,7 +17,7 @@ def test_argument_over_environment_over_default() -> None:
     given = Settings.resolve("cpu", env, format="int4", min_bytes=7, check=True)
     assert (given.fmt, given.min_bytes, given.check) == ("int4", 7, True)
     default = Settings.resolve("cpu", {})
-    assert (default.fmt, default.min_bytes, default.check) == ("int6-had/int7-had", None, True)
+    assert (default.fmt, default.min_bytes, default.check) == ("int6-had/int7-had", "auto", True)
     assert (default.transport, default.workspace_bytes) == ("auto", 256 << 20)
     on_gpu = Settings.resolve("cuda", {"FLASHCOMM_TRANSPORT": "symmetric", "FLASHCOMM_WORKSPACE_BYTES": "32M"})
     assert (on_gpu.check, on_gpu.transport, on_gpu.workspace_bytes) == (False, "symmetric", 32 << 20)
@@ -26,12 +26,12 @@ def test_argument_over_environment_over_default() -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"FLASHCOMM_ALGORITHM": "ring"}, "algorithm='ring': allowed are auto, native, one_shot, two_shot"),
+        ({"FLASHCOMM_ALGORITHM": "ring"}, "algorithm='ring': allowed are auto, backend, one_shot, two_shot"),
         ({"FLASHCOMM_MIN_BYTES": "-1"}, "min_bytes='-1': give a number of bytes"),
         ({"FLASHCOMM_CHUNK_BYTES": "0"}, "chunk_bytes='0': give a number of bytes of at least 1"),
         (
             {"FLASHCOMM_TRANSPORT": "pigeon"},
-            "transport='pigeon': allowed are auto, process_group, symmetric, host, shared",
+            "transport='pigeon': allowed are auto, process_group, symmetric, host_memory, cpu_shared",
         ),
         ({"FLASHCOMM_WORKSPACE_BYTES": "1M"}, "workspace_bytes='1M': give a number of bytes of at least 4194304"),
         ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a positive number"),

@@ -103,7 +103,7 @@ class TestImplementations:
 
 class TestCommunicator:
     @pytest.mark.contract(1, 2)
-    @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "native"])
+    @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "backend"])
     @ranks(3)
     def test_equals_the_reference(self, group: dist.ProcessGroup, rank: int, algorithm: str) -> None:
         shape = (4, 3, 600)
@@ -113,7 +113,7 @@ class TestCommunicator:
         with Communicator(group, "int4-had", algorithm=algorithm) as comm:
             for fmt, eps in (("int4-had", 1e-5), ("int8", 0.0)):
                 got = comm.all_reduce_add_rms_norm(everybody[rank], residual, weight, eps, format=fmt)
-                if algorithm == "native":
+                if algorithm == "backend":
                     total = comm.all_reduce(everybody[rank])
                 else:
                     total = getattr(reference, algorithm)(everybody, WireFormat.parse(fmt))

@@ -17,6 +17,7 @@ from flashcomm.accuracy.simulate import TensorParallel
 from flashcomm.collectives import hierarchical
 from flashcomm.errors import InputError
 from flashcomm.ranks.launch import RankContext
+from flashcomm.routing.route import Executor
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout
 
@@ -119,9 +120,9 @@ def test_nodes_that_the_ranks_do_not_make_are_refused(local_world_size: int) -> 
 @ranks(4)
 def test_a_closed_communicator_keeps_no_exchange(group: dist.ProcessGroup, rank: int) -> None:
     comm = make(group, "int4", 2)
-    assert comm._context.nodes is not None
+    assert comm._executors[Executor.PIPELINED].context.nodes is not None
     comm.close()
-    assert comm._context.nodes is None
+    assert not comm._executors
 
 
 def test_simulated_ranks_give_the_bits_of_the_reference() -> None:
@@ -199,7 +200,7 @@ def test_a_rank_that_is_gone_is_named_by_its_place_among_all(ctx: RankContext) -
 
 @pytest.mark.skipif(N_GPUS < 4, reason=f"{N_GPUS} CUDA devices, 4 are needed")
 @pytest.mark.contract(1, 2, 9)
-@pytest.mark.parametrize("transport", ["host", "process_group"])
+@pytest.mark.parametrize("transport", ["host_memory", "process_group"])
 @ranks(4, device="cuda")
 def test_on_four_gpus(ctx: RankContext, transport: str) -> None:
     """Twice as they are, then as one graph launch a call; small messages take the same route."""

@@ -84,7 +84,7 @@ def test_calls_with_and_without_inference_mode_share_a_workspace(group: dist.Pro
                 assert same_bits(comm.all_reduce(tensors[rank].clone()), want)
 
 
-@pytest.mark.parametrize("algorithm", ["native", "one_shot", "two_shot"])
+@pytest.mark.parametrize("algorithm", ["backend", "one_shot", "two_shot"])
 @ranks(3)
 def test_out_may_be_the_input(group: dist.ProcessGroup, rank: int, algorithm: str) -> None:
     x = tough((5, 1152), torch.float32, rank)

@@ -26,10 +26,12 @@ def shared_mappings() -> int:
 @ranks(2)
 def test_no_memory_is_shared_after_the_first_call(ctx: RankContext) -> None:
     """Over the memory of CPU processes, in Triton's interpreter. What only GPUs show is in gpu/test_on_gpus.py."""
-    settings = {"transport": "shared", "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60}
+    settings = {"transport": "cpu_shared", "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60}
     with Communicator(None, "int4", algorithm="one_shot", device="cpu", **settings) as comm:
         before = shared_mappings()
         assert before
         for n_rows in (1, 3, 2, 9):
-            comm.all_reduce(torch.ones(n_rows, 600, dtype=torch.bfloat16))
+            comm.all_reduce(torch.ones(n_rows, 640, dtype=torch.bfloat16))
             assert shared_mappings() == before
+        assert dict(comm.calls) == {"all_reduce/one_shot": 4}
+        assert comm.explain((9, 640), torch.bfloat16).route.transport == "cpu_shared"
