@@ -65,7 +65,6 @@ TOO_MANY_PARAMETERS = {
     *("gpu.all_reduce._load", "gpu.all_reduce._spread", "gpu.all_reduce._encode", "gpu.all_reduce._fetch_all"),
     *("gpu.all_reduce.fused", "gpu.codec._encode", "gpu.codec._decode_sum", "gpu.low_latency.arrived"),
     *("gpu.low_latency.tiles_sum", "gpu.staging_flags.turn"),
-    *("cli.accuracy.evaluate", "cli.accuracy.tune", "cli.accuracy.probe", "cli.main.bench_all_reduce", "cli.ttft.ttft"),
 }
 LOOKED_UP_BY_NAME = {"integrations.vllm._resolve", "ops.call", "ranks.processes._error"}
 
@@ -151,8 +150,13 @@ def test_no_folder_holds_more_than_a_fifth_of_the_lines() -> None:
 
 
 def long_signatures() -> Iterator[str]:
-    """Functions of too many parameters, self aside; Triton's kernels included."""
+    """Functions of too many parameters, self aside; Triton's kernels included, commands excepted.
+
+    The parameters of a function in cli/ are a command's options.
+    """
     for path in MODULES:
+        if path.parent.name == "cli":
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

@@ -47,7 +47,7 @@ def test_nodes_that_are_asked_for_and_cannot_be_are_errors(monkeypatch: pytest.M
     assert found(monkeypatch, mixed, local_world_size=2) == 2
     with pytest.raises(UnavailableError, match=r"consecutive ranks; these are at a, b, a, b: order the ranks by node"):
         found(monkeypatch, mixed, algorithm="hierarchical")
-    with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks do not make nodes of that many"):
+    with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks cannot be divided into nodes of that size"):
         found(monkeypatch, mixed, local_world_size=3, algorithm="hierarchical")
     for wrong in (0, -1, "two", 1.5):
         with pytest.raises(SettingsError, match=r"local_world_size=.*give the number of ranks of a node"):
