@@ -15,10 +15,52 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Seconds of CPU time are those of one run, without a GPU.
-THOROUGH: tuple[str, ...] = ("test_mutations.py",)
+# With the seconds of CPU time that one took without a GPU.
+THOROUGH = (
+    "accuracy/*test_three_real_ranks_compute_the_same_bits",  # 60
+    "cli/*test_three_ranks_say_what_one_says",  # 60
+    "cli/*test_compiled",  # 55
+    "cli/*test_tune_then_eval_the_plan",  # 41
+    "cli/*test_real_ranks_give_the_rows_of_simulated_ones",  # 39
+    "cli/*test_torchrun",  # 19
+    "cli/*test_sweep_with_overlap",  # 18
+    "cli/*test_a_budget_no_format_meets",  # 15
+    "cli/*test_probe",  # 10
+    "gpu/test_kernels.py::test_all_reduce_equals_the_reference[3]",  # 27
+    "gpu/test_kernels.py::test_all_reduce_equals_the_reference[4]",  # 36
+    "gpu/test_kernels.py::test_all_reduce_equals_the_reference[8]",  # 40
+    "gpu/test_kernels.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",  # 18
+    "gpu/test_kernels.py::test_how_a_message_is_cut_changes_no_bit",  # 27
+    "gpu/test_kernels.py::test_calls_of_all_kinds_with_and_without_flags_take_turns",
+    "gpu/test_kernels.py::test_calls_of_alternating_shapes",
+)
 
-CONTRACT: dict[int, tuple[str, ...]] = {}
+CONTRACT: dict[int, tuple[str, ...]] = {
+    2: (
+        "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec",
+        "gpu/test_kernels.py::test_all_reduce_equals_the_reference",
+        "gpu/test_kernels.py::test_reduce_scatter_and_all_gather_equal_the_reference",
+        "gpu/test_on_gpus.py::test_nccl_gives_the_bits_of_the_reference",
+        "*test_compiled_codec_sums_to_the_same_bits",
+        "*test_compiled_codec_writes_the_same_bytes",
+    ),
+    3: ("*test_sums_run_in_rank_order", "*test_sums_run_in_rank_order_in_float32"),
+    4: (
+        "*test_error_is_within_the_bound_and_the_bound_is_tight",
+        "*test_the_bound_of_a_transform_is_tight",
+    ),
+    8: (
+        "gpu/test_kernels.py::test_a_killed_peer_and_a_fresh_communicator",
+        "gpu/test_kernels.py::test_a_rank_that_does_not_come_is_an_error_that_names_it",
+    ),
+    9: (
+        "gpu/test_gpu_codec.py::test_a_new_length_is_no_new_kernel",
+        "gpu/test_on_gpus.py::test_a_graph_replayed_a_thousand_times_with_changing_inputs",
+        "gpu/test_on_gpus.py::test_a_new_length_compiles_and_allocates_nothing",
+    ),
+    10: ("*test_not_finite_poisons_its_group_and_nothing_else",),
+    11: ("gpu/test_kernels.py::test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks",),
+}
 
 
 def mark(items: list[pytest.Item]) -> list[str]:

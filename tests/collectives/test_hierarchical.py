@@ -162,7 +162,7 @@ def staged(ctx: RankContext, local_world_size: int, timeout_s: float) -> tuple[A
 
 @needs_interpreter
 @pytest.mark.contract(1, 2)
-@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), (6, 3)])
+@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), pytest.param(6, 3, marks=pytest.mark.thorough)])
 @ranks()
 def test_through_shared_memory(ctx: RankContext, world_size: int, local_world_size: int) -> None:
     context, status = staged(ctx, local_world_size, 60)
