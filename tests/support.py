@@ -1,4 +1,4 @@
-"""What the tests share: ranks as threads over real gloo, and inputs that reach the corners."""
+"""What the tests share: test bodies that run on every rank, and inputs that reach the corners."""
 
 from __future__ import annotations
 
@@ -14,38 +14,106 @@ if not N_GPUS:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; ranks inherit it
 
 import datetime
+import functools
+import importlib
+import inspect
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pytest
 import torch.distributed as dist
 
 from flashcomm import Communicator
+from flashcomm.ranks import launch
 from flashcomm.wire import torch_codec
 
 T = TypeVar("T")
 
 
+def ranks(world_size: int | None = None, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a test out of a body that runs on every rank. It fails with the rank that failed first.
+
+    The body's parameters say what a rank is:
+
+        def test_x(group, rank): ...    a thread with a gloo group of its own (`run_ranks`)
+        def test_x(ctx): ...            a process, in the default group (`flashcomm.ranks.launch.run`)
+
+    Its other parameters are pytest's: fixtures and parametrized values, the same on every rank. Processes get copies,
+    and their tests are functions of a module, not methods.
+
+    Args:
+        world_size: None takes the test's parameter `world_size`.
+        options: `timeout_s`, and for processes `device`.
+    """
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(body)
+        of_the_rank = {"group", "rank", "ctx"} & signature.parameters.keys()
+        assert of_the_rank in ({"ctx"}, {"group", "rank"}), f"{body.__name__} needs (group, rank) or (ctx)"
+
+        @functools.wraps(body)
+        def test(*instance: object, **values: Any) -> None:
+            __tracebackhide__ = True
+            n = values["world_size"] if world_size is None else world_size
+            if of_the_rank == {"ctx"}:
+                launch.run(_Body(body.__module__, body.__name__), n, (values,), **{"timeout_s": 280} | options)
+                return
+            results, failed = _on_threads(n, lambda g, r: body(*instance, group=g, rank=r, **values), **options)
+            if failed:
+                why = results[failed[0]]
+                if isinstance(why, pytest.skip.Exception):
+                    raise why
+                raise AssertionError(f"rank {failed[0]} of {n} failed first: {type(why).__name__}: {why}") from why
+
+        kept = [p for name, p in signature.parameters.items() if name not in of_the_rank]
+        test.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]  # what pytest passes
+        return test
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The body of a test, found by its name in another process."""
+
+    module: str
+    name: str
+
+    def __call__(self, ctx: launch.RankContext, values: dict[str, Any]) -> None:
+        getattr(importlib.import_module(self.module), self.name).__wrapped__(ctx=ctx, **values)
+
+
 def run_ranks(
     world_size: int, body: Callable[[dist.ProcessGroup, int], T], timeout_s: float = 30
 ) -> list[T | BaseException]:
-    """body(group, rank) on `world` threads, each with a gloo group of its own; per rank its result or its exception."""
+    """Run body(group, rank) on threads, each with a gloo group of its own; per rank its result or its exception."""
+    return _on_threads(world_size, body, timeout_s)[0]
+
+
+def _on_threads(
+    world_size: int, body: Callable[[dist.ProcessGroup, int], Any], timeout_s: float = 30
+) -> tuple[list[Any], list[int]]:
+    """The result or exception of each rank, and the ranks that raised, in the order of time."""
     store = dist.HashStore()
     results: list[Any] = [None] * world_size
+    failed: list[int] = []
 
     def thread(rank: int) -> None:
         try:
             results[rank] = body(gloo_group(store, rank, world_size, timeout_s), rank)
         except BaseException as why:  # pytest.fail is no Exception
             results[rank] = why
+            failed.append(rank)
 
     threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(world_size)]
     for t in threads:
         t.start()
-    for t in threads:
+    for rank, t in enumerate(threads):
         t.join(timeout_s + 30)
-        assert not t.is_alive(), "a rank hangs"
-    return results
+        assert not t.is_alive(), f"rank {rank} of {world_size} hangs"
+    return results, failed
 
 
 def gloo_group(store: dist.Store, rank: int, world_size: int, timeout_s: float = 30) -> dist.ProcessGroup:
@@ -63,6 +131,29 @@ def raise_first(results: list[T | BaseException]) -> list[T]:
         if isinstance(result, BaseException):
             raise result
     return results  # type: ignore[return-value]
+
+
+def all_reduce_everywhere(
+    world_size: int, fmt: str, algorithm: str, tensors: list[list[torch.Tensor]], **settings: object
+) -> list[list[torch.Tensor]]:
+    """Per rank its results for each list of per-rank tensors, all through one Communicator."""
+
+    def body(group: object, rank: int) -> list[torch.Tensor]:
+        with Communicator(group, fmt, algorithm=algorithm, **settings) as comm:  # type: ignore[arg-type]
+            return [comm.all_reduce(per_rank[rank]) for per_rank in tensors]
+
+    return raise_first(run_ranks(world_size, body))
+
+
+def errors_of(results: list[Any], kind: type[BaseException]) -> set[str]:
+    """The messages of all ranks, each of which must have raised exactly `kind`."""
+    assert all(type(r) is kind for r in results), results
+    return {str(r) for r in results}
+
+
+def exact_in_int4(n_rows: int, row: int) -> torch.Tensor:
+    """0 to 15, again and again: 4 bits represent these values exactly, and so the sum of any number of ranks."""
+    return (torch.arange(row) % 16).float().expand(n_rows, row).contiguous()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,11 +1,13 @@
 """The tests can fail: each mutation below breaks the code in a way that matters, and a named test must notice.
 
-Each runs in a copy of the sources. A mutation whose text is no longer found is an error: it must be written anew.
+Each runs in a copy of the sources, in a process of its own, and only with the tests that are named. A mutation whose
+text or tests have moved is an error, also in `scripts/test`: its entry must be corrected.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+PACKAGE = ROOT / "src" / "flashcomm"
 
 MUTATIONS = {
     "round toward zero": (
@@ -80,34 +84,34 @@ MUTATIONS = {
     "a group that straddles rows": (
         "collectives/pipelined.py", "return Layout(step, message.shape[-1] if message.dim() else 1, message.element_size())",
         "return Layout(step, max(1, message.numel()), message.element_size())",
-        "collectives/test_pipelined.py::test_a_group_never_reaches_into_the_next_row",
+        "contract/test_03_sums_in_rank_order.py::test_a_group_never_reaches_into_the_next_row",
     ),
     "own shard from the accumulator": (
         "collectives/pipelined.py", "wire = wires[i : i + 1]",
-        "wire = wires[i : i + 1]\n                if i == rank and not ctx.fmt.gather.lossless:\n"
+        "wire = wires[i : i + 1]\n                if i == rank and not ctx.fmt.gather.uncompressed:\n"
         "                    flat_out[start:stop] = 0\n                    continue",
-        "collectives/test_pipelined.py::test_all_reduce_equals_the_reference[two_shot-3]",
+        "contract/test_01_same_bits_on_every_rank.py::test_every_rank_returns_the_same_bits[int4-two_shot]",
     ),
     "send each peer its neighbor's piece": (
-        "transports/process_group.py", "lambda rank: inp[rank]", "lambda rank: inp[(rank + 1) % self.world]",
-        "collectives/test_pipelined.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",
+        "transports/process_group.py", "lambda rank: inp[rank]", "lambda rank: inp[(rank + 1) % self.world_size]",
+        "contract/test_02_same_bits_as_the_reference.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",
     ),
     "drop a wait": (
         "collectives/pipelined.py", "        pending, wires = received.pop(c)\n        pending.wait()\n        ctx.codec",
         "        pending, wires = received.pop(c)\n        ctx.codec",
-        "collectives/test_pipelined.py::test_all_reduce_equals_the_reference[one_shot-3]",
+        "contract/test_02_same_bits_as_the_reference.py::test_all_reduce_equals_the_reference[int4-dtype0-one_shot-3]",
     ),
     "one buffer instead of three": (
         "collectives/pipelined.py", "SLOTS = 3", "SLOTS = 1",
-        "collectives/test_pipelined.py::test_how_a_message_is_cut_does_not_matter",
+        "contract/test_02_same_bits_as_the_reference.py::test_the_size_of_chunks_changes_no_bit[2000]",
     ),
     "no agreement before a call": (
         "communicator.py", "if self.settings.check and self.world_size > 1:", "if False:",
-        "test_communicator.py::TestAgreement::test_bad_input",
+        "contract/test_06_errors_on_all_ranks_or_none.py::test_a_bad_tensor_on_one_rank_is_an_error_on_all[True-int32]",
     ),
     "settings are not compared": (
         "setup/consistency.py", "if differing or not isinstance(mine, Settings):", "if not isinstance(mine, Settings):",
-        "test_communicator.py::TestAgreement::test_formats_differ",
+        "contract/test_05_decisions_from_equal_facts.py::test_formats_that_differ_are_an_error_on_all_ranks",
     ),
     "compress integers in the c10d backend": (
         "integrations/process_group.py", "if x.dtype not in DTYPES or x.layout", "if x.layout",
@@ -123,8 +127,8 @@ MUTATIONS = {
         "integrations/test_transformers.py::TestTransformers::test_uncompressed_is_transformers_own_and_formats_switch",
     ),
     "the op aliases its input": (
-        "communicator.py", "result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out",
-        "result = x if out is None else out", "test_ops.py::test_functional",
+        "communicator.py", "out = torch.empty(shape, dtype=x.dtype, device=x.device)", "out = x",
+        "test_ops.py::test_all_reduce_as_a_function_and_as_an_op",
     ),
     "the channel mean is not added back": (
         "plan.py", "return (total * inverse + mean).to(dtype)", "return (total * inverse).to(dtype)",
@@ -147,24 +151,24 @@ MUTATIONS = {
         "accuracy/evaluate.py", "(b.exp() * (b - m)).sum()", "(m.exp() * (m - b)).sum()",
         "accuracy/test_evaluate.py::test_rows_are_what_the_logits_say",
     ),
-    "tables are read in straight lines of sizes": (
-        "routing/policy.py", "math.log(n_bytes / low) / math.log(high / low)", "(n_bytes - low) / (high - low)",
-        "routing/test_policy.py::test_a_table_is_read_between_and_beyond_its_sizes",
+    "timings are read in straight lines of sizes": (
+        "routing/timings.py", "math.log(n_bytes / low) / math.log(high / low)", "(n_bytes - low) / (high - low)",
+        "routing/test_policy.py::test_timings_are_read_between_and_beyond_their_sizes",
     ),
-    "the table wins over min_bytes": (
-        "routing/policy.py", "uncoded, min_bytes is not None)", "uncoded, False)",
-        "routing/test_policy.py::test_settings_win_over_the_table",
+    "timings win over min_bytes": (
+        "routing/policy.py", "uncompressed, min_bytes != AUTO)", "uncompressed, False)",
+        "routing/test_policy.py::test_settings_win_over_timings",
     ),
-    "the package's tables come before one's own": (
+    "the package's timings come before one's own": (
         "routing/timings.py", "in (own_directory(), BUILT_IN)", "in (BUILT_IN, own_directory())",
-        "routing/test_policy.py::test_own_tables_come_before_those_of_the_package",
+        "routing/test_policy.py::test_own_timings_come_before_those_of_the_package",
     ),
     "peers on another host": (
         "transports/cpu_shared.py", 'if mine["host"] != everybody[0]["host"]:', "if False:",
         "gpu/test_kernels.py::test_what_peers_memory_needs",
     ),
     "another transport than was asked for": (
-        "setup/discovery.py", 'if asked != "auto":', "if False:",
+        "setup/discovery.py", 'if settings.transport != "auto":', "if False:",
         "gpu/test_kernels.py::test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks",
     ),
     "sections that are not aligned": (
@@ -208,7 +212,7 @@ MUTATIONS = {
         "n = (column * 0 + GROUP).to(tl.int32)", "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "misaligned tensors go to the kernel": (
-        "communicator.py", "return x.clone() if x.data_ptr() % 16 else x", "return x",
+        "collectives/executors.py", "return x.clone() if x.data_ptr() % 16 else x", "return x",
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "transforms have the limit of values": (
@@ -216,7 +220,7 @@ MUTATIONS = {
         "gpu/test_gpu_codec.py::test_transforms_have_a_smaller_limit",
     ),
     "strides are not looked at": (
-        "communicator.py", "x = x.resolve_neg().contiguous()", "x = x.resolve_neg()",
+        "collectives/executors.py", "x = x.resolve_neg().contiguous()", "x = x.resolve_neg()",
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "a slot is filled before it was fetched": (
@@ -241,34 +245,55 @@ MUTATIONS = {
         "collectives/test_hierarchical.py::test_a_rank_that_is_gone_is_named_by_its_place_among_all",
     ),
     "nodes' sums rounded early": (
-        "collectives/hierarchical.py", "dtype = x.dtype if again.step.lossless else torch.float32", "dtype = x.dtype",
-        "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference",
+        "collectives/hierarchical.py", "dtype = x.dtype if again.step.uncompressed else torch.float32", "dtype = x.dtype",
+        "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference[int4-dtype0-4-2]",
     ),
     "a column of ranks with other shards": (
-        "setup/discovery.py", "range(transport.rank % local_world, transport.world, local_world)",
-        "range(transport.rank // local_world, transport.world, local_world)",
-        "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference",
+        "setup/discovery.py", "* local_world_size, transport.rank % local_world_size",
+        "* local_world_size, transport.rank // local_world_size",
+        "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference[int4-dtype0-4-2]",
     ),
     "nodes whose ranks are apart": (
         "setup/discovery.py", "if len(lengths) == len(set(names)) and", "if",
-        "collectives/test_hierarchical.py::TestNodes",
+        "setup/test_discovery.py::test_a_node_is_a_host_or_what_is_near_to_the_same_cpus",
     ),
 }  # fmt: skip
 
 
+def test_every_mutation_finds_its_text_and_its_tests() -> None:
+    """Whatever has moved is listed here at once, with the entry to correct."""
+    faults = []
+    for name, (file, old, _, tests) in MUTATIONS.items():
+        path = PACKAGE / file
+        n = path.read_text().count(old) if path.exists() else 0
+        if n != 1:
+            faults.append(f"{name!r}: its text is {n} times in src/flashcomm/{file}, not once: {old!r}")
+        for node in tests.split():
+            path, *names = node.split("[")[0].split("::")
+            text = (TESTS / path).read_text() if (TESTS / path).exists() else ""
+            if not text or not all(re.search(rf"^ *(def|class) {part}\b", text, re.MULTILINE) for part in names):
+                faults.append(f"{name!r}: there is no tests/{node.split('[')[0]}")
+    assert not faults, "correct these entries of MUTATIONS in tests/test_mutations.py:\n" + "\n".join(faults)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_test_notices(name: str, tmp_path: Path) -> None:
     file, old, new, tests = MUTATIONS[name]
     shutil.copytree(ROOT / "src", tmp_path / "src")  # what is compiled, too: times of files are kept
     path = tmp_path / "src" / "flashcomm" / file
     text = path.read_text()
-    assert text.count(old) == 1, f"the text of mutation {name!r} is no longer in {file} once"
+    entry = f"entry {name!r} of MUTATIONS in tests/test_mutations.py"
+    assert text.count(old) == 1, f"{entry}: its text is not in src/flashcomm/{file} once: {old!r}"
     path.write_text(text.replace(old, new, 1))
-    nodes = [str(ROOT / "tests" / node) for node in tests.split()]
+    nodes = [str(TESTS / node) for node in tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *nodes]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "100", *nodes],
+        [*command, "--timeout", "100"],
         env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
         cwd=ROOT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
+    broken = re.search("(Name|Attribute|Syntax)Error: .*", done.stdout)
+    assert not broken, f"{entry} is no mutation of {file} but an error of its own: {broken}"
     noticed = done.returncode == 1 or done.returncode < 0  # a failed test, or a process that gloo aborted
-    assert noticed, f"{tests} did not notice {name!r}:\n{done.stdout[-2000:]}"
+    assert noticed, f"{entry}: {tests} did not notice it in {file}:\n{done.stdout[-2000:]}{done.stderr[-1000:]}"

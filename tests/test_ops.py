@@ -1,4 +1,4 @@
-"""flashcomm.all_reduce and its halves, and torch.ops.flashcomm.*, in real processes over a registered group."""
+"""flashcomm.all_reduce, reduce_scatter and all_gather, and torch.ops.flashcomm.*, in processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support import ranks
 
 import flashcomm
 from flashcomm import WireFormat, ops, reference
 from flashcomm.errors import SettingsError
-from flashcomm.ranks.launch import RankContext, run
+from flashcomm.ranks.launch import RankContext
 
 
 def inputs(rows: int, world_size: int, seed: int = 0) -> list[torch.Tensor]:
@@ -21,7 +22,8 @@ def inputs(rows: int, world_size: int, seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
-def functional(ctx: RankContext) -> None:
+@ranks(3)
+def test_all_reduce_as_a_function_and_as_an_op(ctx: RankContext) -> None:
     fmt = WireFormat.parse("int4")
     per_rank = inputs(64, ctx.world_size)
     x, kept = per_rank[ctx.rank], per_rank[ctx.rank].clone()
@@ -43,7 +45,8 @@ def functional(ctx: RankContext) -> None:
         torch.ops.flashcomm.all_reduce(x, "nobody")
 
 
-def halves(ctx: RankContext) -> None:
+@ranks(3)
+def test_reduce_scatter_and_all_gather_as_functions_and_as_ops(ctx: RankContext) -> None:
     fmt = WireFormat.parse("int4/int8")
     per_rank = inputs(6, ctx.world_size)
     x, kept = per_rank[ctx.rank], per_rank[ctx.rank].clone()
@@ -67,49 +70,52 @@ def halves(ctx: RankContext) -> None:
         torch.ops.flashcomm.all_gather(x, name, 2)
 
 
-def opcheck_halves(ctx: RankContext) -> None:
+@ranks(2)
+def test_opcheck_of_reduce_scatter_and_all_gather(ctx: RankContext) -> None:
     name = ops.op_name("int4")
     for x in (inputs(64, ctx.world_size)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8), torch.randn(4, 3, 64)):
         torch.library.opcheck(torch.ops.flashcomm.reduce_scatter.default, (x, name, ctx.world_size))
         torch.library.opcheck(torch.ops.flashcomm.all_gather.default, (x, name, ctx.world_size))
 
 
-def compiled_halves(ctx: RankContext) -> int:
-    fmt = WireFormat.parse("int4/int8")
-    graphs = 0
+class Counting:
+    """A backend of torch.compile that counts graphs and runs them as they are."""
 
-    def backend(module: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
-        nonlocal graphs
-        graphs += 1
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
+        self.graphs += 1
         return module.forward
 
-    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+
+@ranks(2)
+def test_reduce_scatter_and_all_gather_compile_to_one_graph_for_all_lengths(ctx: RankContext) -> None:
+    fmt, counting = WireFormat.parse("int4/int8"), Counting()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
     def block(x: torch.Tensor) -> torch.Tensor:
         return flashcomm.all_gather(flashcomm.reduce_scatter(x * 2, "int4/int8") + 1, "int4/int8")
 
     for seed, rows in enumerate((64, 66, 100, 332)):
         per_rank = inputs(rows, ctx.world_size, seed)
-        parts = [part + 1 for part in reference.reduce_scatter([t * 2 for t in per_rank], fmt)]
-        assert torch.equal(block(per_rank[ctx.rank]), reference.all_gather(parts, fmt))
-    return graphs
+        shards = [shard + 1 for shard in reference.reduce_scatter([t * 2 for t in per_rank], fmt)]
+        assert torch.equal(block(per_rank[ctx.rank]), reference.all_gather(shards, fmt))
+    assert counting.graphs == 1
 
 
-def opcheck(ctx: RankContext) -> None:
+@ranks(2)
+def test_opcheck_of_all_reduce(ctx: RankContext) -> None:
     name = ops.op_name("int4")
     for x in (inputs(64, ctx.world_size)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8)):
         torch.library.opcheck(torch.ops.flashcomm.all_reduce.default, (x, name))
 
 
-def compiled(ctx: RankContext) -> int:
-    fmt = WireFormat.parse("int4")
-    graphs = 0
+@ranks(2)
+def test_all_reduce_compiles_to_one_graph_for_all_lengths(ctx: RankContext) -> None:
+    fmt, counting = WireFormat.parse("int4"), Counting()
 
-    def backend(module: torch.fx.GraphModule, example: list[torch.Tensor]) -> object:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
     def block(x: torch.Tensor) -> torch.Tensor:
         return flashcomm.all_reduce(x * 2, "int4") + 1
 
@@ -117,11 +123,11 @@ def compiled(ctx: RankContext) -> int:
         per_rank = inputs(rows, ctx.world_size, seed)
         want = reference.one_shot([t * 2 for t in per_rank], fmt)
         assert torch.equal(block(per_rank[ctx.rank]), want + 1)
-    return graphs
+    assert counting.graphs == 1
 
 
-def inductor(ctx: RankContext) -> None:
-    """The default backend too: real code is generated around the op."""
+@ranks(2)
+def test_inductor_generates_code_around_the_op(ctx: RankContext) -> None:
     per_rank = inputs(64, ctx.world_size)
 
     @torch.compile(fullgraph=True, dynamic=True)
@@ -131,49 +137,17 @@ def inductor(ctx: RankContext) -> None:
     assert torch.equal(block(per_rank[ctx.rank]), reference.one_shot(per_rank, WireFormat.parse("int4")) * 2)
 
 
-def remade(ctx: RankContext, path: str) -> None:
-    """A group made anew under the name of a destroyed one gets a Communicator of its own."""
+@ranks(2)
+def test_a_new_group_of_an_old_name_has_a_communicator_of_its_own(ctx: RankContext, tmp_path: Path) -> None:
     x = inputs(64, ctx.world_size)[ctx.rank]
     first = flashcomm.all_reduce(x, "int4")
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo", store=dist.FileStore(path, ctx.world_size), rank=ctx.rank, world_size=ctx.world_size
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), ctx.world_size), rank=ctx.rank, world_size=ctx.world_size
     )
     assert torch.equal(flashcomm.all_reduce(x, "int4"), first)
 
 
-def test_functional() -> None:
-    run(functional, 3)
-
-
-def test_opcheck() -> None:
-    run(opcheck, 2)
-
-
-def test_reduce_scatter_and_all_gather() -> None:
-    run(halves, 3)
-
-
-def test_opcheck_of_the_halves() -> None:
-    run(opcheck_halves, 2)
-
-
-def test_the_halves_compile_without_breaks_or_recompiles() -> None:
-    assert run(compiled_halves, 2) == 1, "one graph for all lengths"
-
-
-def test_compile_without_breaks_or_recompiles() -> None:
-    assert run(compiled, 2) == 1, "one graph for all lengths"
-
-
-def test_inductor() -> None:
-    run(inductor, 2)
-
-
-def test_a_new_group_with_an_old_name(tmp_path: Path) -> None:
-    run(remade, 2, (str(tmp_path / "store"),))
-
-
-def test_without_a_group() -> None:
+def test_without_a_process_group_calls_say_what_to_do() -> None:
     with pytest.raises(SettingsError, match="init_process_group"):
         flashcomm.all_reduce(torch.ones(3), "int4")

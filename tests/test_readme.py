@@ -42,11 +42,6 @@ def test_commands_exist() -> None:
             assert option in done.stdout, f"{option} of: flashcomm {line}"
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)", README))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
-
-
 def rows_of(name: str) -> dict[tuple[str, str], dict[str, str]]:
     """A CSV of results/ by (size or link, format)."""
     with (ROOT / "results" / name).open(newline="") as file:

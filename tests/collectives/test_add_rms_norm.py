@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support import DTYPES, N_GPUS, raise_first, run_ranks, same_bits, tough
+from support import DTYPES, N_GPUS, ranks, same_bits, tough
 
 import flashcomm
 from flashcomm import Communicator, WireFormat, ops, reference
 from flashcomm.collectives import add_rms_norm
 from flashcomm.errors import ClosedError, FormatError, InputError
-from flashcomm.ranks.launch import RankContext, run
+from flashcomm.ranks.launch import RankContext
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HIDDEN = (512, 768, 4096, 5120, 1, 7, 577)
@@ -100,51 +102,46 @@ class TestImplementations:
 
 
 class TestCommunicator:
+    @pytest.mark.contract(1, 2)
     @pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "backend"])
-    def test_equals_the_reference(self, algorithm: str) -> None:
+    @ranks(3)
+    def test_equals_the_reference(self, group: dist.ProcessGroup, rank: int, algorithm: str) -> None:
         shape = (4, 3, 600)
-        everybody = [tough(shape, BF16, rank) for rank in range(3)]
+        everybody = [tough(shape, BF16, r) for r in range(3)]
         residual, weight = beside(shape, BF16)
-
-        def body(group: dist.ProcessGroup, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            with Communicator(group, "int4-had", algorithm=algorithm) as comm:
-                kept = [t.clone() for t in (everybody[rank], residual)]
-                out = [
-                    comm.all_reduce_add_rms_norm(everybody[rank], residual, weight, 1e-5),
-                    comm.all_reduce_add_rms_norm(everybody[rank], residual, weight, 0, format="int8"),
-                ]
-                assert dict(comm.calls) == {f"all_reduce_add_rms_norm/{algorithm}": 2}
-                assert same_bits(kept[0], everybody[rank])
-                assert same_bits(kept[1], residual)
+        kept = [t.clone() for t in (everybody[rank], residual)]
+        with Communicator(group, "int4-had", algorithm=algorithm) as comm:
+            for fmt, eps in (("int4-had", 1e-5), ("int8", 0.0)):
+                got = comm.all_reduce_add_rms_norm(everybody[rank], residual, weight, eps, format=fmt)
                 if algorithm == "backend":
                     total = comm.all_reduce(everybody[rank])
-                    assert same_pair(out[0], reference.add_rms_norm(total, residual, weight, 1e-5))
-                return out
-
-        for got in raise_first(run_ranks(3, body)):
-            for pair, fmt, eps in zip(got, ("int4-had", "int8"), (1e-5, 0.0), strict=True):
-                if algorithm != "backend":
+                else:
                     total = getattr(reference, algorithm)(everybody, WireFormat.parse(fmt))
-                    assert same_pair(pair, reference.add_rms_norm(total, residual, weight, eps))
+                assert same_pair(got, reference.add_rms_norm(total, residual, weight, eps)), fmt
+            assert comm.calls[f"all_reduce_add_rms_norm/{algorithm}"] == 2
+        assert same_bits(kept[0], everybody[rank])
+        assert same_bits(kept[1], residual)
 
-    def test_a_world_of_one_and_no_rows(self) -> None:
+    @pytest.mark.contract(7)
+    @ranks(1)
+    def test_a_world_of_one_and_no_rows(self, group: dist.ProcessGroup, rank: int) -> None:
         x, (residual, weight) = tough((2, 64), FP16), beside((2, 64), FP16)
+        comm = Communicator(group, "int4")
+        got = comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
+        assert same_pair(got, reference.add_rms_norm(x, residual, weight, 1e-5))
+        normed, summed = comm.all_reduce_add_rms_norm(x[:0], residual[:0], weight, 1e-5)
+        assert normed.shape == summed.shape == (0, 64)
+        comm.close()
+        with pytest.raises(ClosedError, match="all_reduce_add_rms_norm on a closed"):
+            comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
 
-        def body(group: dist.ProcessGroup, rank: int) -> None:
-            comm = Communicator(group, "int4")
-            got = comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
-            assert same_pair(got, reference.add_rms_norm(x, residual, weight, 1e-5))
-            normed, summed = comm.all_reduce_add_rms_norm(x[:0], residual[:0], weight, 1e-5)
-            assert normed.shape == summed.shape == (0, 64)
-            comm.close()
-            with pytest.raises(ClosedError, match="all_reduce_add_rms_norm on a closed"):
-                comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
-
-        raise_first(run_ranks(1, body))
-
+    @pytest.mark.contract(6)
     @pytest.mark.parametrize("check", [True, False])
-    def test_bad_input(self, check: bool) -> None:
-        """One rank's bad argument is every rank's error (check=False: only its own, so all of them pass it)."""
+    @ranks(2)
+    def test_a_bad_argument_on_one_rank_is_an_error_on_all(
+        self, group: dist.ProcessGroup, rank: int, check: bool
+    ) -> None:
+        """With check=False it is an error on that rank only, so there all ranks pass it."""
         x, (residual, weight) = tough((2, 64), BF16), beside((2, 64), BF16)
         fine = {"x": x, "residual": residual, "weight": weight, "eps": 1e-5}
         bad: list[tuple[dict[str, object], str]] = [
@@ -161,28 +158,25 @@ class TestCommunicator:
             ({"eps": float("nan")}, "eps must be a finite number"),
             ({"eps": "1e-5"}, "eps must be a finite number"),
         ]
-
-        def body(group: dist.ProcessGroup, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-            comm = Communicator(group, "int4", check=check)
-            for wrong, advice in bad:
-                with pytest.raises(InputError, match=advice):
-                    comm.all_reduce_add_rms_norm(**fine | (wrong if rank == 0 or not check else {}))  # type: ignore[arg-type]
-            with pytest.raises(InputError if check else FormatError, match=r"format|9 bits"):
-                comm.all_reduce_add_rms_norm(**fine, format="int9")  # type: ignore[arg-type]
-            if check:
-                for other in ({"eps": 1e-6}, {"x": x[:1], "residual": residual[:1]}):
-                    with pytest.raises(InputError, match="rank 1: all_reduce_add_rms_norm number"):
-                        comm.all_reduce_add_rms_norm(**fine | (other if rank else {}))  # type: ignore[arg-type]
-                with pytest.raises(InputError, match="rank 0: all_reduce number"):
-                    comm.all_reduce_add_rms_norm(**fine) if rank else comm.all_reduce(x)  # type: ignore[arg-type]
-            with torch.no_grad():
-                return comm.all_reduce_add_rms_norm(x, residual, torch.nn.Parameter(weight), 1e-5)
-
-        want = reference.add_rms_norm(x + x, residual, weight, 1e-5)  # too small a message to be coded
-        assert all(same_pair(got, want) for got in raise_first(run_ranks(2, body)))
+        comm = Communicator(group, "int4", check=check)
+        for wrong, advice in bad:
+            with pytest.raises(InputError, match=advice):
+                comm.all_reduce_add_rms_norm(**fine | (wrong if rank == 0 or not check else {}))  # type: ignore[arg-type]
+        with pytest.raises(InputError if check else FormatError, match=r"format|9 bits"):
+            comm.all_reduce_add_rms_norm(**fine, format="int9")  # type: ignore[arg-type]
+        if check:
+            for other in ({"eps": 1e-6}, {"x": x[:1], "residual": residual[:1]}):
+                with pytest.raises(InputError, match="rank 1: all_reduce_add_rms_norm number"):
+                    comm.all_reduce_add_rms_norm(**fine | (other if rank else {}))  # type: ignore[arg-type]
+            with pytest.raises(InputError, match="rank 0: all_reduce number"):
+                comm.all_reduce_add_rms_norm(**fine) if rank else comm.all_reduce(x)  # type: ignore[arg-type]
+        with torch.no_grad():  # too small a message to be quantized
+            got = comm.all_reduce_add_rms_norm(x, residual, torch.nn.Parameter(weight), 1e-5)
+        assert same_pair(got, reference.add_rms_norm(x + x, residual, weight, 1e-5))
 
 
-def functional(ctx: RankContext) -> None:
+@ranks(2)
+def test_as_an_op_and_compiled(ctx: RankContext) -> None:
     shape = (64, 1152)
     everybody = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
     x, (residual, weight) = everybody[ctx.rank], beside(shape, BF16)
@@ -211,22 +205,16 @@ def functional(ctx: RankContext) -> None:
     assert graphs == 1
 
 
-def test_as_an_op_and_compiled() -> None:
-    run(functional, 2)
-
-
 ON_GPUS = N_GPUS >= 2
 DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "cpu_shared")
 
 
-def on_ranks(body: object, world_size: int, *args: object) -> object:
-    pytest.importorskip("triton", reason="triton is not installed")
-    if ON_GPUS and world_size > N_GPUS:
-        pytest.skip(f"{N_GPUS} CUDA devices, {world_size} are needed")
-    return run(body, world_size, args, device=DEVICE, timeout_s=1000 if ON_GPUS else 280)  # type: ignore[arg-type]
-
-
-def over_peers_memory(ctx: RankContext) -> None:
+@pytest.mark.skipif(
+    N_GPUS == 1 or importlib.util.find_spec("triton") is None, reason="needs two GPUs, or none and triton"
+)
+@pytest.mark.contract(2)
+@ranks(2, device=DEVICE, timeout_s=1000 if ON_GPUS else 280)
+def test_over_peers_memory(ctx: RankContext) -> None:
     """Behind the kernel over peers' memory: rows shorter and longer than a tile, and rows that end in a short group."""
     settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60}
     for fmt, algorithm in (("int4", "one_shot"), ("int6-had/int7-had", "two_shot")):
@@ -240,7 +228,3 @@ def over_peers_memory(ctx: RankContext) -> None:
                 got = comm.all_reduce_add_rms_norm(*mine, 1e-5)  # type: ignore[arg-type]
                 assert same_pair(got, want), (fmt, algorithm, shape)
             assert dict(comm.calls) == {f"all_reduce_add_rms_norm/{algorithm}": 4}
-
-
-def test_over_peers_memory() -> None:
-    on_ranks(over_peers_memory, 2)

@@ -1,23 +1,23 @@
-"""All-reduce over nodes: what it returns and sends, over gloo and through host memory, and who is in which node."""
+"""All-reduce over nodes: what it returns and sends, over gloo and through host memory."""
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from support import N_GPUS, raise_first, run_ranks, same_bits, tough
-from test_pipelined import by_hand, rounded, transform
+import torch.distributed as dist
+from by_hand import by_hand, rounded, transform
+from support import N_GPUS, ranks, same_bits, tough
 
 from flashcomm import Communicator, WireFormat, reference
 from flashcomm.accuracy.simulate import TensorParallel
 from flashcomm.collectives import hierarchical
-from flashcomm.errors import InputError, SettingsError, UnavailableError
-from flashcomm.ranks.launch import RankContext, run
-from flashcomm.routing import policy
-from flashcomm.routing.route import Executor, Machine, Message
-from flashcomm.settings import Settings
-from flashcomm.setup import discovery
+from flashcomm.errors import InputError
+from flashcomm.ranks.launch import RankContext
+from flashcomm.routing.route import Executor
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout
 
@@ -30,36 +30,43 @@ def make(group: Any, fmt: str, local_world_size: int | None, **more: Any) -> Com
     return Communicator(group, fmt, algorithm="hierarchical", local_world_size=local_world_size, min_bytes=0, **more)
 
 
+@pytest.mark.contract(1, 2, 3)
 @pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), (6, 3), (6, 2), (8, 4)])
-def test_ranks_give_the_bits_of_the_reference(world_size: int, local_world_size: int) -> None:
-    """Chunks of a few rows, shards that some ranks have nothing of, all pairs of kinds of steps; bytes as foretold."""
-    formats = ("int4", BF16), ("int8-g32/int5", FP32), ("bf16/int4", FP16), ("int6-had/int7-had", BF16)
-    for fmt, dtype in (*formats, ("int4-had/bf16", BF16), ("bf16", FP32)):
-        tensors = [[tough(shape, dtype, 10 * s + r) for r in range(world_size)] for s, shape in enumerate(SHAPES)]
-
-        def body(group: object, rank: int, fmt: str = fmt, tensors: Any = tensors) -> list[torch.Tensor]:
-            with make(group, fmt, local_world_size, chunk_bytes=2000) as comm:
-                return [comm.all_reduce(per_rank[rank]) for per_rank in tensors]
-
-        results = raise_first(run_ranks(world_size, body))
-        for i, per_rank in enumerate(tensors):
-            want = reference.hierarchical(per_rank, WireFormat.parse(fmt), local_world_size)
-            for rank in range(world_size):
-                assert same_bits(results[rank][i], want), (fmt, per_rank[0].shape, rank)
-
-
-def test_it_sends_what_explain_says() -> None:
-    def body(group: object, rank: int) -> tuple[int, int, str]:
-        with make(group, "int4/int8", 3) as comm:
-            comm.all_reduce(torch.ones(6, 512, dtype=BF16))  # two rows a shard: no rank has more than another
-            return comm.transport.n_bytes_sent, sum(comm.sent.values()), str(comm.explain((6, 512), BF16))
-
-    int4, int8 = 16 * (32 + 2), 16 * (64 + 3)  # a shard has 16 groups of 64: codes, then scale and zero
-    for sent, counted, told in raise_first(run_ranks(6, body)):
-        assert sent == counted == 2 * int4 + int4 + 2 * int8
-        assert f"hierarchical as int4/int8 over process_group: {sent} bytes a rank" in told
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [
+        ("int4", BF16),
+        ("int8-g32/int5", FP32),
+        ("bf16/int4", FP16),
+        ("int6-had/int7-had", BF16),
+        ("int4-had/bf16", BF16),
+        ("bf16", FP32),
+    ],
+)
+@ranks()
+def test_ranks_give_the_bits_of_the_reference(
+    group: dist.ProcessGroup, rank: int, world_size: int, local_world_size: int, fmt: str, dtype: torch.dtype
+) -> None:
+    """Chunks of a few rows, and shards of which some ranks have nothing."""
+    with make(group, fmt, local_world_size, chunk_bytes=2000) as comm:
+        for s, shape in enumerate(SHAPES):
+            tensors = [tough(shape, dtype, 10 * s + r) for r in range(world_size)]
+            want = reference.hierarchical(tensors, comm.format, local_world_size)
+            assert same_bits(comm.all_reduce(tensors[rank]), want), shape
 
 
+@ranks(6)
+def test_it_sends_what_explain_says(group: dist.ProcessGroup, rank: int) -> None:
+    int4, int8 = 16 * (32 + 2), 16 * (64 + 3)  # a shard has 16 groups of 64: codes, then scale and zero point
+    with make(group, "int4/int8", 3) as comm:
+        comm.all_reduce(torch.ones(6, 512, dtype=BF16))  # two rows a shard: no rank has more than another
+        sent = comm.transport.n_bytes_sent
+        assert sent == sum(comm.sent.values()) == 2 * int4 + int4 + 2 * int8
+        told = str(comm.explain((6, 512), BF16))
+    assert f"hierarchical as int4/int8 over process_group: {sent} bytes a rank" in told
+
+
+@pytest.mark.contract(2, 3)
 @pytest.mark.parametrize(
     ("fmt", "bits", "turned"), [("int4-g16/int8-g16", (4, 8), False), ("int5-g16-had", (5, 5), True)]
 )
@@ -86,7 +93,8 @@ def test_the_reference_is_what_the_method_says(fmt: str, bits: tuple[int, int], 
     assert reference.hierarchical(tensors, WireFormat.parse(fmt), 2)[0].tolist() == want
 
 
-def test_the_error_is_within_the_sum_of_bounds() -> None:
+@pytest.mark.contract(4)
+def test_the_error_of_three_steps_is_within_the_sum_of_their_bounds() -> None:
     """Half a step for every rank, for every node's sum and for the sum, one rounding to the dtype."""
     tensors = [tough((6, 576), FP32, r) for r in range(4)]
     layout = Layout(INT4.reduce, 576, 4)
@@ -103,112 +111,21 @@ def test_the_error_is_within_the_sum_of_bounds() -> None:
     assert (error / limit).max() > 0.5
 
 
-def test_nodes_that_gain_nothing() -> None:
-    """One node, nodes of one rank, and so many that less crosses in two-shot."""
-    for world_size, local_world_size, way in (
-        *((4, 4, "two_shot"), (4, 1, "two_shot"), (4, 0, "two_shot"), (8, 2, "two_shot")),
-        *((4, 2, "hierarchical"), (6, 2, "hierarchical"), (8, 4, "hierarchical")),
-    ):
-        choice = policy.choose(Message(4096, 512, 2, world_size, "cpu", local_world_size), INT4, "hierarchical", 0)
-        assert choice.route.algorithm == way, (world_size, local_world_size)
-    for wrong in (0, 3):
-        with pytest.raises(InputError, match="4 ranks do not make nodes of"):
-            reference.hierarchical([torch.ones(8)] * 4, INT4, wrong)
+@pytest.mark.parametrize("local_world_size", [0, 3])
+def test_nodes_that_the_ranks_do_not_make_are_refused(local_world_size: int) -> None:
+    with pytest.raises(InputError, match="4 ranks do not make nodes of"):
+        reference.hierarchical([torch.ones(8)] * 4, INT4, local_world_size)
 
 
-def test_small_messages_go_to_the_backend() -> None:
-    for numel, given, way in (
-        (1 << 14, None, "backend"),
-        (1 << 15, None, "hierarchical"),
-        (1 << 14, 0, "hierarchical"),
-    ):
-        call = Message(numel, 512, 2, 4, "cpu", 2)
-        assert policy.choose(call, INT4, "hierarchical", given).route.algorithm == way, numel
-    told = str(policy.choose(Message(64, 64, 2, 4, "cpu", 2), INT4, "hierarchical", 1 << 20))
-    assert "128 message bytes are fewer than min_bytes=1048576" in told
+@ranks(4)
+def test_a_closed_communicator_keeps_no_exchange(group: dist.ProcessGroup, rank: int) -> None:
+    comm = make(group, "int4", 2)
+    assert comm._executors[Executor.PIPELINED].context.nodes is not None
+    comm.close()
+    assert not comm._executors
 
 
-def test_a_closed_communicator_keeps_no_exchange() -> None:
-    def body(group: object, rank: int) -> bool:
-        comm = make(group, "int4", 2)
-        had = comm._executors[Executor.PIPELINED].context.nodes is not None
-        comm.close()
-        return had and not comm._executors
-
-    assert raise_first(run_ranks(4, body)) == [True] * 4
-
-
-def test_what_crosses_and_what_does_not() -> None:
-    """Of 8 ranks in 2 nodes: 3/4 of the message twice within the node, 1/4 once across."""
-    call = Message(1 << 20, 4096, 2, 8, "cpu", 4)
-    message = policy.wire_bytes("one_shot", call, INT4) // 7
-    assert policy.wire_bytes("hierarchical", call, INT4) == message * (3 + 1 + 3) // 4
-    assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
-    told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
-    crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
-    assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
-    assert "hierarchical" not in str(policy.choose(Message(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
-
-
-def test_it_goes_by_exchanges_and_never_by_one_kernel() -> None:
-    for transport, over in (
-        ("symmetric", "process_group"),
-        ("host_memory", "host_memory"),
-        ("process_group", "process_group"),
-    ):
-        call = Message(1 << 12, 512, 2, 8, "cuda", 4)
-        assert policy.choose(call, INT4, "hierarchical", 0, Machine(transport)).route.transport == over
-
-
-class TestNodes:
-    """Which ranks have a node together."""
-
-    def found(self, monkeypatch: pytest.MonkeyPatch, places: list[tuple[str, str]], **given: Any) -> int:
-        transport: Any = type("Transport", (), {"world_size": len(places), "device": torch.device("cpu")})()
-        monkeypatch.setattr(discovery.consistency, "tell", lambda *_: [list(place) for place in places])
-        return discovery._local_world_size(transport, Settings.resolve("cpu", {}, **given))
-
-    def test_groups_of_other_sizes(self) -> None:
-        """The setting is of a process, whose groups are not all alike."""
-        for world_size, found in ((1, 1), (2, 2), (4, 4), (8, 4), (6, 0)):
-            assert (
-                discovery.asked_local_world_size(Settings.resolve("cpu", {}, local_world_size=4), world_size) == found
-            ), world_size
-
-    def test_hosts_and_what_is_near_to_gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.found(monkeypatch, [("a", ""), ("a", ""), ("b", ""), ("b", "")]) == 2
-        assert self.found(monkeypatch, [("a", "0-7"), ("a", "0-7"), ("a", "8-15"), ("a", "8-15")]) == 2
-        assert self.found(monkeypatch, [("a", "0-7"), ("a", "8-15"), ("b", "0-7"), ("b", "8-15")]) == 2  # hosts first
-        assert self.found(monkeypatch, [("a", ""), ("a", ""), ("a", "")]) == 3
-        assert self.found(monkeypatch, [("a", ""), ("b", ""), ("a", ""), ("b", "")]) == 0
-        assert self.found(monkeypatch, [("a", ""), ("b", ""), ("b", "")]) == 0
-
-    def test_what_is_asked_for_and_cannot_be(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        mixed = [("a", ""), ("b", ""), ("a", ""), ("b", "")]
-        assert self.found(monkeypatch, mixed, local_world_size=2) == 2
-        with pytest.raises(
-            UnavailableError, match=r"consecutive ranks; these are at a, b, a, b: order the ranks by node"
-        ):
-            self.found(monkeypatch, mixed, algorithm="hierarchical")
-        with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks do not make nodes of that many"):
-            self.found(monkeypatch, mixed, local_world_size=3, algorithm="hierarchical")
-        for wrong in (0, -1, "two", 1.5):
-            with pytest.raises(SettingsError, match=r"local_world_size=.*give the number of ranks of a node"):
-                Settings.resolve("cpu", {}, local_world_size=wrong)
-
-    def test_ranks_of_one_host(self) -> None:
-        def body(group: object, rank: int) -> tuple[int, str]:
-            with make(group, "int4", None) as comm:
-                return comm.machine.local_world_size, comm.explain((64, 512), BF16).route.algorithm
-
-        assert raise_first(run_ranks(2, body)) == [(2, "two_shot")] * 2
-
-    def test_ranks_that_say_different_things(self) -> None:
-        got = run_ranks(4, lambda group, rank: make(group, "int4", 2 if rank else 4))
-        assert all(isinstance(why, SettingsError) and "local_world_size: rank 0 4, rank 1 2" in str(why) for why in got)
-
-
-def test_simulated_ranks_do_the_same() -> None:
+def test_simulated_ranks_give_the_bits_of_the_reference() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     model.tp_plan = {"0": "rowwise"}  # type: ignore[assignment]
     tensors = [tough((4, 600), BF16, r) for r in range(4)]
@@ -224,10 +141,13 @@ def test_simulated_ranks_do_the_same() -> None:
 # ------------------------------------------------------------------------------------------------ through host memory
 
 
+needs_interpreter = pytest.mark.skipif(
+    N_GPUS > 0 or importlib.util.find_spec("triton") is None, reason="flags need Triton's interpreter, without GPUs"
+)
+
+
 def staged(ctx: RankContext, local_world_size: int, timeout_s: float) -> tuple[Any, torch.Tensor]:
     """A context whose nodes have slots of their own in shared memory."""
-    from dataclasses import replace
-
     from test_staging import staged
 
     context, status = staged(ctx, 4096, timeout_s, exchanges=3)
@@ -240,21 +160,31 @@ def staged(ctx: RankContext, local_world_size: int, timeout_s: float) -> tuple[A
     return replace(context, nodes=nodes, chunk_bytes=3000), status
 
 
-def over_shared_memory(ctx: RankContext, local_world_size: int) -> None:
+@needs_interpreter
+@pytest.mark.contract(1, 2)
+@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), pytest.param(6, 3, marks=pytest.mark.thorough)])
+@ranks()
+def test_through_shared_memory(ctx: RankContext, world_size: int, local_world_size: int) -> None:
     context, status = staged(ctx, local_world_size, 60)
     for seed, (fmt, dtype) in enumerate((("int4", BF16), ("int6-had/int7-had", BF16), ("bf16/int4", FP32))):
         context.fmt = WireFormat.parse(fmt)
-        for shape in ((5, 600), (1, 7)) if ctx.world_size == 4 else ((5, 600),):
-            everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
+        for shape in ((5, 600), (1, 7)) if world_size == 4 else ((5, 600),):
+            everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(world_size)]
             out = torch.empty(shape, dtype=dtype)
             hierarchical.hierarchical(everybody[ctx.rank], out, context)
             assert same_bits(out, reference.hierarchical(everybody, context.fmt, local_world_size)), (fmt, shape)
     assert status.tolist() == [0] * 5
 
 
-def a_rank_is_gone(ctx: RankContext) -> None:
-    """Rank 2 is the first of the second node, and the second of its column. Rank 1 waits for none but 0 and 3."""
-    context, status = staged(ctx, 2, 1)
+@needs_interpreter
+@pytest.mark.contract(8)
+@ranks(4)
+def test_a_rank_that_is_gone_is_named_by_its_place_among_all(ctx: RankContext) -> None:
+    """Rank 2 is gone: the first of the second node. Rank 3 gives up on it, and rank 1 hears from nobody but 0 and 3.
+
+    Rank 1 is patient: were rank 3 to give up only within its node, rank 1 would still get its bytes in time.
+    """
+    context, status = staged(ctx, 2, 10 if ctx.rank == 1 else 1)
     x = tough((2, 512), BF16, ctx.rank)
     out = torch.empty_like(x)
     hierarchical.hierarchical(x, out, context)
@@ -262,33 +192,18 @@ def a_rank_is_gone(ctx: RankContext) -> None:
         return
     hierarchical.hierarchical(x, out.fill_(7), context)
     assert out.isnan().any()
-    assert status[0] == 1
-    ctx.emit((ctx.rank, int(status[2])))
-
-
-needs_interpreter = pytest.mark.skipif(N_GPUS > 0, reason="flags are not interpreted where there are GPUs")
-
-
-@needs_interpreter
-@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), (6, 3)])
-def test_through_shared_memory(world_size: int, local_world_size: int) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    run(over_shared_memory, world_size, (local_world_size,), timeout_s=250)
-
-
-@needs_interpreter
-def test_a_rank_that_is_gone_is_named_by_its_place_among_all() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    told: list[Any] = []
-    run(a_rank_is_gone, 4, on_event=told.append, timeout_s=200)
-    assert dict(told) == {0: 2, 1: 3, 3: 2}  # 3 gave up, and rank 1 only knows it
+    assert (int(status[0]), int(status[2])) == (1, {0: 2, 1: 3, 3: 2}[ctx.rank])
 
 
 # --------------------------------------------------------------------------------------------------------- on four GPUs
 
 
-def on_gpus(ctx: RankContext, transport: str) -> None:
-    """Twice as they are, then as one graph launch a call; small messages go the same way."""
+@pytest.mark.skipif(N_GPUS < 4, reason=f"{N_GPUS} CUDA devices, 4 are needed")
+@pytest.mark.contract(1, 2, 9)
+@pytest.mark.parametrize("transport", ["host_memory", "process_group"])
+@ranks(4, device="cuda")
+def test_on_four_gpus(ctx: RankContext, transport: str) -> None:
+    """Twice as they are, then as one graph launch a call; small messages take the same route."""
     shapes: list[tuple[int, ...]] = [(700, 4096), (5, 600), (3, 64), (0, 64)]
     for fmt in ("int4", "int6-had/int7-had", "bf16"):
         with make(None, fmt, 2, device="cuda", transport=transport, timeout_s=30) as comm:
@@ -300,9 +215,3 @@ def on_gpus(ctx: RankContext, transport: str) -> None:
                     assert same_bits(got, want), (fmt, shape, turn)
             assert set(comm.calls) == {"all_reduce/hierarchical"}
             assert comm.explain((700, 4096), BF16).route.transport == transport
-
-
-@pytest.mark.skipif(N_GPUS < 4, reason=f"{N_GPUS} CUDA devices, 4 are needed")
-@pytest.mark.parametrize("transport", ["host_memory", "process_group"])
-def test_on_four_gpus(transport: str) -> None:
-    run(on_gpus, 4, (transport,), device="cuda")

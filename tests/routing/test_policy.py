@@ -1,4 +1,4 @@
-"""The policy with a machine: transports, measured tables, where tables lie. Pure functions, so no group is needed."""
+"""The policy: which route a message takes, with and without measured times. Pure functions, so no group is needed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ TIMINGS = Timings(
         "int8-had two_shot": (9.0, 15.0, 260.0),
     },
 )
+INT4 = WireFormat.parse("int4")
 FAST = Machine("symmetric", TIMINGS)
 
 
@@ -34,11 +35,11 @@ def choose(
     return policy.choose(call, WireFormat.parse(fmt), algorithm, min_bytes, machine)
 
 
-def way(choice: Choice) -> tuple[str, str, str]:
+def taken(choice: Choice) -> tuple[str, str, str]:
     return choice.route.algorithm, str(choice.route.format), choice.route.transport
 
 
-def test_a_table_is_read_between_and_beyond_its_sizes() -> None:
+def test_timings_are_read_between_and_beyond_their_sizes() -> None:
     assert TIMINGS.time("backend", 1 << 20) == pytest.approx(16.0)
     assert TIMINGS.time("backend", 10) == 9.0
     assert TIMINGS.time("backend", 1 << 28) == 1000.0
@@ -46,32 +47,32 @@ def test_a_table_is_read_between_and_beyond_its_sizes() -> None:
     assert between_steps.time("backend", 8) == pytest.approx(2.0)
 
 
-def test_the_fastest_way_of_the_table_is_taken() -> None:
-    assert way(choose(8 << 10, "int4", FAST)) == ("one_shot", "bf16", "symmetric")
-    assert way(choose(1 << 20, "int4", FAST)) == ("one_shot", "int4", "symmetric")
-    assert way(choose(64 << 20, "int4", FAST)) == ("two_shot", "int4", "symmetric")
-    assert way(choose(64 << 20, "int8-had", FAST)) == ("two_shot", "bf16", "symmetric")
-    assert way(choose(64 << 20, "bf16", FAST)) == ("two_shot", "bf16", "symmetric")
+def test_the_fastest_measured_route_is_taken() -> None:
+    assert taken(choose(8 << 10, "int4", FAST)) == ("one_shot", "bf16", "symmetric")
+    assert taken(choose(1 << 20, "int4", FAST)) == ("one_shot", "int4", "symmetric")
+    assert taken(choose(64 << 20, "int4", FAST)) == ("two_shot", "int4", "symmetric")
+    assert taken(choose(64 << 20, "int8-had", FAST)) == ("two_shot", "bf16", "symmetric")
+    assert taken(choose(64 << 20, "bf16", FAST)) == ("two_shot", "bf16", "symmetric")
     text = str(choose(64 << 20, "int4", FAST))
     assert "two_shot as int4 over symmetric" in text
     assert "70.0 us for 65536 KiB, fastest of those measured (made up)" in text
     assert "not backend: 250.0 us" in text
 
 
-def test_settings_win_over_the_table() -> None:
-    assert way(choose(8 << 10, "int4", FAST, min_bytes=0)) == ("one_shot", "int4", "symmetric")
-    assert way(choose(64 << 20, "int8-had", FAST, min_bytes=0)) == ("two_shot", "int8-had", "symmetric")
-    assert way(choose(1 << 20, "int4", FAST, min_bytes=2 << 20)) == ("two_shot", "bf16", "symmetric")
-    assert way(choose(8 << 10, "int4", FAST, "backend")) == ("backend", "bf16", "process_group")
-    assert way(choose(8 << 10, "int4", FAST, "two_shot")) == ("two_shot", "int4", "symmetric")
+def test_settings_win_over_timings() -> None:
+    assert taken(choose(8 << 10, "int4", FAST, min_bytes=0)) == ("one_shot", "int4", "symmetric")
+    assert taken(choose(64 << 20, "int8-had", FAST, min_bytes=0)) == ("two_shot", "int8-had", "symmetric")
+    assert taken(choose(1 << 20, "int4", FAST, min_bytes=2 << 20)) == ("two_shot", "bf16", "symmetric")
+    assert taken(choose(8 << 10, "int4", FAST, "backend")) == ("backend", "bf16", "process_group")
+    assert taken(choose(8 << 10, "int4", FAST, "two_shot")) == ("two_shot", "int4", "symmetric")
     assert choose(8 << 10, "int4", FAST, "two_shot").route.low_bit
     assert not choose(8 << 10, "int4", FAST).route.low_bit
 
 
-def test_a_table_without_coded_ways_does_not_overrule_min_bytes() -> None:
+def test_timings_without_low_bit_routes_do_not_overrule_min_bytes() -> None:
     bare = Machine("symmetric", Timings("bare", (1024,), {"backend": (9.0,)}))
-    assert way(choose(8 << 10, "int4", bare, min_bytes=0)) == ("one_shot", "int4", "symmetric")
-    assert way(choose(8 << 10, "int4", bare)) == ("backend", "bf16", "process_group")
+    assert taken(choose(8 << 10, "int4", bare, min_bytes=0)) == ("one_shot", "int4", "symmetric")
+    assert taken(choose(8 << 10, "int4", bare)) == ("backend", "bf16", "process_group")
 
 
 def test_a_format_goes_by_the_nearest_one_measured() -> None:
@@ -84,23 +85,23 @@ def test_a_format_goes_by_the_nearest_one_measured() -> None:
     assert Timings("t", (4,), {"backend": (1.0,)}).nearest(WireFormat.parse("int4"), "one_shot") is None
 
 
-def test_short_rows_are_not_coded_whatever_the_table_says() -> None:
+def test_short_rows_are_not_quantized_whatever_timings_say() -> None:
     route = choose(1 << 20, "int4", FAST, row=1).route
     assert not route.low_bit
     assert "would send" in route.reason
 
 
-def test_without_a_table() -> None:
+def test_routes_without_timings() -> None:
     peers, group = Machine("symmetric"), Machine(rejected=(("symmetric", "on another host"),))
-    assert way(choose(8 << 10, "int4", peers)) == ("one_shot", "bf16", "symmetric")
-    assert way(choose(1 << 20, "int4", peers)) == ("one_shot", "int4", "symmetric")
-    assert way(choose(1 << 20, "bf16", peers)) == ("backend", "bf16", "process_group")
-    assert way(choose(64 << 10, "int4", group)) == ("backend", "bf16", "process_group")
-    assert way(choose(4 << 20, "int4", group)) == ("one_shot", "int4", "process_group")
+    assert taken(choose(8 << 10, "int4", peers)) == ("one_shot", "bf16", "symmetric")
+    assert taken(choose(1 << 20, "int4", peers)) == ("one_shot", "int4", "symmetric")
+    assert taken(choose(1 << 20, "bf16", peers)) == ("backend", "bf16", "process_group")
+    assert taken(choose(64 << 10, "int4", group)) == ("backend", "bf16", "process_group")
+    assert taken(choose(4 << 20, "int4", group)) == ("one_shot", "int4", "process_group")
     assert "not symmetric: on another host" in str(choose(4 << 20, "int4", group))
 
 
-def test_own_tables_come_before_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_timings_come_before_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timings, "BUILT_IN", tmp_path / "built-in")
     assert timings.find("NVIDIA H200", 2, "symmetric") is None
@@ -130,6 +131,103 @@ def test_own_tables_come_before_those_of_the_package(tmp_path: Path, monkeypatch
         {"source": "s", "sizes": [1], "us": {"backend": [0]}},
     ],
 )
-def test_what_is_no_table(wrong: dict[str, object]) -> None:
+def test_malformed_timings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="timings need"):
         timings.from_dict(wrong)
+
+
+# On CPUs, without measured times
+
+
+def choose_on_cpus(
+    numel: int, world_size: int, fmt: str = "int4", algorithm: str = "auto", row: int = 576, min_bytes: int = 65536
+) -> Choice:
+    """Over gloo, without measured times."""
+    return policy.choose(Message(numel, row, 2, world_size, "cpu"), WireFormat.parse(fmt), algorithm, min_bytes)
+
+
+def test_auto_takes_the_algorithm_of_fewest_bytes_or_the_backend() -> None:
+    assert choose_on_cpus(512 * 576, 2).route.algorithm == "one_shot"
+    assert choose_on_cpus(512 * 576, 3).route.algorithm == "two_shot"
+    assert choose_on_cpus(80 * 576, 3).route.algorithm == "one_shot"
+    assert choose_on_cpus(576, 3).route.algorithm == "backend"
+    assert choose_on_cpus(512 * 576, 3, "bf16").route.algorithm == "backend"
+    assert choose_on_cpus(512 * 576, 3, row=1).route.algorithm == "backend"  # 3 bytes a value would be sent for 2
+    assert choose_on_cpus(512 * 576, 1).route.algorithm == "copy"
+    assert choose_on_cpus(0, 3, row=0).route.algorithm == "copy"
+
+
+def test_a_sweep_admits_every_algorithm_somewhere() -> None:
+    seen = {choose_on_cpus(n * 576, w).route.algorithm for n in (1, 80, 512) for w in range(1, 9)}
+    assert seen == {"copy", "backend", "one_shot", "two_shot"}
+
+
+def test_what_is_asked_for_wins() -> None:
+    for algorithm in policy.CANDIDATES:
+        assert choose_on_cpus(576, 3, algorithm=algorithm).route.algorithm == algorithm
+    assert choose_on_cpus(576, 3, min_bytes=0).route.algorithm == "one_shot"
+
+
+def test_every_route_not_taken_has_a_reason() -> None:
+    for world_size in (2, 3):
+        for n in (1, 80, 512):
+            choice = choose_on_cpus(n * 576, world_size)
+            assert {choice.route.algorithm, *(r.name for r in choice.rejected)} == set(policy.CANDIDATES)
+            assert all(r.reason for r in choice.rejected)
+            assert choice.route.reason
+            assert f"{choice.route.wire_bytes} bytes a rank" in str(choice)
+
+
+def test_wire_bytes_are_those_of_the_layout() -> None:
+    """int4 over 3 ranks, two-shot: 4.25 bits, two thirds of the message sent in each of two steps."""
+    row_bytes = 288 + 9 * 2
+    assert choose_on_cpus(513 * 576, 3).route.wire_bytes == 2 * 2 * (171 * row_bytes + -171 * 18 % 16)
+    assert choose_on_cpus(512 * 576, 2).route.wire_bytes == 512 * row_bytes
+    assert choose_on_cpus(512 * 576, 4, "bf16").route.wire_bytes == 2 * 3 * 512 * 576 * 2 // 4
+
+
+# Nodes
+
+
+def test_hierarchical_is_two_shot_where_nodes_gain_nothing() -> None:
+    """One node, nodes of one rank, and so many that less crosses in two-shot."""
+    for world_size, local_world_size, algorithm in (
+        *((4, 4, "two_shot"), (4, 1, "two_shot"), (4, 0, "two_shot"), (8, 2, "two_shot")),
+        *((4, 2, "hierarchical"), (6, 2, "hierarchical"), (8, 4, "hierarchical")),
+    ):
+        choice = policy.choose(Message(4096, 512, 2, world_size, "cpu", local_world_size), INT4, "hierarchical", 0)
+        assert choice.route.algorithm == algorithm, (world_size, local_world_size)
+
+
+def test_hierarchical_leaves_small_messages_to_the_backend() -> None:
+    for numel, given, algorithm in (
+        (1 << 14, None, "backend"),
+        (1 << 15, None, "hierarchical"),
+        (1 << 14, 0, "hierarchical"),
+    ):
+        call = Message(numel, 512, 2, 4, "cpu", 2)
+        assert policy.choose(call, INT4, "hierarchical", given).route.algorithm == algorithm, numel
+    told = str(policy.choose(Message(64, 64, 2, 4, "cpu", 2), INT4, "hierarchical", 1 << 20))
+    assert "128 message bytes are fewer than min_bytes=1048576" in told
+
+
+def test_hierarchical_sends_a_quarter_of_the_message_to_other_nodes() -> None:
+    """Of 8 ranks in 2 nodes: 3/4 of the message twice within the node, 1/4 once across."""
+    call = Message(1 << 20, 4096, 2, 8, "cpu", 4)
+    message = policy.wire_bytes("one_shot", call, INT4) // 7
+    assert policy.wire_bytes("hierarchical", call, INT4) == message * (3 + 1 + 3) // 4
+    assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
+    told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
+    crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
+    assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
+    assert "hierarchical" not in str(policy.choose(Message(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
+
+
+def test_hierarchical_goes_by_exchanges_and_never_by_one_kernel() -> None:
+    for transport, over in (
+        ("symmetric", "process_group"),
+        ("host_memory", "host_memory"),
+        ("process_group", "process_group"),
+    ):
+        call = Message(1 << 12, 512, 2, 8, "cuda", 4)
+        assert policy.choose(call, INT4, "hierarchical", 0, Machine(transport)).route.transport == over

@@ -1,0 +1,56 @@
+"""Point 8 of the contract: a dead or stuck peer is a CommunicationError within the time-out.
+
+It names the rank and the phase.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import exact_in_int4, gloo_group, raise_first, ranks, run_ranks
+
+from flashcomm import Communicator
+from flashcomm.errors import CommunicationError
+
+pytestmark = pytest.mark.contract(8)
+
+
+def test_a_peer_that_never_comes_is_an_error_within_the_timeout() -> None:
+    begin = time.monotonic()
+    results = run_ranks(3, lambda g, r: Communicator(g, "int4", timeout_s=2) if r else time.sleep(0))
+    assert time.monotonic() - begin < 20
+    for rank in (1, 2):
+        assert isinstance(results[rank], CommunicationError)
+        assert f"rank {rank} of 3: agreement on making a Communicator failed" in str(results[rank])
+        assert "FLASHCOMM_TIMEOUT_S" in str(results[rank])
+
+
+def test_a_peer_that_dies_in_a_call_is_an_error_and_a_new_group_works() -> None:
+    store = dist.HashStore()
+
+    def body(group: dist.ProcessGroup, rank: int) -> torch.Tensor | None:
+        comm = Communicator(group, "int4", min_bytes=0, timeout_s=2)
+        if rank == 0:
+            return None  # leaves
+        with pytest.raises(CommunicationError, match=f"rank {rank} of 3: agreement on all_reduce failed"):
+            comm.all_reduce(torch.ones(4, 576))
+        fresh = gloo_group(dist.PrefixStore("fresh", store), rank - 1, 2)
+        return Communicator(fresh, "int4", min_bytes=0).all_reduce(exact_in_int4(4, 576))
+
+    results = raise_first(run_ranks(3, body))
+    for result in results[1:]:
+        assert result is not None
+        assert torch.equal(result, 2 * exact_in_int4(4, 576))
+
+
+@ranks(3)
+def test_a_peer_that_leaves_between_chunks_is_an_error(group: dist.ProcessGroup, rank: int) -> None:
+    """The exchange runs on the transport's thread then; its error reaches the caller all the same."""
+    comm = Communicator(group, "int4", algorithm="two_shot", check=False, chunk_bytes=4000, timeout_s=2)
+    comm.all_reduce(torch.ones(40, 576))
+    if rank:
+        with pytest.raises(CommunicationError, match=f"rank {rank} of 3: two-shot reduce, chunk 1/23 failed"):
+            comm.all_reduce(torch.ones(40, 576))
