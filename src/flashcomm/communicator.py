@@ -36,7 +36,6 @@ from flashcomm.wire.format import Layout, WireFormat
 if TYPE_CHECKING:
     from flashcomm.collectives.graph_cache import Replayed
 
-KINDS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collectives.fused_kernel` numbers them
 MAX_KEPT = 4096  # shapes whose launches a Communicator remembers
 
 log = logging.getLogger("flashcomm")
@@ -262,8 +261,7 @@ class Communicator:
         step = self.format.reduce if name == "reduce_scatter" else self.format.gather
         sent = (self.world_size - 1) * Layout(step, row, x.element_size()).nbytes(0, min(x.numel(), out.numel()))
         small = self._staged is None or x.nbytes <= policy.MAPPED_BYTES
-        kind, itemsize = KINDS.index(name), x.element_size()
-        if self._fused is not None and small and self._fused.fits(kind, x.numel(), row, self.format, itemsize):
+        if self._fused is not None and small and row % self.format.unit == 0:
             self._count(f"{name}/fused", x, sent)
             self._run_fused(name, x, out, row, self.format, None)
             return out
@@ -280,7 +278,7 @@ class Communicator:
             out.copy_(x)
             if way == "native":
                 self.transport.all_reduce_native(out, "native all-reduce").wait()
-        elif route.transport in policy.FUSED:
+        elif route.transport in policy.FUSED and row % fmt.unit == 0:
             self._run_fused(way, x, out, row, fmt, keep)
         else:
             self._run_composed(way, x, out, fmt)
@@ -341,7 +339,7 @@ class Communicator:
             self._order()
             given, x = x, _plain(x)
             target = torch.empty_like(out) if out.data_ptr() % 16 else out
-            launch = self._fused.plan(KINDS.index(name), x, row, fmt)
+            launch = self._fused.plan(name, x, row, fmt)
             launch(x.data_ptr(), target.data_ptr())
             if target is not out:
                 out.copy_(target)

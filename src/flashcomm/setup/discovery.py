@@ -26,7 +26,7 @@ from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 
 if TYPE_CHECKING:
     from flashcomm.collectives.pipelined import Transport
-    from flashcomm.gpu.launch import FusedCollectives
+    from flashcomm.gpu.launch import KernelCollectives
     from flashcomm.transports.staging import StagedTransport
 
 MAPPED_WORKSPACE = 32 << 20  # of host memory for kernels: small messages only
@@ -40,7 +40,7 @@ class Connected:
     that peers write to, bytes through host memory, and exchanges within and across nodes."""
 
     machine: Machine
-    fused: FusedCollectives | None
+    fused: KernelCollectives | None
     staged: StagedTransport | None
     nodes: tuple[Transport, Transport] | None
 
@@ -139,11 +139,11 @@ def machine_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _over(region: Any, settings: Settings, staged: bool) -> tuple[FusedCollectives, StagedTransport | None]:
+def _over(region: Any, settings: Settings, staged: bool) -> tuple[KernelCollectives, StagedTransport | None]:
     """What runs over a region that all ranks have joined."""
-    from flashcomm.gpu.launch import FusedCollectives
+    from flashcomm.gpu.launch import KernelCollectives
 
-    fused = FusedCollectives(region, settings.timeout_s)
+    fused = KernelCollectives(region, settings.timeout_s)
     if not staged:
         return fused, None
     from flashcomm.transports.staging import StagedTransport
