@@ -1,4 +1,4 @@
-"""The Triton codec writes and reads the bytes of the torch codec, in Triton's interpreter; on GPUs see test_on_gpus.py."""
+"""The Triton codec writes and reads the bytes of the torch codec: in the interpreter; on GPUs see test_on_gpus.py."""
 
 from __future__ import annotations
 
