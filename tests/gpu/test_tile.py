@@ -1,4 +1,4 @@
-"""What kernels do to one tile, function by function, against the torch codec or plain torch, in Triton's interpreter."""
+"""What kernels do to one tile, function by function: as the torch codec or plain torch, in Triton's interpreter."""
 
 from __future__ import annotations
 
