@@ -184,7 +184,7 @@ MUTATIONS = {
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int4]",
     ),
     "the Triton codec hides NaN": (
-        "gpu/tile.py", "tl.where(bad, SCALE_NAN, scale", "tl.where(bad, 0, scale",
+        "gpu/tile.py", "tl.where(not_finite, SCALE_NAN, scale", "tl.where(not_finite, 0, scale",
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int4]",
     ),
     "the Triton codec prefers the part if equal": (
@@ -192,31 +192,31 @@ MUTATIONS = {
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int2-g16-had]",
     ),
     "a kernel for every length": (
-        "gpu/all_reduce.py", '"stride", "n_tiles", "half"', '"stride", "half"',
+        "gpu/launch.py", "Int64(shard_units)", "Int64(shard_units) if count > 64 else shard_units",
         "gpu/test_gpu_codec.py::test_a_new_length_is_no_new_kernel",
     ),
-    "messages of half rows with tails": (
-        "gpu/launch.py", "most = capacity if row % unit == 0 else capacity // per_row", "most = capacity",
-        "gpu/test_kernels.py::test_messages_are_cut_without_gaps_or_straddling_groups",
+    "a message cut with a gap": (
+        "gpu/tuning.py", "((a, b - a) for a, b in", "((a, b - a - (a > 0)) for a, b in",
+        "gpu/test_kernels.py::test_messages_are_cut_without_gaps",
+    ),
+    "results behind the end of a message": (
+        "gpu/collective_kernel.py", "(group // (UNIT // GROUP) < left) & (inside >= 0)", "(group >= 0) & (inside >= 0)",
+        "gpu/test_kernels.py::test_how_a_message_is_cut_changes_no_bit[False]",
     ),
     "a flag of the call before will do": (
-        "gpu/all_reduce.py", "wait(flag, epoch, 1", "wait(flag, epoch - 1, 1",
+        "gpu/collective_kernel.py", "wait(i, block, epoch, region", "wait(i, block, epoch - 1, region",
         "gpu/test_kernels.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "data of even and odd calls lie in one place": (
-        "gpu/launch.py", "                half,\n                second,", "                0,\n                second,",
+        "gpu/launch.py", "Int64(self.ll_epoch_bytes if tuning.ll else self.epoch_bytes)", "Int64(0)",
         "gpu/test_kernels.py::test_a_slow_reader_reads_what_was_meant_for_it",
-    ),
-    "the kernel takes values behind the end of a row": (
-        "gpu/all_reduce.py", "n = tl.minimum(tl.maximum(row - column, 0), GROUP).to(tl.int32)",
-        "n = (column * 0 + GROUP).to(tl.int32)", "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "misaligned tensors go to the kernel": (
         "collectives/executors.py", "return x.clone() if x.data_ptr() % 16 else x", "return x",
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "transforms have the limit of values": (
-        "gpu/tile.py", "if TURNED:\n        power", "if False:\n        power",
+        "gpu/tile.py", "if step.HADAMARD:\n        power", "if False:\n        power",
         "gpu/test_gpu_codec.py::test_transforms_have_a_smaller_limit",
     ),
     "strides are not looked at": (

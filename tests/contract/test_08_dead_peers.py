@@ -24,8 +24,8 @@ def test_a_peer_that_never_comes_is_an_error_within_the_timeout() -> None:
     assert time.monotonic() - begin < 20
     for rank in (1, 2):
         assert isinstance(results[rank], CommunicationError)
-        assert f"rank {rank} of 3: agreement on making a Communicator failed" in str(results[rank])
-        assert "FLASHCOMM_TIMEOUT_S" in str(results[rank])
+        assert f"rank {rank} of 3: the consistency check of making a Communicator failed" in str(results[rank])
+        assert "rank 0" in str(results[rank])
 
 
 def test_a_peer_that_dies_in_a_call_is_an_error_and_a_new_group_works() -> None:
@@ -35,7 +35,7 @@ def test_a_peer_that_dies_in_a_call_is_an_error_and_a_new_group_works() -> None:
         comm = Communicator(group, "int4", min_bytes=0, timeout_s=2)
         if rank == 0:
             return None  # leaves
-        with pytest.raises(CommunicationError, match=f"rank {rank} of 3: agreement on all_reduce failed"):
+        with pytest.raises(CommunicationError, match=f"rank {rank} of 3: the consistency check of all_reduce failed"):
             comm.all_reduce(torch.ones(4, 576))
         fresh = gloo_group(dist.PrefixStore("fresh", store), rank - 1, 2)
         return Communicator(fresh, "int4", min_bytes=0).all_reduce(exact_in_int4(4, 576))

@@ -1,18 +1,19 @@
-"""The Triton codec writes and reads the bytes of the torch codec, in Triton's interpreter; on GPUs see test_gpu.py."""
+"""The Triton codec writes and reads the bytes of the torch codec: in the interpreter; on GPUs see test_on_gpus.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import DTYPES, N_GPUS, same_bits, tough
 
 from flashcomm.wire import torch_codec
-from flashcomm.wire.format import Layout, StepFormat
+from flashcomm.wire.format import Layout, StepFormat, WireFormat
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(N_GPUS > 0, reason="kernels are not interpreted where there is a GPU: test_gpu.py")
+pytestmark = pytest.mark.skipif(N_GPUS > 0, reason="kernels are not interpreted where there is a GPU: test_on_gpus.py")
 
 FORMATS = [
     "int8",
@@ -86,21 +87,47 @@ def test_transforms_have_a_smaller_limit() -> None:
         assert out.isfinite().view(3, 64).all(1).tolist() == [True, finite, True]
 
 
-def test_a_new_length_is_no_new_kernel() -> None:
-    """Everything that follows from a message's length is a run-time value, to which kernels are not specialized."""
-    from flashcomm.gpu import all_reduce
+def test_a_new_length_is_no_new_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows from a message's length is a run-time number, and no number's type follows from the length."""
     from flashcomm.gpu import codec as gpu_codec
+    from flashcomm.gpu import launch, tuning
+    from flashcomm.gpu.compat import types_of
 
-    kernels = {
-        all_reduce.fused: ("row", "units_per_row", "n_units", "slice_units", "stride", "n_tiles", "half", "lag"),
-        gpu_codec._encode: ("count", "first", "start", "first_group", "plane1", "scales", "before0", "row0"),
-        gpu_codec._decode_sum: ("stride", "count", "first", "start", "first_group", "plane1", "scales"),
-    }
-    for kernel, names in kernels.items():
-        fixed = kernel.kwargs["do_not_specialize"]
-        assert set(names) <= set(fixed), kernel
-        constants = {name for name, kind in kernel.fn.__annotations__.items() if "constexpr" in str(kind)}
-        assert not constants & set(names)
+    kernels: set[object] = set()
+
+    def record(
+        kernel: object, grid: int, pointers: object, numbers: tuple[object, ...], bundles: object, **more: object
+    ):
+        kernels.add((kernel, pointers, types_of(numbers), bundles, more["num_warps"]))
+        return lambda *addresses: None
+
+    monkeypatch.setattr(gpu_codec, "launcher", record)
+    monkeypatch.setattr(launch, "launcher", record)
+    for row, classes in ((4096, 1), (600, 2)):  # rows of whole groups; rows with tails
+        layout = Layout(StepFormat.parse("int6-had"), row, 2)
+        for rows in (1, 7, 64, 1000, 100_000):
+            gpu_codec._encoders(layout, 0, rows * row, torch.bfloat16, -1, 0, True)
+            gpu_codec._decoders(layout, 0, rows * row, torch.bfloat16, -1, 0, True, (2, 1 << 20, torch.bfloat16))
+        assert len(kernels) == 2 * classes
+        kernels.clear()
+    region = SimpleNamespace(
+        rank=0,
+        world_size=2,
+        n_bytes=launch.region_bytes(256 << 20),
+        device=torch.device("cpu"),
+        mapped=False,
+        own=1 << 40,
+        peers=torch.zeros(2, dtype=torch.int64),
+        status=torch.zeros(5, dtype=torch.int32),
+    )
+    collectives = launch.KernelCollectives(region, 1)
+    for algorithm in launch.ALGORITHMS:
+        for how in tuning.tunings(WireFormat.parse("int4")):
+            for rows in (1, 2, 7, 64, 1000, 100_000):
+                x = torch.empty(2 * rows, 4096, dtype=torch.bfloat16, device="meta")
+                collectives.plan(algorithm, x, 4096, WireFormat.parse("int4"), how)
+            assert len(kernels) == 1, (algorithm, how)
+            kernels.clear()
 
 
 def test_kernels_refuse_what_they_must_not_touch() -> None:

@@ -1,6 +1,6 @@
-"""The fused kernels, over peers' memory: on GPUs where there are two, else in Triton's interpreter, in real processes.
+"""The collectives' kernel over peers' memory: on GPUs where there are two, else in Triton's interpreter, in processes.
 
-One body serves both. What the interpreter cannot show (graphs, streams, thousands of calls) is in test_gpu.py.
+One body serves both. What the interpreter cannot show (graphs, streams, thousands of calls) is in test_on_gpus.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support import N_GPUS, raise_first, run_ranks, same_bits, tough
 
 from flashcomm import Communicator, WireFormat, reference
 from flashcomm.errors import CommunicationError, FlashcommError, InputError, SettingsError, UnavailableError
-from flashcomm.gpu import all_reduce, launch
+from flashcomm.gpu import launch, tuning
 from flashcomm.ranks import processes
 from flashcomm.ranks.launch import RankContext, run
 from flashcomm.routing.route import Executor, Machine
@@ -46,10 +46,9 @@ def make(fmt: str, algorithm: str = "auto", **more: object) -> Communicator:
     return Communicator(None, fmt, device=DEVICE, algorithm=algorithm, **settings)  # type: ignore[arg-type]
 
 
-def epochs_inside(comm: Communicator, ll: bool) -> None:
-    """Cut messages up for words that carry the epoch from now on, or for flags."""
-    assert comm._executors
-    comm._executors[Executor.KERNEL].kernels.tuning = lambda *_: launch.LL if ll else launch.SMALL  # type: ignore[method-assign]
+def use_protocol(comm: Communicator, ll: bool) -> None:
+    """Send messages by the LL protocol from now on, or with flags."""
+    comm._executors[Executor.KERNEL].kernels.tuning = lambda *_: tuning.LL if ll else tuning.SMALL  # type: ignore[method-assign]
 
 
 def same_as_reference(comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device) -> None:
@@ -63,7 +62,7 @@ def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes
         for algorithm in ("one_shot", "two_shot"):
             with make(fmt, algorithm) as comm:
                 for seed, shape in enumerate(shapes):
-                    epochs_inside(comm, (seed % 2 == 0) == (algorithm == "one_shot"))
+                    use_protocol(comm, (seed % 2 == 0) == (algorithm == "one_shot"))
                     everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
                     if seed % 2 and everybody[1].numel():
                         everybody[1].view(-1)[-1] = float("inf")
@@ -74,22 +73,22 @@ def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_all_reduce_equals_the_reference(world_size: int) -> None:
-    """Widths and both metadata layouts, transformed or not, mixed groups, lossless steps; tails, a scalar, nothing."""
+    """Widths, both metadata layouts, Hadamard or not, mixed groups, uncompressed steps; a tail, a scalar, nothing."""
     formats = {
         2: [("int4", BF16), ("int8/int5", FP32), ("int6-had/int7-had", BF16), ("bf16", BF16), ("bf16/int2-had", FP16)],
         3: [("int4-g32/int8-g128", FP16), ("int3-g32-had/int4-g64-had", BF16), ("bf16", FP32)],
         4: [("int6-had/int7-had", BF16), ("int4/bf16", FP32)],
         8: [("int4", BF16)],
     }
-    shapes: list[tuple[int, ...]] = [(5, 600), (2, 3, 640), (7,), (), (0, 64), (3, 1), (1, 1)]
-    on_ranks(all_reduces, world_size, formats[world_size], shapes if world_size < 8 else [(9, 512), (1, 1)])
+    shapes: list[tuple[int, ...]] = [(5, 640), (2, 3, 640), (3, 128), (9, 384), (0, 64), (5, 600), ()]
+    on_ranks(all_reduces, world_size, formats[world_size], shapes if world_size < 8 else [(9, 512), (1, 64)])
 
 
 def slices(ctx: RankContext) -> None:
     for fmt in ("int4/int8", "int3-g32-had/int6-had", "bf16"):
         with make(fmt) as comm:
-            for i, shape in enumerate(((2, 576), (1, 7), (3,), (2, 0), (1, 640))):
-                epochs_inside(comm, i % 2 == 0)
+            for i, shape in enumerate(((2, 576), (1, 64), (192,), (2, 0), (1, 640))):
+                use_protocol(comm, i % 2 == 0)
                 whole = [tough((shape[0] * ctx.world_size, *shape[1:]), BF16, r) for r in range(ctx.world_size)]
                 parts = [tough(shape, BF16, 99 + r) for r in range(ctx.world_size)]
                 got = comm.reduce_scatter(whole[ctx.rank].to(ctx.device)).cpu()
@@ -104,36 +103,37 @@ def test_reduce_scatter_and_all_gather_equal_the_reference(world_size: int) -> N
     on_ranks(slices, world_size)
 
 
-def make_kernels(ctx: RankContext, workspace: int) -> launch.FusedCollectives:
+def make_kernels(ctx: RankContext, workspace: int) -> launch.KernelCollectives:
     region = (symmetric if ON_GPUS else cpu_shared).create(ctx.device, launch.region_bytes(workspace))
     places: list[str] = [""] * ctx.world_size
     dist.all_gather_object(places, region.place)
     region.join(dist.group.WORLD, places)
     dist.barrier()
-    return launch.FusedCollectives(region, 60)
+    return launch.KernelCollectives(region, 60)
 
 
-def cut_up(ctx: RankContext, tunings: list[launch.Tuning], workspace: int) -> None:
+def cut_up(ctx: RankContext, tunings: list[tuning.Tuning], workspace: int) -> None:
     """However a message is cut into tiles, blocks, launches: the same bits. A workspace of a few tiles only."""
     kernels = make_kernels(ctx, workspace)
-    kinds = {all_reduce.ONE_SHOT: reference.one_shot, all_reduce.TWO_SHOT: reference.two_shot}
     for fmt in (WireFormat.parse("int4"), WireFormat.parse("int6-had/int7-had")):
         for how in tunings if str(fmt) == "int4" else tunings[1:2]:
-            for shape in ((12, 512), (3, 600), (1, 4001)):
+            for shape in ((12, 512), (3, 640), (1, 4032)):
                 everybody = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
                 x = everybody[ctx.rank].to(ctx.device)
-                for kind, define in kinds.items():
-                    target = torch.full_like(x, 7)
-                    kernels.plan(kind, x, shape[-1], fmt, how)(x.data_ptr(), target.data_ptr())
-                    assert same_bits(target.cpu(), define(everybody, fmt)), (str(fmt), how, shape, kind)
+                for algorithm in ("one_shot", "two_shot"):
+                    buffer = torch.full((x.numel() + 8192,), 7, dtype=BF16, device=ctx.device)
+                    kernels.plan(algorithm, x, shape[-1], fmt, how)(x.data_ptr(), buffer.data_ptr())
+                    want = getattr(reference, algorithm)(everybody, fmt)
+                    assert same_bits(buffer[: x.numel()].view(shape).cpu(), want), (str(fmt), how, shape, algorithm)
+                    assert (buffer[x.numel() :] == 7).all(), "stored behind the end of the message"
     kernels.check()
     kernels.close()
 
 
 @pytest.mark.parametrize("ll", [False, True])
 def test_how_a_message_is_cut_changes_no_bit(ll: bool) -> None:
-    flags = [launch.Tuning(1024, 1, 0), launch.Tuning(512, 3, 2), launch.Tuning(1024, 2, 0)]
-    inside = [launch.Tuning(2048, 1, 0, True), launch.Tuning(2048, 2, 1, True), launch.Tuning(4096, 1, 0, True)]
+    flags = [tuning.Tuning(1024, 1, 0), tuning.Tuning(512, 3, 2), tuning.Tuning(1024, 2, 0)]
+    inside = [tuning.Tuning(2048, 1, 0, True), tuning.Tuning(2048, 2, 1, True), tuning.Tuning(4096, 1, 0, True)]
     on_ranks(cut_up, 2, *((inside, 250_000) if ll else (flags, 40_000)))
 
 
@@ -141,19 +141,19 @@ def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
     """Kinds, sizes, dtypes and both protocols follow each other in one region, every second rank being slow."""
     kernels, fmts = make_kernels(ctx, 1 << 20), [WireFormat.parse(f) for f in ("int4", "bf16", "int8-g128/int5-g16")]
     kernels.delay = delay if ctx.rank % 2 else 0
-    define = (reference.one_shot, reference.two_shot, reference.reduce_scatter, reference.all_gather)
     for call in range(calls):
-        kind, fmt, dtype = call * 7 // 2 % 4, fmts[call // 2 % 3], (BF16, FP32, FP16)[call % 3]
-        shape = ((2, 256), (6, 512), (4, 130))[call * 5 // 3 % 3]
-        if kind == all_reduce.REDUCE_SCATTER:
+        algorithm = launch.ALGORITHMS[call * 7 // 2 % 4]
+        fmt, dtype = fmts[call // 2 % 3], (BF16, FP32, FP16)[call % 3]
+        shape = ((2, 256), (6, 512), (4, 384))[call * 5 // 3 % 3]
+        if algorithm == "reduce_scatter":
             shape = (shape[0] * ctx.world_size, shape[1])
         everybody = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world_size)]
-        x, want = everybody[ctx.rank].to(ctx.device), define[kind](everybody, fmt)
-        want = want[ctx.rank] if kind == all_reduce.REDUCE_SCATTER else want
+        x, want = everybody[ctx.rank].to(ctx.device), getattr(reference, algorithm)(everybody, fmt)
+        want = want[ctx.rank] if algorithm == "reduce_scatter" else want
         out = torch.empty(want.shape, dtype=dtype, device=ctx.device)
-        how = launch.LL if call * 3 // 2 % 2 else launch.SMALL
-        kernels.plan(kind, x, shape[-1], fmt, how)(x.data_ptr(), out.data_ptr())
-        assert same_bits(out.cpu(), want), (call, kind, str(fmt), dtype, shape, how)
+        how = tuning.LL if call * 3 // 2 % 2 else tuning.SMALL
+        kernels.plan(algorithm, x, shape[-1], fmt, how)(x.data_ptr(), out.data_ptr())
+        assert same_bits(out.cpu(), want), (call, algorithm, str(fmt), dtype, shape, how)
     kernels.check()
     kernels.close()
 
@@ -164,7 +164,7 @@ def test_calls_of_all_kinds_with_and_without_flags_take_turns() -> None:
 
 def in_turn(ctx: RankContext, calls: int) -> None:
     """Shapes, dtypes and kinds alternate call by call, without a pause; each result is looked at."""
-    shapes, seen = [(1, 64), (9, 576), (2, 600), (1, 2048), (3, 1)], 0
+    shapes, seen = [(1, 64), (9, 576), (2, 640), (1, 2048), (3, 128)], 0
     with make("int4-had", "one_shot") as comm:
         everybody = [
             [tough(s, (BF16, FP32)[i % 2], i + 50 * r) for r in range(ctx.world_size)] for i, s in enumerate(shapes)
@@ -186,7 +186,7 @@ def test_calls_of_alternating_shapes() -> None:
     on_ranks(in_turn, 2, 50_000 if ON_GPUS else 40)
 
 
-def slow_reader(ctx: RankContext, delay: int, how: launch.Tuning) -> None:
+def slow_reader(ctx: RankContext, delay: int, how: tuning.Tuning) -> None:
     """Rank 0 is slow between its wait and its read; nobody may overwrite what it is going to read."""
     with make("int8", timeout_s=15) as comm:
         assert comm._executors
@@ -198,18 +198,18 @@ def slow_reader(ctx: RankContext, delay: int, how: launch.Tuning) -> None:
 
 
 def same_as_reference_by(
-    comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device, how: launch.Tuning
+    comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device, how: tuning.Tuning
 ) -> None:
     x = everybody[comm.rank].to(device)
     out = torch.empty_like(x)
-    assert comm._executors
-    kind = all_reduce.ONE_SHOT if algorithm == "one_shot" else all_reduce.TWO_SHOT
-    comm._executors[Executor.KERNEL].kernels.plan(kind, x, x.shape[-1], comm.format, how)(x.data_ptr(), out.data_ptr())
+    comm._executors[Executor.KERNEL].kernels.plan(algorithm, x, x.shape[-1], comm.format, how)(
+        x.data_ptr(), out.data_ptr()
+    )
     assert same_bits(out.cpu(), getattr(reference, algorithm)(everybody, comm.format)), algorithm
 
 
-@pytest.mark.parametrize("how", [launch.SMALL, launch.LL], ids=["flags", "ll"])
-def test_a_slow_reader_reads_what_was_meant_for_it(how: launch.Tuning) -> None:
+@pytest.mark.parametrize("how", [tuning.SMALL, tuning.LL], ids=["flags", "ll"])
+def test_a_slow_reader_reads_what_was_meant_for_it(how: tuning.Tuning) -> None:
     on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 1500, how)
 
 
@@ -221,7 +221,7 @@ def _calls(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
 
 def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
     with make(fmt, "one_shot", check=False, timeout_s=2) as comm:
-        epochs_inside(comm, ll)
+        use_protocol(comm, ll)
         x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
         if ctx.rank == ctx.world_size - 1:
@@ -248,20 +248,20 @@ def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str, ll: bool)
     on_ranks(a_rank_is_gone, 2, fmt, ll)
 
 
-def test_small_messages_carry_their_epochs_and_fit() -> None:
+def test_small_messages_take_the_ll_protocol_and_fit() -> None:
     for world_size in (2, 16):
         region = SimpleNamespace(rank=0, world_size=world_size, n_bytes=launch.region_bytes(256 << 20), mapped=False)
         region.peers, region.status = torch.zeros(world_size, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
-        kernels = launch.FusedCollectives(region, 1)
-        for name, kind in itertools.product(("int4", "bf16", "int8-g16/int5-g16"), range(4)):
+        kernels = launch.KernelCollectives(region, 1)
+        for name, algorithm in itertools.product(("int4", "bf16", "int8-g16/int5-g16"), launch.ALGORITHMS):
             fmt = WireFormat.parse(name)
-            chosen = [kernels.tuning(kind, 1 << n, 1 << min(n, 12), fmt, 2) for n in range(24)]
-            assert chosen[0] == launch.LL
-            assert chosen[23].lag
+            chosen = [kernels.tuning(algorithm, 1 << n, fmt, 2) for n in range(7, 24)]
+            assert chosen[0] == tuning.LL
+            assert chosen[-1].stage_lag
             first = [how.ll for how in chosen].index(False)
             assert not any(how.ll for how in chosen[first:])
-            units = (1 << (first - 1)) // fmt.unit // (world_size if kind == all_reduce.REDUCE_SCATTER else 1)
-            assert units <= kernels.capacity(kind, fmt.unit, fmt, 2, launch.LL)
+            units = (1 << (7 + first - 1)) // fmt.unit // (world_size if algorithm == "reduce_scatter" else 1)
+            assert units <= kernels.capacity(algorithm, fmt, 2, tuning.LL)
 
 
 def killed(ctx: RankContext) -> None:
@@ -312,20 +312,23 @@ def only_aligned(plan: Callable[..., launch.Launch]) -> Callable[..., launch.Lau
 
 def odd_tensors(ctx: RankContext) -> None:
     with make("int4", "one_shot") as comm:
-        assert comm._executors
         comm._executors[Executor.KERNEL].kernels.plan = only_aligned(comm._executors[Executor.KERNEL].kernels.plan)  # type: ignore[method-assign]
-        everybody = [tough((6, 577), BF16, rank) for rank in range(ctx.world_size)]
-        want = reference.one_shot([x[:, 1:] for x in everybody], comm.format)
+        wide = [tough((6, 577), BF16, rank) for rank in range(ctx.world_size)]
+        everybody = [x[:, 1:].contiguous() for x in wide]
+        want = reference.one_shot(everybody, comm.format)
+        assert same_bits(
+            comm.all_reduce(wide[ctx.rank].to(ctx.device)[:, 1:]).cpu(), want
+        )  # neither contiguous nor aligned
         x = everybody[ctx.rank].to(ctx.device)
-        assert same_bits(comm.all_reduce(x[:, 1:]).cpu(), want)  # neither contiguous nor aligned
-        flat = torch.cat((torch.zeros(1, dtype=BF16, device=ctx.device), x.reshape(-1)))[1:].view(6, 577)
+        flat = torch.cat((torch.zeros(1, dtype=BF16, device=ctx.device), x.reshape(-1)))[1:].view(6, 576)
         assert flat.data_ptr() % 16
-        whole = reference.one_shot(everybody, comm.format)
-        assert same_bits(comm.all_reduce(flat).cpu(), whole)  # contiguous, not aligned
-        assert same_bits(comm.all_reduce(torch._neg_view(-flat)).cpu(), whole)
+        assert same_bits(comm.all_reduce(flat).cpu(), want)  # contiguous, not aligned
+        assert same_bits(comm.all_reduce(torch._neg_view(-flat)).cpu(), want)
         assert comm.all_reduce(flat, out=flat) is flat
-        assert same_bits(flat.cpu(), whole)
-        assert same_bits(comm.all_reduce(x.t()).cpu(), reference.one_shot([t.t() for t in everybody], comm.format))
+        assert same_bits(flat.cpu(), want)
+        square = [tough((64, 128), BF16, rank) for rank in range(ctx.world_size)]
+        want = reference.one_shot([t.t() for t in square], comm.format)
+        assert same_bits(comm.all_reduce(square[ctx.rank].to(ctx.device).t()).cpu(), want)
         with pytest.raises(InputError, match="dtype must be one of"):
             comm.all_reduce(x.double())
         mesh = dist.init_device_mesh(DEVICE, (ctx.world_size,))
@@ -401,13 +404,19 @@ def test_what_peers_memory_needs() -> None:
         assert symmetric.probe(torch.device("cuda", 0))["why"] == "TRITON_INTERPRET=1 keeps kernels on the CPU"
 
 
-def test_messages_are_cut_without_gaps_or_straddling_groups() -> None:
-    for numel, row, unit, capacity in ((4096 * 7, 4096, 64, 100), (600 * 9, 600, 64, 25), (9001, 9001, 64, 10)):
+def test_messages_are_cut_without_gaps() -> None:
+    for n_units, capacity in ((448, 100), (90, 25), (10, 10), (7, 1)):
         at = 0
-        for part in launch.messages(numel, row, unit, capacity):
-            assert part.start == at
-            assert part.start % row % unit == 0
-            assert part.numel % part.row == 0
-            assert part.numel // part.row * -(-part.row // unit) <= capacity
-            at += part.numel
-        assert at == numel
+        for first, count in tuning.cut(n_units, capacity):
+            assert first == at
+            assert 0 < count <= capacity
+            at += count
+        assert at == n_units
+
+
+def test_rows_that_are_not_whole_units_are_refused() -> None:
+    region = SimpleNamespace(rank=0, world_size=2, n_bytes=launch.region_bytes(4 << 20), mapped=False)
+    region.peers, region.status = torch.zeros(2, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    kernels = launch.KernelCollectives(region, 1)
+    with pytest.raises(InputError, match="whole units of 64 values, got 600"):
+        kernels.plan("one_shot", torch.zeros(2, 600), 600, WireFormat.parse("int4"))

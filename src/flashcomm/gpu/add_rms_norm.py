@@ -1,4 +1,4 @@
-"""`reference.add_rms_norm` as a Triton kernel, and the parts of it that the fused kernel shares.
+"""Residual addition and RMSNorm in one kernel: the bits of `reference.add_rms_norm`.
 
 A program has whole rows and keeps them in registers: it reads and writes every value once. Sums of pairs come out of
 reductions over two values, which are one addition in any layout and on any backend.
@@ -6,33 +6,34 @@ reductions over two values, which are one addition in any layout and on any back
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashcomm.gpu.codec import INTERPRETED
-from flashcomm.gpu.tile import SCALE_NAN, widen
+from flashcomm.gpu.compat import INTERPRETED, launcher
+from flashcomm.gpu.tile import narrow, widen
 
-TILE = 4096  # values of a program: more of them is more chunks of a row
+TILE_NUMEL = 4096  # values of a program: more of them are more chunks of a row
 MOST_CHUNKS = 8
-MOST_HIDDEN = TILE * MOST_CHUNKS
+MOST_HIDDEN = TILE_NUMEL * MOST_CHUNKS
+
+
+class Rows(NamedTuple):
+    """Constants of a kernel: ROWS rows of ROW values a program, each as N_CHUNKS chunks of CHUNK."""
+
+    ROW: int
+    CHUNK: int
+    N_CHUNKS: int
+    ROWS: int
+    BF16: bool  # see `tile.narrow`
 
 
 @triton.jit
-def rounded(y, out, BF16: tl.constexpr):
-    """y (float32) rounded once to the dtype of pointer out, half to even; with BF16 to int16s that are bfloat16s."""
-    if BF16:  # by hand: not every backend of Triton rounds
-        bits = y.to(tl.int32, bitcast=True)
-        bits = tl.where(y == y, bits + 0x7FFF + ((bits >> 16) & 1), SCALE_NAN << 16) >> 16
-        return bits.to(tl.int16)
-    else:
-        return y.to(out.dtype.element_ty)
-
-
-@triton.jit
-def value_of(stored, BF16: tl.constexpr):
-    """What `rounded` gave, as float32."""
+def _value_of(stored, BF16: tl.constexpr):
+    """What `narrow` gave, as float32."""
     if BF16:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -40,7 +41,7 @@ def value_of(stored, BF16: tl.constexpr):
 
 
 @triton.jit
-def pair_sum(q, N: tl.constexpr, ROWS: tl.constexpr):
+def _pair_sum(q, N: tl.constexpr, ROWS: tl.constexpr):
     """`reference.pair_sum` of ROWS runs of N values, N a power of two: float32 (ROWS,) of q, any shape, in order."""
     q = tl.reshape(q, (ROWS * N,))
     for i in tl.static_range(16):
@@ -50,7 +51,7 @@ def pair_sum(q, N: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def push(sums, more, C: tl.constexpr):
+def _push(sums, more, C: tl.constexpr):
     """Sums of neighboring chunks, newest first, none of two of equal size, and that of chunk C."""
     sums = (more,) + sums
     for level in tl.static_range(4):
@@ -60,8 +61,8 @@ def push(sums, more, C: tl.constexpr):
 
 
 @triton.jit
-def scale_of(sums, eps, ROW: tl.constexpr, ROWS: tl.constexpr):
-    """What to multiply rows with, float32 (ROWS,), of what `push` made of their chunks' squares."""
+def _scale_of(sums, eps, ROW: tl.constexpr, ROWS: tl.constexpr):
+    """What to multiply rows with, float32 (ROWS,), of what `_push` made of their chunks' squares."""
     total = sums[0]
     for i in tl.static_range(1, 4):
         if i < len(sums):
@@ -71,53 +72,63 @@ def scale_of(sums, eps, ROW: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def normed(stored, scale, weight, out, BF16: tl.constexpr):
-    """Values times scale, rounded, times weight: float32, to be rounded again. scale and weight broadcast."""
-    return value_of(rounded(value_of(stored, BF16) * scale, out, BF16), BF16) * widen(weight)
+def _chunk(rows, c, n_rows, how: tl.constexpr):
+    """Columns of a chunk, its values' offsets in the message, and which of them exist."""
+    column = c * how.CHUNK + tl.arange(0, how.CHUNK)
+    keep = (rows < n_rows)[:, None] & (column < how.ROW)[None, :]
+    return column, rows.to(tl.int64)[:, None] * how.ROW + column[None, :], keep
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def _add_rms_norm(total, residual, weight, out, summed, n_rows, eps, ROW: tl.constexpr, CHUNK: tl.constexpr,
-                  N_CHUNKS: tl.constexpr, ROWS: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
-    """Rows of ROW values as N_CHUNKS chunks of CHUNK, ROWS of them a program."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+@triton.jit
+def add_rms_norm_kernel(total, residual, weight, out, summed, n_rows, eps, how: tl.constexpr):
+    """summed = total + residual, and out = its RMSNorm, of rows that lie one after the other."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    rows = tl.program_id(0) * how.ROWS + tl.arange(0, how.ROWS)
     kept, sums = (), ()
-    for c in tl.static_range(N_CHUNKS):
-        inside = c * CHUNK + tl.arange(0, CHUNK)
-        keep = (row < n_rows)[:, None] & (inside < ROW)[None, :]
-        at = row.to(tl.int64)[:, None] * ROW + inside[None, :]
+    for c in tl.static_range(how.N_CHUNKS):
+        column, at, keep = _chunk(rows, c, n_rows, how)
         y = widen(tl.load(total + at, mask=keep, other=0.0)) + widen(tl.load(residual + at, mask=keep, other=0.0))
-        stored = rounded(y, out, BF16)
+        stored = narrow(y, DTYPE, how.BF16)
         tl.store(summed + at, stored, mask=keep)
-        y = value_of(stored, BF16)
-        kept, sums = kept + (stored,), push(sums, pair_sum(y * y, CHUNK, ROWS), c)
-    scale = scale_of(sums, eps, ROW, ROWS)
-    for c in tl.static_range(N_CHUNKS):
-        inside = c * CHUNK + tl.arange(0, CHUNK)
-        keep = (row < n_rows)[:, None] & (inside < ROW)[None, :]
-        at = row.to(tl.int64)[:, None] * ROW + inside[None, :]
-        w = tl.load(weight + inside, mask=inside < ROW, other=0.0)[None, :]
-        tl.store(out + at, rounded(normed(kept[c], scale[:, None], w, out, BF16), out, BF16), mask=keep)
-
-
-def chunks(hidden: int, tile: int) -> tuple[int, int, int]:
-    """Values of a chunk (a power of two), chunks of a row, and rows of a tile of `tile` values."""
-    chunk = min(tile, triton.next_power_of_2(hidden))
-    return chunk, -(-hidden // chunk), max(1, tile // chunk)
+        y = _value_of(stored, how.BF16)
+        kept, sums = kept + (stored,), _push(sums, _pair_sum(y * y, how.CHUNK, how.ROWS), c)
+    scale = _scale_of(sums, eps, how.ROW, how.ROWS)
+    for c in tl.static_range(how.N_CHUNKS):
+        column, at, keep = _chunk(rows, c, n_rows, how)
+        w = widen(tl.load(weight + column, mask=column < how.ROW, other=0.0)[None, :])
+        y = narrow(_value_of(kept[c], how.BF16) * scale[:, None], DTYPE, how.BF16)
+        tl.store(out + at, narrow(_value_of(y, how.BF16) * w, DTYPE, how.BF16), mask=keep)
 
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`reference.add_rms_norm` in one launch; all contiguous, hidden at most MOST_HIDDEN. No length compiles."""
+    """`reference.add_rms_norm` in one launch. No number of rows compiles anything new.
+
+    Args:
+        total, residual: (..., hidden), bf16, fp16 or fp32, contiguous, hidden at most MOST_HIDDEN.
+        weight: (hidden,), of the same dtype.
+        eps: added to the mean of squares.
+
+    Returns:
+        The normalized rows, and the new residual.
+    """
     hidden = total.shape[-1]
     if hidden > MOST_HIDDEN or not all(t.is_contiguous() for t in (total, residual, weight)):
         raise ValueError(f"contiguous rows of at most {MOST_HIDDEN} values are needed, got {tuple(total.shape)}")
     out, summed = torch.empty_like(total), torch.empty_like(total)
-    chunk, n_chunks, rows = chunks(hidden, TILE)
-    rows = max(1, rows // 2)
+    chunk = min(TILE_NUMEL, triton.next_power_of_2(hidden))
+    n_chunks, rows = -(-hidden // chunk), max(1, TILE_NUMEL // chunk // 2)
     n_rows, by_hand = total.numel() // hidden, INTERPRETED and total.dtype == torch.bfloat16
-    to = [t.view(torch.int16) if by_hand else t for t in (out, summed)]
-    _add_rms_norm[(triton.cdiv(n_rows, rows),)](
-        total, residual, weight, *to, n_rows, eps, ROW=hidden, CHUNK=chunk, N_CHUNKS=n_chunks, ROWS=rows, BF16=by_hand,
-        num_warps=max(1, min(8, chunk * rows * min(2, n_chunks) // 512)), enable_fp_fusion=False,
-    )  # fmt: skip
+    tensors = (total, residual, weight, out, summed)
+    addresses = [t.data_ptr() for t in tensors]
+    start = launcher(
+        add_rms_norm_kernel,
+        grid=triton.cdiv(n_rows, rows),
+        pointers=[t.dtype for t in tensors[:3]] + [torch.int16 if by_hand else t.dtype for t in tensors[3:]],
+        numbers=(n_rows, float(eps)),
+        bundles=(Rows(hidden, chunk, n_chunks, rows, by_hand),),
+        num_warps=max(1, min(8, chunk * rows * min(2, n_chunks) // 512)),
+        device=total.get_device(),
+        aligned=not any(address & 15 for address in addresses),
+    )
+    start(*addresses)
     return out, summed

@@ -1,31 +1,36 @@
-"""The bits of `torch_codec` as Triton kernels: same arguments, same bytes, for CUDA tensors.
+"""The bits of `torch_codec` as Triton kernels: the same arguments, the same bytes, for CUDA tensors.
 
-One program codes a tile of up to `TILE` values. Where groups divide the row, a message is one run of groups; otherwise
-full groups and the short ones at the ends of rows are separate launches, each finding its groups by row and place.
-Lengths are run-time values: a new one compiles nothing. TRITON_INTERPRET=1 runs the same code on CPU tensors.
+One program codes a tile of up to `TILE_NUMEL` values. Where groups divide the row, a message is one run of groups.
+Otherwise full groups and the short ones at the ends of rows are separate launches, and each group is found by its row
+and its place in it. Lengths are run-time values: a new one compiles nothing. TRITON_INTERPRET=1 runs the same code on
+CPU tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashcomm.gpu.compat import INTERPRETED, Start, launcher
 from flashcomm.gpu.indirect import Indirect
 from flashcomm.gpu.tile import (
+    Step,
     expand,
     fetch_plane,
+    from_hadamard,
     hadamard,
     pieces,
     put_plane,
-    put_words,
+    put_scales,
     quads,
     quantize,
+    step_of,
     store,
     values,
     warps,
@@ -33,47 +38,105 @@ from flashcomm.gpu.tile import (
 )
 from flashcomm.wire.format import Layout
 
-TILE = 4096  # values of a program
-INTERPRETED = triton.knobs.runtime.interpret
+TILE_NUMEL = 4096  # values of a program
 
-# Where the groups of a launch are; see `_launches`
-_PLACE = ("count", "first", "per_row", "row", "column", "start", "number", "groups_in_row", "first_group", "n")
-_PLANES = ("plane0", "plane1", "plane2", "before0", "before1", "before2", "row0", "row1", "row2", "scales", "zeros")
+
+class Planes(NamedTuple):
+    """Run-time values of a kernel, in bytes: where a wire buffer's sections are. Of three planes, widest first."""
+
+    begin: tuple[Any, ...]  # of each plane
+    before: tuple[Any, ...]  # bytes of each plane that belong to values before the span
+    row_bytes: tuple[Any, ...]  # of each plane
+    scales: Any
+    zero_points: Any
+
+
+class Place(NamedTuple):
+    """Run-time values of a kernel: which groups of a message a launch codes, all of one size."""
+
+    count: Any  # groups
+    first: Any  # the first one, counted in groups of this size
+    per_row: Any  # groups of this size
+    row: Any  # values of a row
+    column: Any  # at which the first group of this size of a row begins
+    start: Any  # the first value of the span
+    number: Any  # groups of other sizes before those of this size in a row
+    groups_in_row: Any  # of all sizes
+    first_group: Any  # of the span, counted in groups of all sizes
+    n: Any  # values of a group
+
+
+class Groups(NamedTuple):
+    """Constants of a kernel: what kind of groups it codes, and from where to where."""
+
+    CONTIGUOUS: bool  # rows are made of whole groups
+    SHORT: bool  # n is no power of two, or less than 16
+    TRANSFORM: bool  # values are not in the Hadamard domain, codes are
+    INDIRECT: bool  # the tensor's pointer points to its address, see `indirect`
+    DTYPE: Any  # of the tensor
+    RANKS: int = 1  # wire buffers that are summed
+    BF16: bool = False  # see `tile.narrow`
+
+
+class Uncompressed(NamedTuple):
+    """Constants of a kernel of uncompressed values."""
+
+    INDIRECT: bool
+    DTYPE: Any
+    WIRE: Any  # the dtype of the wire buffer's values
+    NUMEL: int  # values of a program
+    RANKS: int = 1
+    BF16: bool = False
 
 
 @triton.jit
-def _places(count, first, per_row, row, column, start, number, groups_in_row, first_group, n, B: tl.constexpr,
-            RUN: tl.constexpr):  # fmt: skip
-    """Where this program's groups are: the number of the first one, and of all of them, counted from there, which
-    exist, their rows, first values within the row, and numbers. In a RUN all of this is one row, in int32."""
-    k, tile = tl.arange(0, B), tl.program_id(0).to(tl.int64) * B
-    if RUN:
-        left = tl.minimum(count - tile, B).to(tl.int32)
+def _groups_of(place, how: tl.constexpr, step: tl.constexpr):
+    """Where this program's groups are.
+
+    Returns:
+        The number of the first group; and of all of them, counted from there, which exist, their rows, their first
+        values within the row, and their numbers. If CONTIGUOUS all of this is one row, in int32.
+    """
+    n = place.n if how.SHORT else step.PIECES * step.LANES
+    k, tile = tl.arange(0, step.GROUPS), tl.program_id(0).to(tl.int64) * step.GROUPS
+    if how.CONTIGUOUS:
+        left = tl.minimum(place.count - tile, step.GROUPS).to(tl.int32)
         return tile, k < left, k * 0, k * n, k
     else:
         k = tile + k
-        r, place = (first + k) // per_row, (first + k) % per_row
-        return tile * 0, k < count, r, column + place * n, r * groups_in_row + number + place - first_group
+        r, at = (place.first + k) // place.per_row, (place.first + k) % place.per_row
+        group = r * place.groups_in_row + place.number + at - place.first_group
+        return tile * 0, k < place.count, r, place.column + at * n, group
 
 
 @triton.jit
-def _pick(a, b, c, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """Which of three numbers belongs to the plane of WIDTH bits: widest first."""
-    SHIFT: tl.constexpr = BITS & (15 ^ (2 * WIDTH - 1))
-    if SHIFT == 0:
-        return a
-    elif SHIFT & (SHIFT - 1) == 0:
-        return b
+def _values_of(keep, r, inside, place, how: tl.constexpr, step: tl.constexpr):
+    """Offsets (GROUPS, PIECES, LANES) of groups' values in the tensor, and which exist."""
+    i = (tl.arange(0, step.PIECES) * step.LANES)[None, :, None] + tl.arange(0, step.LANES)[None, None, :]
+    value = inside if how.CONTIGUOUS else r * place.row + inside - place.start
+    kept = keep[:, None, None] & (i < place.n) if how.SHORT else keep[:, None, None]
+    return value[:, None, None] + i, kept
+
+
+@triton.jit
+def _plane_of(wire, tile, r, inside, planes, how: tl.constexpr, WIDTH: tl.constexpr, step: tl.constexpr):
+    """The pointer to this program's part of the plane of WIDTH bits, and where in it the bytes of groups begin."""
+    WIDER: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1))
+    INDEX: tl.constexpr = 0 if WIDER == 0 else (1 if WIDER & (WIDER - 1) == 0 else 2)  # widest first
+    GROUP: tl.constexpr = step.PIECES * step.LANES
+    plane = tl.multiple_of(wire + (planes.begin[INDEX] + tile * (GROUP * WIDTH // 8)), 16)
+    if how.CONTIGUOUS:
+        return plane, tl.arange(0, step.GROUPS) * (GROUP * WIDTH // 8)
     else:
-        return c
+        return plane, r * planes.row_bytes[INDEX] + inside * WIDTH // 8 - planes.before[INDEX]
 
 
 @triton.jit
-def _put_short(plane, begin, keep, codes, n, BITS: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr,
-               M: tl.constexpr):  # fmt: skip
-    """`put_plane` for groups of n values, n no power of two: every byte picks its values. codes (B, 1, M)."""
-    part = tl.reshape((codes >> (BITS & (15 ^ (2 * WIDTH - 1)))) & ((1 << WIDTH) - 1), (B, M))
-    i, at, m = tl.arange(0, M), tl.arange(0, M), (n * WIDTH + 7) // 8
+def _put_short(plane, begin, keep, codes, n, WIDTH: tl.constexpr, step: tl.constexpr):
+    """`put_plane` for groups of n values, n no power of two: every byte picks its values. codes (GROUPS, 1, LANES)."""
+    SHIFT: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1))
+    part = tl.reshape((codes >> SHIFT) & ((1 << WIDTH) - 1), (step.GROUPS, step.LANES))
+    i, at, m = tl.arange(0, step.LANES), tl.arange(0, step.LANES), (n * WIDTH + 7) // 8
     mine = ((i % m)[:, None] == at[None, :]) & (i < n)[:, None]
     moved = part << ((i // m) * WIDTH)[None, :]
     packed = tl.sum(tl.where(mine[None, :, :], moved[:, :, None], 0), 1)
@@ -81,26 +144,13 @@ def _put_short(plane, begin, keep, codes, n, BITS: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def _take_short(plane, begin, keep, n, BITS: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    i, m = tl.arange(0, M), (n * WIDTH + 7) // 8
+def _fetch_short(plane, begin, keep, n, WIDTH: tl.constexpr, step: tl.constexpr):
+    """What `_put_short` stored, in its places in codes."""
+    i, m = tl.arange(0, step.LANES), (n * WIDTH + 7) // 8
     packed = tl.load(plane + begin[:, None] + (i % m)[None, :], mask=keep[:, None] & (i < n)[None, :], other=0)
     part = (packed.to(tl.int32) >> ((i // m) * WIDTH)[None, :]) & ((1 << WIDTH) - 1)
-    return tl.reshape(part << (BITS & (15 ^ (2 * WIDTH - 1))), (B, 1, M))
-
-
-@triton.jit
-def _inside(P: tl.constexpr, M: tl.constexpr):
-    """The numbers of a group's values, (1, P, M)."""
-    return (tl.arange(0, P) * M)[None, :, None] + tl.arange(0, M)[None, None, :]
-
-
-@triton.jit
-def _begin(group, r, inside, before, row_bytes, N: tl.constexpr, WIDTH: tl.constexpr, RUN: tl.constexpr):
-    """Where in a plane the bytes of groups begin."""
-    if RUN:
-        return group * (N * WIDTH // 8)
-    else:
-        return r * row_bytes + inside * WIDTH // 8 - before
+    SHIFT: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1))
+    return tl.reshape(part << SHIFT, (step.GROUPS, 1, step.LANES))
 
 
 @triton.jit(do_not_specialize=["source", "target"])
@@ -111,213 +161,185 @@ def point(cells, source: tl.int64, target: tl.int64):
 
 
 @triton.jit
-def _base(x, at, INDIRECT: tl.constexpr, DTYPE: tl.constexpr):
+def _base(x, at, how: tl.constexpr):
     """Where values are: at x, or `at` values behind the address that x points to, see `indirect`."""
-    if INDIRECT:
-        return tl.multiple_of(tl.load(x).to(tl.pointer_type(DTYPE)) + at, 16)
+    if how.INDIRECT:
+        return tl.multiple_of(tl.load(x).to(tl.pointer_type(how.DTYPE)) + at, 16)
     else:
         return x
 
 
-@triton.jit(do_not_specialize=["at", *_PLANES, *_PLACE])
-def _encode(
-    x, out, at, plane0, plane1, plane2, before0, before1, before2, row0, row1, row2, scales, zeros,
-    count, first, per_row, row, column, start, number, groups_in_row, first_group, n,
-    BITS: tl.constexpr, SHRUNK: tl.constexpr, HADAMARD: tl.constexpr, TURNED: tl.constexpr,
-    INDIRECT: tl.constexpr, DTYPE: tl.constexpr,
-    P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, SHORT: tl.constexpr,
-):  # fmt: skip
-    x = _base(x, at, INDIRECT, DTYPE)
-    tile, keep, r, inside, group = _places(
-        count, first, per_row, row, column, start, number, groups_in_row, first_group, n if SHORT else P * M, B, RUN
-    )
-    value = inside if RUN else r * row + inside - start
-    i = _inside(P, M)
-    kept = keep[:, None, None] & (i < n) if SHORT else keep[:, None, None]
-    y = widen(tl.load(x + tile * (P * M) + (value[:, None, None] + i), mask=kept, other=0.0))
-    sizes = tl.zeros((B,), tl.int32) + (n if SHORT else P * M)
-    if HADAMARD:
-        y = hadamard(y, sizes, P, B, M, False)
-    codes, word, zero = quantize(y, sizes, BITS, SHRUNK, TURNED, P, B, M)
-    words = tl.multiple_of((out + scales).to(tl.pointer_type(tl.int16)) + tile, 16)
-    put_words(words, group, keep, word, B, M)
-    if BITS > 5:
-        put_words(tl.multiple_of(out + (zeros + tile), 16), group, keep, zero, B, M)
-    U: tl.constexpr = 4 if RUN and not SHORT and M % 4 == 0 else 1
-    if U == 4:
-        codes = quads(codes, P, B, M)
+@triton.jit
+def encode_kernel(x, out, at, planes, place, step: tl.constexpr, how: tl.constexpr):
+    """Quantize groups of a message into its wire buffer."""
+    x = _base(x, at, how)
+    tile, keep, r, inside, group = _groups_of(place, how, step)
+    i, kept = _values_of(keep, r, inside, place, how, step)
+    y = widen(tl.load(x + tile * (step.PIECES * step.LANES) + i, mask=kept, other=0.0))
+    n = tl.zeros((step.GROUPS,), tl.int32) + (place.n if how.SHORT else step.PIECES * step.LANES)
+    if how.TRANSFORM:
+        y = hadamard(y, step)
+    codes, word, zero_point = quantize(y, n, step)
+    scales = tl.multiple_of((out + planes.scales).to(tl.pointer_type(tl.int16)) + tile, 16)
+    put_scales(scales, group, keep, word, step)
+    if step.BITS > 5:
+        put_scales(tl.multiple_of(out + (planes.zero_points + tile), 16), group, keep, zero_point, step)
+    if step.WORD_BYTES == 4:
+        codes = quads(codes, step)
     for w in tl.static_range(4):
-        if BITS & (8 >> w):
-            plane = out + (_pick(plane0, plane1, plane2, BITS, 8 >> w) + tile * (P * M * (8 >> w) // 8))
-            plane = tl.multiple_of(plane, 16)
-            before, row_bytes = _pick(before0, before1, before2, BITS, 8 >> w), _pick(row0, row1, row2, BITS, 8 >> w)
-            begin = _begin(group, r, inside, before, row_bytes, P * M, 8 >> w, RUN)
-            if SHORT:
-                _put_short(plane, begin, keep, codes, n, BITS, 8 >> w, B, M)
+        if step.BITS & (8 >> w):
+            plane, begin = _plane_of(out, tile, r, inside, planes, how, 8 >> w, step)
+            if how.SHORT:
+                _put_short(plane, begin, keep, codes, place.n, 8 >> w, step)
             else:
-                put_plane(plane, begin, keep, codes, M, BITS, 8 >> w, P, B, M, U)
+                put_plane(plane, begin, keep, codes, step.LANES, 8 >> w, step)
 
 
-@triton.jit(do_not_specialize=["at", "stride", *_PLANES, *_PLACE])
-def _decode_sum(
-    wires, out, at, stride, plane0, plane1, plane2, before0, before1, before2, row0, row1, row2, scales, zeros,
-    count, first, per_row, row, column, start, number, groups_in_row, first_group, n,
-    RANKS: tl.constexpr, BITS: tl.constexpr, HADAMARD: tl.constexpr, BF16: tl.constexpr,
-    INDIRECT: tl.constexpr, DTYPE: tl.constexpr,
-    P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, RUN: tl.constexpr, SHORT: tl.constexpr,
-):  # fmt: skip
-    out = _base(out, at, INDIRECT, DTYPE)
-    tile, keep, r, inside, group = _places(
-        count, first, per_row, row, column, start, number, groups_in_row, first_group, n if SHORT else P * M, B, RUN
-    )
-    U: tl.constexpr = 4 if RUN and not SHORT and M % 4 == 0 else 1
+@triton.jit
+def decode_sum_kernel(wires, out, at, stride, planes, place, step: tl.constexpr, how: tl.constexpr):
+    """Sum groups of wire buffers, stride bytes apart, in rank order into a message."""
+    out = _base(out, at, how)
+    tile, keep, r, inside, group = _groups_of(place, how, step)
     raws = ()
-    for rank in tl.static_range(RANKS):  # all loads before any sum
+    for rank in tl.static_range(how.RANKS):  # all loads before any sum
         wire = wires + stride.to(tl.int64) * rank
-        raw = (tl.zeros((B, P, M), tl.int32),) if SHORT else ()
+        raw = (tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.int32),) if how.SHORT else ()
         for w in tl.static_range(4):
-            if BITS & (8 >> w):
-                plane = wire + (_pick(plane0, plane1, plane2, BITS, 8 >> w) + tile * (P * M * (8 >> w) // 8))
-                plane = tl.multiple_of(plane, 16)
-                before = _pick(before0, before1, before2, BITS, 8 >> w)
-                row_bytes = _pick(row0, row1, row2, BITS, 8 >> w)
-                begin = _begin(group, r, inside, before, row_bytes, P * M, 8 >> w, RUN)
-                if SHORT:
-                    raw = (raw[0] | _take_short(plane, begin, keep, n, BITS, 8 >> w, B, M),)
+            if step.BITS & (8 >> w):
+                plane, begin = _plane_of(wire, tile, r, inside, planes, how, 8 >> w, step)
+                if how.SHORT:
+                    raw = (raw[0] | _fetch_short(plane, begin, keep, place.n, 8 >> w, step),)
                 else:
-                    raw = raw + (fetch_plane(plane, begin, keep, M, 8 >> w, P, M, U, ""),)
-        words = tl.multiple_of((wire + scales).to(tl.pointer_type(tl.int16)) + tile, 16)
-        raw = raw + (tl.load(words + group, mask=keep, other=0),)
-        if BITS > 5:
-            raw = raw + (tl.load(tl.multiple_of(wire + (zeros + tile), 16) + group, mask=keep, other=0),)
+                    raw = raw + (fetch_plane(plane, begin, keep, step.LANES, 8 >> w, "", step),)
+        scales = tl.multiple_of((wire + planes.scales).to(tl.pointer_type(tl.int16)) + tile, 16)
+        raw = raw + (tl.load(scales + group, mask=keep, other=0),)
+        if step.BITS > 5:
+            zero_points = tl.multiple_of(wire + (planes.zero_points + tile), 16)
+            raw = raw + (tl.load(zero_points + group, mask=keep, other=0),)
         raws = raws + (raw,)
-    total = tl.zeros((B, P, M), tl.float32)
-    for rank in tl.static_range(RANKS):
-        if SHORT:
-            zero = raws[rank][2] if BITS > 5 else raws[rank][1]
-            d, scale = values(raws[rank][0], raws[rank][1], zero, BITS, P, B, M, 1)
+    total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
+    for rank in tl.static_range(how.RANKS):
+        if how.SHORT:
+            zero_point = raws[rank][2] if step.BITS > 5 else raws[rank][1]
+            steps, scale = values(raws[rank][0], raws[rank][1], zero_point, step)
         else:
-            d, scale = expand(raws[rank], BITS, P, B, M, U)
+            steps, scale = expand(raws[rank], step)
         if rank == 0:
-            total = scale[:, None, None] * d
+            total = scale[:, None, None] * steps
         else:
-            total = tl.fma(scale[:, None, None], d, total)
-    if HADAMARD:
-        total = hadamard(total, keep, P, B, M, False) * (1.0 / (P * M))
-    value = inside if RUN else r * row + inside - start
-    i = _inside(P, M)
-    kept = keep[:, None, None] & (i < n) if SHORT else keep[:, None, None]
-    store(out + tile * (P * M), value[:, None, None] + i, kept, total, BF16)
+            total = tl.fma(scale[:, None, None], steps, total)
+    if how.TRANSFORM:
+        total = from_hadamard(total, step)
+    i, kept = _values_of(keep, r, inside, place, how, step)
+    store(out + tile * (step.PIECES * step.LANES), i, kept, total, how.BF16)
 
 
-@triton.jit(do_not_specialize=["at", "n"])
-def _put_lossless(x, out, at, n, INDIRECT: tl.constexpr, DTYPE: tl.constexpr, B: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    source, wire = _base(x, at, INDIRECT, DTYPE), tl.multiple_of(out.to(tl.pointer_type(DTYPE)), 16)
+@triton.jit
+def put_uncompressed_kernel(x, out, at, n, how: tl.constexpr):
+    """Copy n values into a wire buffer."""
+    i = tl.program_id(0).to(tl.int64) * how.NUMEL + tl.arange(0, how.NUMEL)
+    source, wire = _base(x, at, how), tl.multiple_of(out.to(tl.pointer_type(how.WIRE)), 16)
     for tail in tl.static_range(2):  # by eights, and what is left
         keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
         tl.store(wire + i, tl.load(source + i, mask=keep), mask=keep)
 
 
-@triton.jit(do_not_specialize=["at", "stride", "n"])
-def _sum_lossless(wires, out, at, stride, n, RANKS: tl.constexpr, BF16: tl.constexpr, WIRE: tl.constexpr,
-                  INDIRECT: tl.constexpr, DTYPE: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    target = _base(out, at, INDIRECT, DTYPE)
+@triton.jit
+def sum_uncompressed_kernel(wires, out, at, stride, n, how: tl.constexpr):
+    """Sum n values of wire buffers, stride bytes apart, in rank order into a message."""
+    i = tl.program_id(0).to(tl.int64) * how.NUMEL + tl.arange(0, how.NUMEL)
+    target = _base(out, at, how)
     for tail in tl.static_range(2):
         keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
-        total = tl.zeros((B,), tl.float32)
-        for rank in tl.static_range(RANKS):
-            wire = tl.multiple_of((wires + stride.to(tl.int64) * rank).to(tl.pointer_type(WIRE)), 16)
+        total = tl.zeros((how.NUMEL,), tl.float32)
+        for rank in tl.static_range(how.RANKS):
+            wire = tl.multiple_of((wires + stride.to(tl.int64) * rank).to(tl.pointer_type(how.WIRE)), 16)
             y = widen(tl.load(wire + i, mask=keep, other=0.0))
             total = y if rank == 0 else total + y
-        store(target, i, keep, total, BF16)
+        store(target, i, keep, total, how.BF16)
 
 
 def encode(x: Tensor | Indirect, layout: Layout, start: int, stop: int, out: Tensor) -> None:
     """As `torch_codec.encode`, in up to two launches, and one for each gap between sections."""
-    step = layout.step
     _hold(x, stop - start, "values")
     _hold(out, layout.nbytes(start, stop), "wire bytes")
-    gaps, launches = _planned(layout, start, stop)
-    for a, b in gaps:
+    for a, b in _gaps(layout, start, stop):
         out[a:b].zero_()
-    at, where_x = _where(x, x.dtype)
-    if step.uncompressed:
-        n = stop - start
-        _start(_put_lossless, (triton.cdiv(n, TILE),), (_cell(x), out), (at, n), **where_x, B=TILE, num_warps=4)
-        return
-    for n, grid, where, constants in launches:
-        turned = step.transforms(n)
-        _start(
-            _encode, grid, (_cell(x), out), (at, *where, n), BITS=step.bits, SHRUNK=step.clip_ratio(n) or 0.0,
-            HADAMARD=turned and not step.in_hadamard_domain, TURNED=turned, **where_x, **constants,
-        )  # fmt: skip
+    source, at = (x.cell, x.start) if isinstance(x, Indirect) else (x, -1)
+    addresses = source.data_ptr(), out.data_ptr()
+    for launch in _encoders(layout, start, stop, x.dtype, at, *_target(out, addresses)):
+        launch(*addresses)
 
 
 def decode_sum(
     wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor | Indirect, dtype: torch.dtype
 ) -> None:
     """As `torch_codec.decode_sum`, in up to two launches."""
-    step = layout.step
     _hold(out, stop - start, "values")
     for wire in (wires[0], wires[-1]):
         _hold(wire, layout.nbytes(start, stop), "wire bytes")
-    by_hand = INTERPRETED and out.dtype == torch.bfloat16
-    at, where_out = _where(out, torch.int16 if by_hand else out.dtype)
-    target = out.view(torch.int16) if by_hand and isinstance(out, Tensor) else _cell(out)
+    target, at = (out.cell, out.start) if isinstance(out, Indirect) else (out, -1)
+    addresses, buffers = (wires.data_ptr(), target.data_ptr()), (wires.shape[0], wires.stride(0), dtype)
+    for launch in _decoders(layout, start, stop, out.dtype, at, *_target(wires, addresses), buffers):
+        launch(*addresses)
+
+
+@lru_cache(maxsize=4096)
+def _encoders(
+    layout: Layout, start: int, stop: int, dtype: torch.dtype, at: int, device: int, aligned: bool
+) -> list[Start]:
+    """The launches that encode a span. at: values from the address in a pointer cell, or -1 where there is no cell."""
+    step, indirect, out = layout.step, at >= 0, []
+    pointers, at = (torch.int64 if indirect else dtype, torch.uint8), max(at, 0)
+    if step.uncompressed:
+        n, kind = stop - start, _TRITON[dtype]
+        how = Uncompressed(indirect, kind, kind, TILE_NUMEL)
+        grid = triton.cdiv(n, TILE_NUMEL)
+        return [launcher(put_uncompressed_kernel, grid, pointers, (at, n), (how,), num_warps=4, device=device, aligned=aligned)]  # fmt: skip
+    for grid, planes, place, constants, short, num_warps in _launches(layout, start, stop):
+        transform = step.transforms(place.n) and not step.in_hadamard_domain
+        groups = Groups(layout.row % step.group == 0, short, transform, indirect, _TRITON[dtype])
+        out.append(launcher(encode_kernel, grid, pointers, (at, planes, place), (constants, groups), num_warps=num_warps, device=device, aligned=aligned))  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _decoders(
+    layout: Layout,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    at: int,
+    device: int,
+    aligned: bool,
+    buffers: tuple[int, int, torch.dtype],
+) -> list[Start]:
+    """The launches that sum a span. buffers: how many wire buffers, bytes from one to the next, their values' dtype."""
+    step, indirect, out, (n_ranks, stride, wire) = layout.step, at >= 0, [], buffers
+    by_hand = INTERPRETED and dtype == torch.bfloat16
+    dtype = torch.int16 if by_hand else dtype
+    pointers, at = (torch.uint8, torch.int64 if indirect else dtype), max(at, 0)
     if step.uncompressed:
         n = stop - start
-        _start(
-            _sum_lossless, (triton.cdiv(n, TILE),), (wires, target), (at, wires.stride(0), n), RANKS=wires.shape[0],
-            BF16=by_hand, WIRE=_DTYPES[dtype], **where_out, B=TILE, num_warps=4,
-        )  # fmt: skip
-        return
-    for n, grid, where, constants in _planned(layout, start, stop)[1]:
-        _start(
-            _decode_sum, grid, (wires, target), (at, wires.stride(0), *where, n),
-            RANKS=wires.shape[0], BITS=step.bits, HADAMARD=step.transforms(n) and not step.in_hadamard_domain, BF16=by_hand,
-            **where_out, **constants,
-        )  # fmt: skip
+        how = Uncompressed(indirect, _TRITON[dtype], _TRITON[wire], TILE_NUMEL, n_ranks, by_hand)
+        grid = triton.cdiv(n, TILE_NUMEL)
+        return [launcher(sum_uncompressed_kernel, grid, pointers, (at, stride, n), (how,), num_warps=4, device=device, aligned=aligned)]  # fmt: skip
+    for grid, planes, place, constants, short, num_warps in _launches(layout, start, stop):
+        transform = step.transforms(place.n) and not step.in_hadamard_domain
+        groups = Groups(layout.row % step.group == 0, short, transform, indirect, _TRITON[dtype], n_ranks, by_hand)
+        out.append(launcher(decode_sum_kernel, grid, pointers, (at, stride, planes, place), (constants, groups), num_warps=num_warps, device=device, aligned=aligned))  # fmt: skip
+    return out
 
 
-_DTYPES = {
+_gaps = lru_cache(maxsize=4096)(Layout.gaps)
+_TRITON = {
     torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.int16: tl.int16
 }  # fmt: skip
 
 
-def _where(x: Tensor | Indirect, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
-    """Of `_base`: its number and its constants."""
-    return (x.start if isinstance(x, Indirect) else 0), {"INDIRECT": isinstance(x, Indirect), "DTYPE": _DTYPES[dtype]}
-
-
-def _cell(x: Tensor | Indirect) -> Tensor:
-    return x.cell if isinstance(x, Indirect) else x
-
-
-_compiled: dict[Any, Any] = {}
-
-
-def _start(kernel: Any, grid: tuple[int], tensors: Sequence[Tensor], numbers: Sequence[int], **constants: Any) -> None:
-    """Launch a kernel, if it can be by a compiled one that is kept: Triton's own way there takes the host longer."""
-    options = {**constants, "enable_fp_fusion": False}
-    addresses = [t.data_ptr() for t in tensors]
-    if INTERPRETED or any(address & 15 for address in addresses) or max(numbers) >= 1 << 31:
-        kernel[grid](*tensors, *numbers, **options)
-        return
-    device = tensors[0].get_device()
-    key = (kernel, device, *(t.dtype for t in tensors), *constants.values())
-    if key not in _compiled:
-        _compiled[key] = kernel.warmup(*tensors, *numbers, **options, grid=grid)
-    start, stream = _compiled[key][(*grid, 1, 1)], torch._C._cuda_getCurrentRawStream(device)
-    values = (value for name, value in constants.items() if name != "num_warps")
-    start(*addresses, *numbers, *values, stream=stream)
-
-
-@lru_cache(maxsize=4096)
-def _planned(layout: Layout, start: int, stop: int) -> tuple[list[tuple[int, int]], list[Any]]:
-    """The gaps of a message's wire buffer, and its launches."""
-    return layout.gaps(start, stop), _launches(layout, start, stop)
+def _target(tensor: Tensor, addresses: Sequence[int]) -> tuple[int, bool]:
+    """Of a launch: the GPU's index, and whether all addresses are aligned."""
+    return tensor.get_device(), not any(address & 15 for address in addresses)
 
 
 def _hold(x: Tensor | Indirect, count: int, what: str) -> None:
@@ -329,33 +351,33 @@ def _hold(x: Tensor | Indirect, count: int, what: str) -> None:
         raise ValueError(f"{count} contiguous {what} on a GPU are needed, got {tuple(x.shape)} on {x.device}")
 
 
-def _launches(layout: Layout, start: int, stop: int) -> list[tuple[int, tuple[int], tuple[int, ...], dict[str, Any]]]:
-    """Per size of group: n, the grid, where planes and groups lie, and what the kernel is made for."""
+def _launches(layout: Layout, start: int, stop: int) -> list[tuple[int, Planes, Place, Step, bool, int]]:
+    """Per size of group: the grid, where planes and groups lie, the step, whether groups are short, warps."""
     step, row, at = layout.step, layout.row, layout.sections(start, stop)
     full, tail = divmod(row, step.group)
-    widths = [width for width, _ in step.planes]
-    where = [_three(at.planes)]
-    where += [_three([layout.plane_bytes_before(w, position) for w in widths]) for position in (start, row)]
-    planes = (*where[0], *where[1], *where[2], at.scale, at.zero_point)
+    before, row_bytes = (
+        _three([layout.plane_bytes_before(width, position) for width, _ in step.planes]) for position in (start, row)
+    )
+    planes = Planes(_three(at.planes), before, row_bytes, at.scale, at.zero)
 
     def fulls_before(position: int) -> int:
         return position // row * full + min(position % row // step.group, full)
 
     out = []
     classes = ((step.group, full, 0, 0, fulls_before), (tail, 1, full * step.group, full, lambda p: p // row))
-    for n, per_row, column, number, before in classes:
-        count = before(stop) - before(start)
+    for n, per_row, column, number, before_ in classes:
+        first = before_(start)
+        count = before_(stop) - first
         if n == 0 or count == 0:
             continue
         short = n & (n - 1) != 0 or n < 16
         padded = triton.next_power_of_2(n)
-        p = 1 if short else max(pieces(step), min(4, n // 16))
-        b = max(1, TILE // (padded * (padded if short else 1)))
-        place = (count, before(start), per_row, row, column, start, number, layout.groups_per_row)
-        place += (layout.groups_before(start),)
-        constants = {"P": p, "B": b, "M": padded // p, "RUN": tail == 0, "SHORT": short}
-        constants["num_warps"] = warps(b, padded // p)
-        out.append((n, (triton.cdiv(count, b),), (*planes, *place), constants))
+        n_pieces = 1 if short else max(pieces(step), min(4, n // 16))
+        n_groups = max(1, TILE_NUMEL // (padded * (padded if short else 1)))
+        lanes = padded // n_pieces
+        place = Place(count, first, per_row, row, column, start, number, layout.groups_per_row, layout.groups_before(start), n)  # fmt: skip
+        constants = step_of(step, n_pieces, n_groups, lanes, n=n, words=tail == 0 and not short)  # fmt: skip
+        out.append((triton.cdiv(count, n_groups), planes, place, constants, short, warps(n_groups, lanes)))
     return out
 
 

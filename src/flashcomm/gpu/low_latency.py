@@ -1,13 +1,14 @@
-"""Tiles whose data says itself whether it has come: for small messages, where a fence and a flag cost more than bytes.
+"""Low-latency (LL) protocol, as in NCCL: each 8-byte word holds 4 bytes of payload and the call's epoch.
 
-What `triton_tile.put` would store as a unit (32 bits; 8 where groups are cut very short; the word of a scale) is the
-lower half of a 64-bit word here, and the upper half is the call's epoch. A store of 8 aligned bytes is seen as a whole
-or not at all, so a tile is there once all of its words carry the epoch. Nobody fences, and reading is waiting.
+Small messages so need neither fence nor flag, at twice the bytes. A store of 8 aligned bytes is seen as a whole or not
+at all, so a tile has arrived once all of its words carry the epoch: reading is waiting. The payload, in the lower half
+of a word, is what `tile.put` would store as one word: 4 bytes of a plane, or 1 where groups are cut very short, or the
+word of a scale.
 
-Such words have an area of their own, a half for even and one for odd epochs: every 8 bytes in it are 0 or such a word,
-whatever the calls before cut them for, so that nothing there looks like this call's but what this call's peers wrote.
-All words that a call writes are read in that call. Why none is overwritten before is said in `fused_kernel`: a tile
-that has come from a rank proves, as a flag would, that the rank's calls before this one have ended.
+LL words have an inbox of their own, one half of it for even and one for odd epochs. Every 8 bytes in it are 0 or such a
+word, whatever formats the calls before had. So nothing there can be taken for a word of this call but what peers wrote
+in this call. All words that a call writes are read in that call. Why none is overwritten before is said in
+`collective_kernel`: a tile that has come from a rank proves, as a flag would, that the rank's earlier calls have ended.
 """
 
 from __future__ import annotations
@@ -15,8 +16,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashcomm.gpu.sync import ABORT_AT, clock, give_up, home, long_words, words
-from flashcomm.gpu.tile import expand, narrow, pack_plane, plane_units, put_words, quads, quantize
+from flashcomm.gpu.sync import arrives_at, give_up, longs_at, poll
+from flashcomm.gpu.tile import (
+    expand,
+    in_order,
+    narrow,
+    pack_plane,
+    plane_offset,
+    plane_words,
+    put_scales,
+    quads,
+    quantize,
+    scalar,
+)
 from flashcomm.wire.format import StepFormat
 
 
@@ -24,85 +36,85 @@ def tile_bytes(step: StepFormat, n_groups: int, itemsize: int, pieces: int) -> i
     """Bytes of a tile of n_groups groups as `put` writes it."""
     if step.uncompressed:
         return n_groups * step.group * itemsize * 2
-    unit = 4 if step.group // pieces % 4 == 0 else 1
-    return n_groups * (step.group * step.bits // 8 // unit + 1) * 8
+    word_bytes = 4 if step.group // pieces % 4 == 0 else 1
+    return n_groups * (step.group * step.bits // 8 // word_bytes + 1) * 8
 
 
 @triton.jit
-def _stamped(part, epoch):
-    return (part.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
+def _with_epoch(payload, epoch):
+    """LL words, int64, of 32-bit payloads."""
+    return (payload.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
 
 
 @triton.jit
-def _in_order(P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """Places of words within a tile: threads next to each other write next to each other."""
-    return (tl.arange(0, P) * (B * M))[None, :, None] + (tl.arange(0, B) * M)[:, None, None] + tl.arange(0, M)[None, None, :]  # fmt: skip
+def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
+    """Quantize a tile (as `tile.quantize`) and store it as LL words at base (int64 pointer, 16-byte aligned).
 
-
-@triton.jit
-def put(base, y, n, epoch, out, BITS: tl.constexpr, SHRUNK: tl.constexpr, HADAMARD: tl.constexpr, P: tl.constexpr,
-        B: tl.constexpr, M: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
-    """Code y (float32) to the tile at base (int64 pointer, 16-byte aligned); lossless tiles hold out's dtype."""
-    if BITS == 16:
-        part = narrow(y, out.dtype.element_ty, BF16)
-        if part.dtype.primitive_bitwidth == 32:
-            tl.store(base + _in_order(P, B, M), _stamped(part.to(tl.int32, bitcast=True), epoch), cache_modifier=".wt")
+    Uncompressed tiles hold values of the dtype that out points to; with BF16 see `tile.narrow`.
+    """
+    if step.BITS == 16:
+        payload = narrow(y, out.dtype.element_ty, BF16)
+        if payload.dtype.primitive_bitwidth == 32:
+            word = _with_epoch(payload.to(tl.int32, bitcast=True), epoch)
+            tl.store(base + in_order(step, step.LANES), word, cache_modifier=".wt")
         else:
-            pairs = tl.reshape(part.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF, (B, P, M // 2, 2))
+            pairs = payload.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            pairs = tl.reshape(pairs, (step.GROUPS, step.PIECES, step.LANES // 2, 2))
             pairs = tl.sum(pairs << (tl.arange(0, 2) * 16)[None, None, None, :], 3)
-            tl.store(base + _in_order(P, B, M // 2), _stamped(pairs, epoch), cache_modifier=".wt")
+            tl.store(base + in_order(step, step.LANES // 2), _with_epoch(pairs, epoch), cache_modifier=".wt")
     else:
-        U: tl.constexpr = 4 if M % 4 == 0 else 1
-        b = tl.arange(0, B)
-        codes, word, zero = quantize(y, n, BITS, SHRUNK, HADAMARD, P, B, M)
-        if U == 4:
-            codes = quads(codes, P, B, M)
+        b = tl.arange(0, step.GROUPS)
+        codes, word, zero_point = quantize(y, n, step)
+        if step.WORD_BYTES == 4:
+            codes = quads(codes, step)
         for i in tl.static_range(4):
-            if BITS & (8 >> i):
-                plane = base + B * P * M * (BITS & (15 ^ ((16 >> i) - 1))) // 8 // U
-                part = pack_plane(codes, BITS, 8 >> i, P, B, M, U)
-                tl.store(
-                    plane + plane_units(b * M, B * M, 8 >> i, P, M, U), _stamped(part, epoch), cache_modifier=".wt"
-                )
-        if BITS > 5:
-            word = (word & 0xFFFF) | (zero << 16)
-        put_words(base + B * P * M * BITS // 8 // U, b, b >= 0, _stamped(word, epoch), B, M, True)
+            if step.BITS & (8 >> i):
+                plane = base + plane_offset(8 >> i, step) // step.WORD_BYTES
+                at = plane_words(b * step.LANES, step.GROUPS * step.LANES, 8 >> i, step)
+                tl.store(plane + at, _with_epoch(pack_plane(codes, 8 >> i, step), epoch), cache_modifier=".wt")
+        if step.BITS > 5:
+            word = (word & 0xFFFF) | (zero_point << 16)
+        scales = base + plane_offset(0, step) // step.WORD_BYTES
+        put_scales(scales, b, b >= 0, _with_epoch(word, epoch), step, ".wt")
 
 
 @triton.jit
-def fetch(base, epoch, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """All words of a tile as they are now, past the L1 cache."""
-    if BITS == 16:
-        W: tl.constexpr = M * x.dtype.element_ty.primitive_bitwidth // 32
-        return (tl.load(base + _in_order(P, B, W), volatile=True),)
+def fetch(base, epoch, x, step: tl.constexpr):
+    """All LL words of the tile at base as they are now, past the L1 cache. x: a pointer to the message's dtype."""
+    if step.BITS == 16:
+        LANES: tl.constexpr = step.LANES * x.dtype.element_ty.primitive_bitwidth // 32
+        return (tl.load(base + in_order(step, LANES), volatile=True),)
     else:
-        U: tl.constexpr = 4 if M % 4 == 0 else 1
-        b = tl.arange(0, B)
+        b = tl.arange(0, step.GROUPS)
         raw = ()
         for i in tl.static_range(4):
-            if BITS & (8 >> i):
-                plane = base + B * P * M * (BITS & (15 ^ ((16 >> i) - 1))) // 8 // U
-                raw = raw + (tl.load(plane + plane_units(b * M, B * M, 8 >> i, P, M, U), volatile=True),)
-        # One of the threads of a group loads its word, as in `put_words`. That makes as many pointers as threads: of
-        # fewer ones Triton repeats even a volatile load where a second layout is wanted, and what it then finds in the
-        # lower half is not what it found in the upper one.
-        T: tl.constexpr = M // 8 if M % 8 == 0 else 1
-        thread = tl.arange(0, T)[None, :]
-        at = base + B * P * M * BITS // 8 // U + (b[:, None] + thread)
-        at, here = tl.max_contiguous(at, [1, min(T, 2)]), (b[:, None] >= 0) & (thread == 0)
-        return raw + (tl.load(at, mask=here, other=_stamped(epoch * 0, epoch), volatile=True),)
+            if step.BITS & (8 >> i):
+                plane = base + plane_offset(8 >> i, step) // step.WORD_BYTES
+                at = plane_words(b * step.LANES, step.GROUPS * step.LANES, 8 >> i, step)
+                raw = raw + (tl.load(plane + at, volatile=True),)
+        # One of the threads of a group loads its scale's word, as in `put_scales`. That makes as many pointers as
+        # threads: of fewer ones Triton repeats even a volatile load where a second layout is wanted, and what it then
+        # finds in the lower half is not what it found in the upper one.
+        THREADS: tl.constexpr = step.LANES // 8 if step.LANES % 8 == 0 else 1
+        thread = tl.arange(0, THREADS)[None, :]
+        at = base + plane_offset(0, step) // step.WORD_BYTES + (b[:, None] + thread)
+        at, here = tl.max_contiguous(at, [1, min(THREADS, 2)]), (b[:, None] >= 0) & (thread == 0)
+        none = _with_epoch(scalar(0, like=epoch), epoch)
+        return raw + (tl.load(at, mask=here, other=none, volatile=True),)
 
 
 @triton.jit
 def _unlike(raw, epoch):
-    """Upper halves that are not the epoch, as numbers that are not 0. Not differences: of those and their maximum ptxas
-    12.8 makes one instruction which adds (VIADDMNMX), see LOG.md."""
+    """The upper halves of words exclusive or the epoch: 0 where they carry it.
+
+    Not differences: of those and their maximum ptxas 12.8 makes one instruction which adds (VIADDMNMX), see LOG.md.
+    """
     return ((raw >> 32).to(tl.int32) ^ epoch).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _missing(raw, epoch):
-    """0 if all words of a tile carry the epoch, else not: the same for all threads."""
+    """0 if all words of a tile carry the epoch, else 1: the same for all threads."""
     most = _unlike(raw[len(raw) - 1], epoch)
     for i in tl.static_range(len(raw) - 1):  # planes, of which a thread has all along the middle axis
         late = tl.max(_unlike(raw[i], epoch), 1)
@@ -112,77 +124,74 @@ def _missing(raw, epoch):
 
 
 @triton.jit
-def _values(raw, ok, x, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """A tile's values as a product: float32 (B, P, M) and what it is to be multiplied with (B,); NaN unless ok."""
-    if BITS == 16:
-        part = raw[0].to(tl.int32)
+def _look_at_tile(place, epoch, ranks: tl.constexpr, step: tl.constexpr):
+    """A `LOOK` of `sync.poll`: the words of a tile, and 1 unless all carry the epoch. place: as base and x of `fetch`."""
+    raw = fetch(place[0], epoch, place[1], step)
+    return raw, _missing(raw, epoch)
+
+
+@triton.jit
+def expand_words(raw, x, step: tl.constexpr):
+    """A tile's values as a product, as `tile.expand`, of what `fetch` gave."""
+    if step.BITS == 16:
+        payload = raw[0].to(tl.int32)
         if x.dtype.element_ty.primitive_bitwidth == 32:
-            y = part.to(tl.float32, bitcast=True)
+            y = payload.to(tl.float32, bitcast=True)
         else:
-            part = tl.reshape(tl.broadcast_to(part[:, :, :, None], (B, P, M // 2, 2)), (B, P, M))
-            odd = (tl.arange(0, M) % 2 == 1)[None, None, :]
+            payload = tl.broadcast_to(payload[:, :, :, None], (step.GROUPS, step.PIECES, step.LANES // 2, 2))
+            payload = tl.reshape(payload, (step.GROUPS, step.PIECES, step.LANES))
+            odd = (tl.arange(0, step.LANES) % 2 == 1)[None, None, :]
             if x.dtype.element_ty == tl.bfloat16:
-                y = tl.where(odd, part & -65536, part << 16).to(tl.float32, bitcast=True)
+                y = tl.where(odd, payload & -65536, payload << 16).to(tl.float32, bitcast=True)
             else:
-                y = tl.where(odd, part >> 16, part).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return y, tl.where((tl.arange(0, B) >= 0) & (ok), 1.0, float("nan"))
+                y = tl.where(odd, payload >> 16, payload).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return y, tl.full((step.GROUPS,), 1.0, tl.float32)
     else:
         low = ()
         for i in tl.static_range(len(raw) - 1):
             low = low + (raw[i].to(tl.int32),)
         low = low + (tl.sum(raw[len(raw) - 1].to(tl.int32), 1),)  # of one word and zeros
-        steps, scale = expand(low, BITS, P, B, M)
-        return steps, tl.where(ok, scale, float("nan"))
+        return expand(low, step)
 
 
 @triton.jit
-def arrived(base, raw, epoch, half, phase, source, local, peers, status, limit, x, WORLD: tl.constexpr,
-            REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
-            B: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """`_values` of the tile at base, of which raw was loaded, once all of it is of the epoch, and 1; NaN and 0 if it
-    was not within limit. As in `fused_sync.wait` all threads go by one verdict, and the first to give up reports it.
+def wait(
+    base, raw, epoch, epoch_bytes, source, x, region, ranks: tl.constexpr, step: tl.constexpr, STAGE: tl.constexpr
+):
+    """Wait until the tile at base, of which raw was fetched, has arrived from rank `source`.
+
+    Returns:
+        The tile as `tile.expand` gives it, and 1; NaN and 0 if it has not arrived within the limit.
     """
+    place = (base, x)
     late = _missing(raw, epoch)
-    abort = words(local + ABORT_AT)
-    polls, state = (late * 0).to(tl.int64), late * 0
-    begin = polls
-    if late != 0:
-        begin = clock(polls, REAL)
-    while (late != 0) & (state == 0):
-        raw = fetch(base, epoch, x, BITS, P, B, M)
-        late = _missing(raw, epoch)
-        polls += 1
-        if (late != 0) & (polls % 32 == 0):
-            over = (clock(polls, REAL) - begin >= limit).to(tl.int32)
-            state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
-    if late != 0:  # what did come: words of an earlier call, in this half or, of the one before, in the other
+    raw, late = poll(_look_at_tile, place, epoch, raw, late, region, ranks, step)
+    if late != 0:  # what did arrive: words of an earlier call, in this half or, of the call before, in the other
         here = (tl.load(base, volatile=True) >> 32).to(tl.int32)
-        other = (tl.load(base + (1 - 2 * (epoch & 1)) * (half // 8), volatile=True) >> 32).to(tl.int32)
+        other = (tl.load(base + (1 - 2 * (epoch & 1)) * (epoch_bytes // 8), volatile=True) >> 32).to(tl.int32)
         seen = tl.maximum(tl.where(here == epoch, epoch - 1, here), other)
-        give_up(phase, source, epoch, seen, local, peers, status, WORLD, REAL)
-    for _ in range(DELAY // 16):  # of tests: a slow reader
-        raw = fetch(base, epoch, x, BITS, P, B, M)
-    steps, scale = _values(raw, late == 0, x, BITS, P, B, M)
-    return steps, scale, (late == 0).to(tl.int32)
+        give_up(STAGE + 1, source, epoch, seen, region, ranks)
+    for _ in range(ranks.DELAY // 16):
+        raw = fetch(base, epoch, x, step)
+    steps, scale = expand_words(raw, x, step)
+    return steps, tl.where(late == 0, scale, float("nan")), (late == 0).to(tl.int32)
 
 
 @triton.jit
-def tiles_sum(x, tile, offset, epoch, half, own, local, rank, n_tiles, peers, status, limit, WORLD: tl.constexpr,
-              REAL: tl.constexpr, MAPPED: tl.constexpr, DELAY: tl.constexpr, BITS: tl.constexpr, P: tl.constexpr,
-              B: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
-    """The sum of everybody's y^ of a tile, in rank order, float32, each taken when it has come; whether all have."""
-    AHEAD: tl.constexpr = min(WORLD, 2 if BITS * P > 32 else 4)  # tiles under way at once, as registers allow
-    bases, raws, total, ok = (), (), tl.zeros((B, P, M), tl.float32), rank * 0 + 1
-    for k in tl.static_range(WORLD + AHEAD):
+def sum_tiles(x, tile, offset, epoch, message, region, ranks: tl.constexpr, step: tl.constexpr):
+    """The sum of all ranks' tiles, in rank order, float32, each taken when it has arrived; and 1 if all have."""
+    AHEAD: tl.constexpr = min(ranks.WORLD_SIZE, 2 if step.BITS * step.PIECES > 32 else 4)  # as registers allow
+    bases, raws, ok = (), (), scalar(1, like=region.rank)
+    total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
+    for k in tl.static_range(ranks.WORLD_SIZE + AHEAD):  # AHEAD tiles are under way at once
         if k >= AHEAD:
-            steps, scale, came = arrived(bases[k - AHEAD], raws[k - AHEAD], epoch, half, 1, k - AHEAD, local, peers, status, limit, x, WORLD, REAL, MAPPED, DELAY, BITS, P, B, M)  # fmt: skip
+            steps, scale, came = wait(bases[k - AHEAD], raws[k - AHEAD], epoch, message.epoch_bytes, k - AHEAD, x, region, ranks, step, 0)  # fmt: skip
             ok &= came
             if k == AHEAD:
                 total = steps * scale[:, None, None]
             else:
-                total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], (B, P, M)), total)
-        if k < WORLD:
-            at = home(k, rank, own, local) + offset + (k * n_tiles + tile).to(tl.int64) * BYTES
-            bases = bases + (long_words(at),)
-            raws = raws + (fetch(long_words(at), epoch, x, BITS, P, B, M),)
+                total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], total.shape), total)
+        if k < ranks.WORLD_SIZE:
+            base = longs_at(arrives_at(k, region) + offset + (k * message.n_tiles + tile).to(tl.int64) * step.BYTES)
+            bases, raws = bases + (base,), raws + (fetch(base, epoch, x, step),)
     return total, ok

@@ -1,59 +1,99 @@
-"""How programs of ranks wait for each other: the layout of a region, epochs and flags, as kernels see them."""
+"""How programs of different ranks wait for each other: the layout of a region, epochs, flags and the polling loop.
+
+A region begins with what this file uses, and then holds data:
+
+| bytes                | what                                               | written by     | read by        |
+|----------------------|----------------------------------------------------|----------------|----------------|
+| 0 to 8               | programs started in this call (low), epoch (high)  | this rank      | this rank      |
+| ABORT                | 1: a wait of this rank timed out; 3: and it is reported | this rank | this rank      |
+| FLAGS                | int32 [stage][source][block]: the epoch of a block | the source     | this rank      |
+| DATA                 | tiles, see `collective_kernel`                     | everybody      | this rank      |
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-MAX_BLOCKS = 16384  # of a slice
+from flashcomm.gpu.tile import scalar
+
+MAX_BLOCKS = 16384  # of a shard
 MAX_RANKS = 16
-ABORT = 8  # bytes: whether a wait of this rank timed out; before it epoch and started programs, behind it flags
-FLAGS = 64  # [stage][source][block]
+ABORT = 8
+FLAGS = 64
 _STAGE_BYTES = 4 * MAX_BLOCKS * MAX_RANKS
 DATA = FLAGS + 2 * _STAGE_BYTES
 
-BLOCKS, STAGE_AT = tl.constexpr(MAX_BLOCKS), tl.constexpr(_STAGE_BYTES)
-FLAGS_AT, ABORT_AT, DATA_AT = (tl.constexpr(at) for at in (FLAGS, ABORT, DATA))
+_MAX_BLOCKS, _STAGE = tl.constexpr(MAX_BLOCKS), tl.constexpr(_STAGE_BYTES)
+_FLAGS, _ABORT = tl.constexpr(FLAGS), tl.constexpr(ABORT)
+
+
+class Region(NamedTuple):
+    """Run-time values of a kernel: where ranks' memory is, and how long this rank waits.
+
+    own and local are one address unless peers write to host memory. Then local is GPU memory, which holds the epoch too.
+    """
+
+    own: Any  # address of what peers write for this rank
+    local: Any  # address of what this rank writes for itself
+    rank: Any
+    limit: Any  # of a wait: ns, or polls in Triton's interpreter
+    peers: Any  # int64 (WORLD_SIZE,): where this rank writes for each rank
+    status: Any  # int32 (5,) in host memory: what `give_up` reports
+
+
+class Ranks(NamedTuple):
+    """Constants of a kernel: who takes part, and how they wait."""
+
+    WORLD_SIZE: int
+    HOST_MEMORY: bool  # peers write to host memory, where flags are plain loads and stores
+    CLOCK: bool  # there is one: False in Triton's interpreter
+    DELAY: int  # polls between a wait and the read, for tests of a slow reader
 
 
 @triton.jit
 def bytes_at(address):
+    """A pointer to bytes, 16-byte aligned."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
 
 
 @triton.jit
-def words(address):
+def ints_at(address):
+    """A pointer to int32s."""
     return address.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def long_words(address):
+def longs_at(address):
+    """A pointer to int64s, 16-byte aligned."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16)
 
 
 @triton.jit
-def home(source, rank, own, local):
-    """Where what comes from a rank arrives."""
-    return tl.where(source == rank, local, own)
+def arrives_at(source, region):
+    """The address at which data of rank `source` arrives."""
+    return tl.where(source == region.rank, region.local, region.own)
 
 
 @triton.jit
-def clock(polls, REAL: tl.constexpr):
-    if REAL:
+def _clock(polls, ranks: tl.constexpr):
+    if ranks.CLOCK:
         return tl.extra.cuda.globaltimer()
     else:
         return polls
 
 
 @triton.jit
-def _late(flag, epoch, MAPPED: tl.constexpr):
-    """1 while a flag is neither of this call nor of the next one, in which a peer may be already; one thread reads it.
+def _look_at_flag(flag, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
+    """A `LOOK` of `poll`: 1, twice, while a flag is neither of this call nor of the next, in which a peer may be already.
 
-    Mapped host memory takes plain loads and stores: a read-modify-write over PCIe may not be atomic. A pause between
+    One thread reads it. Host memory takes plain loads: a read-modify-write over PCIe may not be atomic. A pause between
     two of them leaves the link to the data.
     """
-    if MAPPED:
-        return tl.inline_asm_elementwise("""{
+    if ranks.HOST_MEMORY:
+        late = tl.inline_asm_elementwise("""{
             .reg .pred p, q; .reg .b32 t;
             mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.u32 q, t, t;
             @!p bra known;
@@ -63,13 +103,14 @@ def _late(flag, epoch, MAPPED: tl.constexpr):
             selp.b32 $0, 1, 0, q; }""", "=r,l,r", [flag.to(tl.int64), epoch], tl.int32, False, 1)  # fmt: skip
     else:
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        return (((seen - epoch) & -2) != 0).to(tl.int32)
+        late = (((seen - epoch) & -2) != 0).to(tl.int32)
+    return late, late
 
 
 @triton.jit
-def _set(flag, value, MAPPED: tl.constexpr):
+def _set(flag, value, HOST_MEMORY: tl.constexpr):
     """Store a flag behind all of this program's stores."""
-    if MAPPED:
+    if HOST_MEMORY:
         tl.inline_asm_elementwise("""{
             .reg .pred p; .reg .b32 t;
             mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p st.release.sys.global.b32 [$1], $2;
@@ -79,67 +120,77 @@ def _set(flag, value, MAPPED: tl.constexpr):
 
 
 @triton.jit
-def give_up(phase, source, epoch, seen, local, peers, status, WORLD: tl.constexpr, REAL: tl.constexpr):
-    """Of a wait that is over its time. Whoever is the first reports it, and points this rank's stores to its own memory
-    from the next launch on: peers must not take what it sends out of step for data of their calls.
+def poll(LOOK: tl.constexpr, place, epoch, seen, late, region, ranks: tl.constexpr, step: tl.constexpr):
+    """Look at a place until what is there is of this epoch, or the limit is over, or another program has given up.
+
+    Args:
+        LOOK: a kernel function (place, epoch, ranks, step) -> (what it read, 0 if that is of this epoch). All threads
+            get the same verdict.
+        seen, late: what it has returned before.
+
+    Returns:
+        What was read last, and 0 if it is of this epoch.
     """
-    if tl.atomic_cas(words(local + ABORT_AT), 1, 3) == 1:
-        tl.store(status + 1, phase)
-        tl.store(status + 2, source)
-        tl.store(status + 3, epoch)
-        tl.store(status + 4, seen)
-        for i in tl.static_range(WORLD):
-            tl.store(peers + i, local)
-        _set(status, epoch * 0 + 1, REAL)  # host memory, whatever peers write to
+    polls, state = scalar(0, like=late).to(tl.int64), scalar(0, like=late)
+    begin = polls
+    if late != 0:
+        begin = _clock(polls, ranks)
+    while (late != 0) & (state == 0):
+        seen, late = LOOK(place, epoch, ranks, step)
+        polls += 1
+        if (late != 0) & (polls % 32 == 0):
+            over = (_clock(polls, ranks) - begin >= region.limit).to(tl.int32)
+            state = tl.atomic_or(ints_at(region.local + _ABORT), over, sem="relaxed", scope="gpu")
+    return seen, late
 
 
 @triton.jit
-def wait(flag, epoch, phase, source, local, peers, status, limit, WORLD: tl.constexpr, REAL: tl.constexpr,
-         MAPPED: tl.constexpr, DELAY: tl.constexpr):  # fmt: skip
-    """Wait until a flag of this rank's memory has reached the epoch; 0 if it did not within limit (ns, or polls).
+def give_up(phase, source, epoch, seen, region, ranks: tl.constexpr):
+    """Report a wait that is over its time. All programs that give up call this, and the first one reports.
 
-    All threads go by what one of them read.
+    From the next launch on, this rank's stores go to its own memory: peers must not take what it sends out of step for
+    data of their calls.
     """
-    late = _late(flag, epoch, MAPPED)
+    if tl.atomic_cas(ints_at(region.local + _ABORT), 1, 3) == 1:
+        tl.store(region.status + 1, phase)
+        tl.store(region.status + 2, source)
+        tl.store(region.status + 3, epoch)
+        tl.store(region.status + 4, seen)
+        for i in tl.static_range(ranks.WORLD_SIZE):
+            tl.store(region.peers + i, region.local)
+        _set(region.status, scalar(1, like=epoch), ranks.CLOCK)  # host memory, whatever peers write to
+
+
+@triton.jit
+def wait(source, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr):
+    """Wait for the flag of a block of rank `source`: 1 once it is of this epoch, 0 if it was not within the limit."""
+    flag = ints_at(arrives_at(source, region) + _FLAGS + STAGE * _STAGE + 4 * (source * _MAX_BLOCKS + block))
+    seen, late = _look_at_flag(flag, epoch, ranks, None)
+    seen, late = poll(_look_at_flag, flag, epoch, seen, late, region, ranks, None)
     if late != 0:
-        abort = words(local + ABORT_AT)  # bit 0: a wait is over its time; bit 1: and that was reported
-        polls, state = (late * 0).to(tl.int64), late * 0
-        begin = clock(polls, REAL)
-        while (late != 0) & (state == 0):
-            look = polls + 32
-            while (late != 0) & (polls < look):
-                late = _late(flag, epoch, MAPPED)
-                polls += 1
-            if late != 0:
-                over = (clock(polls, REAL) - begin >= limit).to(tl.int32)
-                state = tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
-        if late != 0:
-            give_up(phase, source, epoch, tl.load(flag, volatile=True), local, peers, status, WORLD, REAL)
-    for _ in range(DELAY):  # of tests: a slow reader, between the wait and the read
-        late |= _late(flag, epoch, MAPPED) & late
+        give_up(STAGE + 1, source, epoch, tl.load(flag, volatile=True), region, ranks)
+    for _ in range(ranks.DELAY):
+        seen, again = _look_at_flag(flag, epoch, ranks, None)
+        late |= again & late
     tl.debug_barrier()
     return 1 - late
 
 
 @triton.jit
-def arrive(local):
-    """Count this program; the epoch of the call, and whether it was the last program to come, which ends the epoch."""
-    word = local.to(tl.pointer_type(tl.int64))
-    before = tl.atomic_add(word, 1, sem="relaxed", scope="gpu")
+def arrive(region):
+    """Count this program, and return the epoch of the call. The last program to start ends the epoch."""
+    counter = region.local.to(tl.pointer_type(tl.int64))
+    before = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     epoch = (before >> 32) + 1
     if (before & 0xFFFFFFFF) == tl.num_programs(0) - 1:
-        tl.atomic_xchg(word, epoch << 32, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(counter, epoch << 32, sem="relaxed", scope="gpu")
     return epoch.to(tl.int32)
 
 
 @triton.jit
-def publish(peers, rank, to, block, epoch, STAGE: tl.constexpr, TO_ALL: tl.constexpr, WORLD: tl.constexpr,
-            MAPPED: tl.constexpr):  # fmt: skip
-    """Set the flag of a block, in the memory of all or of rank `to`, once all of the program's stores are done."""
+def publish(to, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr, TO_ALL: tl.constexpr):
+    """Set the flag of a block, in the memory of all ranks or of rank `to`, once all of the program's stores are done."""
     tl.debug_barrier()
-    at = FLAGS_AT + STAGE * STAGE_AT + 4 * (rank * BLOCKS + block)
-    if TO_ALL:
-        for i in tl.static_range(WORLD):
-            _set(words(tl.load(peers + i) + at), epoch, MAPPED)
-    else:
-        _set(words(tl.load(peers + to) + at), epoch, MAPPED)
+    at = _FLAGS + STAGE * _STAGE + 4 * (region.rank * _MAX_BLOCKS + block)
+    for i in tl.static_range(ranks.WORLD_SIZE if TO_ALL else 1):
+        _set(ints_at(tl.load(region.peers + (i if TO_ALL else to)) + at), epoch, ranks.HOST_MEMORY)

@@ -1,0 +1,294 @@
+"""The kernel of all four collectives: one launch quantizes, sends, reduces and gathers over peers' memory.
+
+A message is cut into *shards* of units (a unit is the larger of the two groups), one per destination. Shards are cut
+into tiles, and tiles into blocks of TILES_PER_PROGRAM. A launch is a sequence of waves. Wave w holds a program for each
+of these roles, in this order:
+
+| role   | what it does                                                                  | in                         |
+|--------|-------------------------------------------------------------------------------|----------------------------|
+| encode | quantizes block w of a shard to where its destination finds it                | all; two_shot and          |
+|        |                                                                               | reduce_scatter: W programs |
+| reduce | sums everybody's block w - stage_lag of the own shard, in rank order, to out; | all but all_gather         |
+|        | in two_shot quantizes the sum again, for everybody's gather                   |                            |
+| gather | dequantizes block w - 2 * stage_lag of a shard, from its owner, to out        | two_shot, all_gather:      |
+|        | (all_gather: w - stage_lag)                                                   | W programs                 |
+
+A producer stores into its consumers' memory. Each block has a flag there, which the producer sets to the call's epoch.
+Small messages come without flags, by the LL protocol (`low_latency`).
+
+| buffer (of each rank)           | written by     | read by       | full when                | free when              |
+|---------------------------------|----------------|---------------|--------------------------|------------------------|
+| inbox, first stage, epoch even  | encode of all  | own reduce    | flags[0] (LL: all words) | this rank has sent for |
+| or odd: a tile per rank         |                |               | carry the epoch          | the next epoch         |
+| inbox, second stage, likewise   | reduce of all  | own gather    | flags[1] (LL: all words) | likewise               |
+| (all_gather: encode of all)     |                |               | carry the epoch          |                        |
+| flags [stage][source][block]    | the source     | reduce,gather | -                        | never cleared          |
+
+Why the waiting ends. A program waits only for programs of earlier waves, or of its own wave and an earlier role, on
+other GPUs. GPUs start the programs of a grid in order, as look-back scans also assume. So the first program anywhere
+that has not finished waits for nobody. In Triton's interpreter programs run one after the other.
+
+Why no buffer is overwritten while somebody reads it. Data of even and odd epochs lie apart. A rank in epoch e + 2 has
+ended epoch e + 1. In that epoch it waited for every peer to set a flag (LL: to send a tile), and a peer does so only
+after its own epoch e has ended, readers included. So what one epoch waits for is the barrier for the data of the epoch
+before, by whichever protocol either of them sent it, and no closing barrier is needed.
+
+The epoch lives in device memory, above the count of programs that have started; the last one to start writes the next
+epoch, so that CUDA graphs replay correctly. A wait that is over its limit is reported (`sync.give_up`). Then all later
+waits end soon, the result is NaN, and peers get nothing more from this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from flashcomm.gpu import low_latency
+from flashcomm.gpu.sync import arrive, arrives_at, bytes_at, longs_at, publish, wait
+from flashcomm.gpu.tile import expand, fetch, from_hadamard, hadamard, put, scalar, store, widen
+
+ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER = range(4)
+_ONE_SHOT, _TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER = (tl.constexpr(algorithm) for algorithm in range(4))
+
+
+class Message(NamedTuple):
+    """Run-time values of a kernel: how a message is cut up, and where in a region its data goes."""
+
+    n_units: Any  # of all shards
+    shard_units: Any  # of a shard; the last ones may have fewer
+    shard_stride: Any  # units from one shard to the next
+    n_tiles: Any  # of a shard
+    inbox: Any  # bytes into a region at which data begins
+    epoch_bytes: Any  # from data of even to data of odd epochs
+    stage2_offset: Any  # bytes from data of the first stage to that of the second
+    stage_lag: Any  # waves between roles
+
+
+class Collective(NamedTuple):
+    """Constants of a kernel: what it does, and how a message is cut up."""
+
+    ALGORITHM: int
+    TILES_PER_PROGRAM: int
+    UNIT: int  # values of a unit
+    UNITS: int  # of a tile
+    SUM_IN_HADAMARD: bool  # in two_shot: sums are quantized again without leaving the Hadamard domain
+    LL: bool  # the LL protocol instead of flags
+    BF16: bool  # out points to int16s that are bfloat16s, see `tile.narrow`
+
+
+@triton.jit
+def _values_at(left, UNIT: tl.constexpr, step: tl.constexpr):
+    """Where a tile's values are in the message: offsets (GROUPS, PIECES, LANES) from its first, and which exist.
+
+    left: units of the shard from there on.
+    """
+    GROUP: tl.constexpr = step.PIECES * step.LANES
+    group = tl.arange(0, step.GROUPS)[:, None, None]
+    inside = (tl.arange(0, step.PIECES) * step.LANES)[None, :, None] + tl.arange(0, step.LANES)[None, None, :]
+    return group * GROUP + inside, (group // (UNIT // GROUP) < left) & (inside >= 0)
+
+
+@triton.jit
+def _tile_at(tile, shard, message, call: tl.constexpr):
+    """The unit of the message at which a tile of a shard begins, and how many units of the shard there are from it on."""
+    unit = tile.to(tl.int64) * call.UNITS
+    first = shard.to(tl.int64) * message.shard_stride
+    return first + unit, tl.minimum(message.shard_units - unit, message.n_units - first - unit)
+
+
+@triton.jit
+def _data(epoch, message):
+    """Bytes into a region at which an epoch's data begins."""
+    return message.inbox + (epoch & 1).to(tl.int64) * message.epoch_bytes
+
+
+@triton.jit
+def _load(x, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
+    """A tile of x, float32, 0 where there are no values."""
+    unit, left = _tile_at(tile, shard, message, call)
+    at, keep = _values_at(left, call.UNIT, step)
+    return widen(tl.load(x + unit * call.UNIT + at, mask=keep, other=0.0))
+
+
+@triton.jit
+def _send(y, out, tile, shard, data, epoch, region, message, call: tl.constexpr, ranks: tl.constexpr,
+          step: tl.constexpr, TO_ALL: tl.constexpr):  # fmt: skip
+    """Quantize a tile to where its consumers, all ranks or rank `shard`, look for it."""
+    n = tl.full((step.GROUPS,), step.PIECES * step.LANES, tl.int32)
+    for i in tl.static_range(ranks.WORLD_SIZE if TO_ALL else 1):
+        base = tl.load(region.peers + (i if TO_ALL else shard)) + data
+        base += (region.rank * message.n_tiles + tile).to(tl.int64) * step.BYTES
+        if call.LL:
+            low_latency.put(longs_at(base), y, n, epoch, out, step, call.BF16)
+        else:
+            put(bytes_at(base), y, n, out, step, call.BF16)
+
+
+@triton.jit
+def _encode(x, out, block, shard, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr,
+            STAGE: tl.constexpr, TO_ALL: tl.constexpr):  # fmt: skip
+    """The role encode, for a block of x."""
+    TILES: tl.constexpr = call.TILES_PER_PROGRAM
+    offset = message.stage2_offset if STAGE == 1 else scalar(0, like=message.stage2_offset)
+    if TILES == 1:  # of small messages: the values are on their way while the epoch is
+        y = _load(x, block, shard, message, call, step)
+        epoch = arrive(region)
+        if step.HADAMARD:
+            y = hadamard(y, step)
+        _send(y, out, block, shard, _data(epoch, message) + offset, epoch, region, message, call, ranks, step, TO_ALL)
+    else:
+        epoch = arrive(region)
+        data = _data(epoch, message) + offset
+        last = tl.minimum(block * TILES + TILES, message.n_tiles) - 1
+        after = _load(x, block * TILES, shard, message, call, step)
+        for k in tl.static_range(TILES):  # the next tile is on its way while this one is quantized
+            tile = block * TILES + k
+            y = after
+            if k + 1 < TILES:
+                after = _load(x, tl.minimum(tile + 1, last), shard, message, call, step)
+            if tile <= last:
+                if step.HADAMARD:
+                    y = hadamard(y, step)
+                _send(y, out, tile, shard, data, epoch, region, message, call, ranks, step, TO_ALL)
+    if not call.LL:
+        publish(shard, block, epoch, region, ranks, STAGE, TO_ALL)
+
+
+@triton.jit
+def _fetch_all(x, tile, data, region, message, ranks: tl.constexpr, step: tl.constexpr):
+    """Everybody's tile, all loads under way before one is used."""
+    raws = ()
+    for i in tl.static_range(ranks.WORLD_SIZE):
+        at = arrives_at(i, region) + data + (i * message.n_tiles + tile).to(tl.int64) * step.BYTES
+        raws = raws + (fetch(bytes_at(at), x, step),)
+    return raws
+
+
+@triton.jit
+def _sum(raws, ok, ranks: tl.constexpr, step: tl.constexpr):
+    """The sum of everybody's tile in rank order, float32; NaN unless ok. Products are exact: fma changes no bit."""
+    total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
+    for i in tl.static_range(ranks.WORLD_SIZE):
+        steps, scale = expand(raws[i], step)
+        scale = tl.where(ok != 0, scale, float("nan"))
+        if i == 0:
+            total = steps * scale[:, None, None]
+        else:
+            total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], total.shape), total)
+    return total
+
+
+@triton.jit
+def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
+            gather: tl.constexpr):  # fmt: skip
+    """The role reduce, for a block of the own shard."""
+    TILES: tl.constexpr = call.TILES_PER_PROGRAM
+    epoch = arrive(region)
+    data = _data(epoch, message)
+    if (block >= 0) & (block * TILES < message.n_tiles):
+        shard = scalar(0, like=region.rank) if call.ALGORITHM == _ONE_SHOT else region.rank
+        ok = scalar(1, like=region.rank)
+        last = tl.minimum(block * TILES + TILES, message.n_tiles) - 1
+        if not call.LL:
+            for i in tl.static_range(ranks.WORLD_SIZE):
+                ok &= wait(i, block, epoch, region, ranks, 0)
+            after = _fetch_all(x, block * TILES, data, region, message, ranks, reduce)
+        for k in tl.static_range(TILES):
+            tile = block * TILES + k
+            if not call.LL:
+                raws = after
+                if k + 1 < TILES:
+                    after = _fetch_all(x, tl.minimum(tile + 1, last), data, region, message, ranks, reduce)
+            if tile <= last:
+                if call.LL:
+                    total, came = low_latency.sum_tiles(x, tile, data, epoch, message, region, ranks, reduce)
+                    ok &= came
+                else:
+                    total = _sum(raws, ok, ranks, reduce)
+                unit, left = _tile_at(tile, shard, message, call)
+                at, keep = _values_at(left, call.UNIT, reduce)
+                if call.ALGORITHM == _TWO_SHOT:  # loads nothing; gives the tile the layout of x, which packs best
+                    never = message.stage_lag < 0
+                    like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
+                    total = tl.where(never, like_x, total)
+                if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
+                    total = from_hadamard(total, reduce)
+                if call.ALGORITHM == _TWO_SHOT:
+                    if reduce.PIECES != gather.PIECES or reduce.LANES != gather.LANES:
+                        total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
+                    if gather.HADAMARD and not call.SUM_IN_HADAMARD:
+                        total = hadamard(total, gather)
+                    if (ok != 0) if call.LL else True:  # a gap in the data, or a flag that stays out, tells the peers
+                        _send(total, out, tile, scalar(0, like=region.rank), data + message.stage2_offset, epoch,
+                              region, message, call, ranks, gather, True)  # fmt: skip
+                else:
+                    if call.ALGORITHM == _REDUCE_SCATTER:  # out is the shard alone
+                        unit -= shard.to(tl.int64) * message.shard_stride
+                    store(out + unit * call.UNIT, at, keep, total, call.BF16)
+        if call.ALGORITHM == _TWO_SHOT and not call.LL:
+            if ok != 0:
+                publish(region.rank, block, epoch, region, ranks, 1, True)
+
+
+@triton.jit
+def _gather(x, out, block, owner, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr):
+    """The role gather, for a block of rank `owner`'s shard."""
+    TILES: tl.constexpr = call.TILES_PER_PROGRAM
+    epoch = arrive(region)
+    if (block >= 0) & (block * TILES < message.n_tiles):
+        first = arrives_at(owner, region) + _data(epoch, message) + message.stage2_offset
+        if not call.LL:
+            came = wait(owner, block, epoch, region, ranks, 1)
+        for k in range(TILES):
+            tile = block * TILES + k
+            if tile < message.n_tiles:
+                base = first + (owner * message.n_tiles + tile).to(tl.int64) * step.BYTES
+                if call.LL:
+                    words = longs_at(base)
+                    raw = low_latency.fetch(words, epoch, x, step)
+                    steps, scale, came = low_latency.wait(words, raw, epoch, message.epoch_bytes, owner, x, region, ranks, step, 1)  # fmt: skip
+                else:
+                    steps, scale = expand(fetch(bytes_at(base), x, step), step)
+                    scale = tl.where(came != 0, scale, float("nan"))
+                y = steps * scale[:, None, None]
+                unit, left = _tile_at(tile, owner, message, call)
+                at, keep = _values_at(left, call.UNIT, step)
+                if step.HADAMARD:
+                    y = from_hadamard(y, step)
+                store(out + unit * call.UNIT, at, keep, y, call.BF16)
+
+
+@triton.jit
+def collective(x, out, region, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
+               gather: tl.constexpr):  # fmt: skip
+    """One program of a collective.
+
+    Args:
+        x, out: the message and the result of this rank, 16-byte aligned; in an all-reduce they may be the same.
+        region: a `sync.Region`. message: a `Message`. call: a `Collective`. ranks: a `sync.Ranks`.
+        reduce, gather: the `tile.Step`s in which encode sends to reduce, and reduce (all_gather: encode) to gather.
+    """
+    SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER  # encode by destination
+    N_ENCODE: tl.constexpr = ranks.WORLD_SIZE if SHARDED else 1
+    N_REDUCE: tl.constexpr = 0 if call.ALGORITHM == _ALL_GATHER else 1
+    GATHERS: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _ALL_GATHER
+    N_ROLES: tl.constexpr = N_ENCODE + N_REDUCE + (ranks.WORLD_SIZE if GATHERS else 0)
+
+    wave, role = tl.program_id(0) // N_ROLES, tl.program_id(0) % N_ROLES
+    if role < N_ENCODE:
+        if wave * call.TILES_PER_PROGRAM < message.n_tiles:
+            shard = role if SHARDED else scalar(0, like=region.rank)
+            if call.ALGORITHM == _ALL_GATHER:
+                _encode(x, out, wave, shard, region, message, call, ranks, gather, 1, True)
+            else:
+                _encode(x, out, wave, shard, region, message, call, ranks, reduce, 0, not SHARDED)
+        else:
+            arrive(region)
+    elif role < N_ENCODE + N_REDUCE:
+        _reduce(x, out, wave - message.stage_lag, region, message, call, ranks, reduce, gather)
+    else:
+        LAGS: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
+        owner = role - (N_ENCODE + N_REDUCE)
+        _gather(x, out, wave - LAGS * message.stage_lag, owner, region, message, call, ranks, gather)
