@@ -10,34 +10,28 @@ A call is validated, routed (`routing.policy`), run (`collectives.executors`) an
 
 from __future__ import annotations
 
-import logging
-import threading
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flashcomm.collectives.add_rms_norm import add_rms_norm
-from flashcomm.collectives.executors import Base, Launch
 from flashcomm.collectives.recent import RecentCalls
-from flashcomm.errors import ClosedError, FlashcommError, FormatError, InputError, SettingsError
+from flashcomm.counts import Counts
+from flashcomm.errors import ClosedError, FormatError, InputError
 from flashcomm.routing import policy
-from flashcomm.routing.route import Choice, Executor, Machine, Message
-from flashcomm.settings import Arguments, Settings
-from flashcomm.setup import call_guard, consistency, discovery
-from flashcomm.transports.process_group import ProcessGroupTransport
+from flashcomm.routing.route import Choice, Message
+from flashcomm.settings import Arguments
+from flashcomm.setup import consistency, startup
 from flashcomm.wire.format import WireFormat
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-log = logging.getLogger("flashcomm")
+Format = Union[str, WireFormat, None]  # noqa: UP007  # evaluated at run time, on Python 3.10 too
 
 
 class Communicator:
@@ -62,83 +56,29 @@ class Communicator:
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
-        format: str | WireFormat | None = None,
+        format: Format = None,
         *,
         device: str | None = None,
         plan: str = "",
         **settings: Unpack[Arguments],
     ) -> None:
-        if group is None:
-            if not dist.is_initialized():
-                raise SettingsError("no process group: call torch.distributed.init_process_group first, or pass group=")
-            group = dist.group.WORLD
-        if not isinstance(group, dist.ProcessGroup):  # also GroupMember.NON_GROUP_MEMBER
-            raise SettingsError("group= must be a process group that this rank is a member of: only members take part")
-        self.group = group
-        try:
-            self.device = consistency.group_device(group, device)
-            mine: Settings | FlashcommError = Settings.resolve(self.device.type, format=format, **settings)
-            mine = replace(mine, plan=plan) if isinstance(mine, Settings) else mine
-        except Exception as why:  # of this rank alone, perhaps: raised below, once every rank knows of it
-            self.device = consistency.group_device(group, None)
-            mine = why if isinstance(why, FlashcommError) else SettingsError(f"{type(why).__name__}: {why}")
-        timeout_s = mine.timeout_s if isinstance(mine, Settings) else 60.0
-        state = call_guard.state_of(group)
-        self._guard = call_guard.CallGuard(state.lock if self.device.type == "cpu" else threading.Lock(), timeout_s)
-        self.transport = ProcessGroupTransport(group, self.device, timeout_s)
-        try:
-            with self._guard.call("making a Communicator"):
-                self.settings = consistency.check_settings(self.transport, state.n_made, mine)
-                state.n_made = self.transport.tags.communicator + 1
-                self.machine, self._executors = self._connect()
-        except BaseException:
-            self.transport.close()
-            raise
-        self.format = self.settings.format
-        self.calls: Counter[str] = Counter()  # by `Route.name`; replays of CUDA graphs are not seen
-        self.sent: Counter[str] = Counter()  # payload bytes to other ranks, by `Route.name`
+        started = startup.start(group, device, plan, {"format": format, **settings})
+        self.group, self.device, self.transport = started.group, started.device, started.transport
+        self.settings, self.machine, self.format = started.settings, started.machine, started.settings.format
+        self._guard, self._executors = started.guard, started.executors
+        self._counts = Counts(self, self.settings.debug == "info")
+        self.calls, self.sent = self._counts.calls, self._counts.sent
         self._recent = RecentCalls(self.device)
-        self._n_calls = 0
-        self._closed = False
-        if self.settings.debug == "info":
-            _show_info()
-
-    def _connect(self) -> tuple[Machine, dict[Executor, Base]]:
-        """`discovery.connect`, so that an exception on one rank is an error on all of them."""
-        try:
-            found = discovery.connect(self.group, self.transport, self.settings)
-            consistency.tell(self.transport, None, "finishing the Communicator")  # no rank may miss a failure
-            return found
-        except FlashcommError:  # on all ranks, or nobody can be told
-            raise
-        except Exception as why:
-            consistency.tell_failure(self.transport, why)
-            raise
-
-    @property
-    def rank(self) -> int:
-        return self.transport.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.transport.world_size
+        self._n_calls, self.closed = 0, False
+        self.rank, self.world_size = self.transport.rank, self.transport.world_size
 
     @property
     def world(self) -> int:
         warnings.warn("Communicator.world is now world_size", DeprecationWarning, stacklevel=2)
         return self.world_size
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def all_reduce(
-        self,
-        x: Tensor,
-        out: Tensor | None = None,
-        *,
-        format: str | WireFormat | None = None,
-        whole: int | None = None,
+        self, x: Tensor, out: Tensor | None = None, *, format: Format = None, whole: int | None = None
     ) -> Tensor:
         """The sum of x over all ranks: the same bits on every rank.
 
@@ -161,13 +101,12 @@ class Communicator:
             self._guard.busy = False
             if recent:
                 result, name, n_bytes = recent
-                self.calls[name] += 1
-                self.sent[name] += n_bytes
+                self._counts.add(name, n_bytes, x)
                 self._n_calls += 1
                 return result
         return self._collective("all_reduce", x, out, format, whole)
 
-    def reduce_scatter(self, x: Tensor, out: Tensor | None = None, *, format: str | WireFormat | None = None) -> Tensor:
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None, *, format: Format = None) -> Tensor:
         """This rank's shard, along dimension 0, of the sum of x over all ranks; quantized once, as `format.reduce`.
 
         Args:
@@ -180,7 +119,7 @@ class Communicator:
         """
         return self._collective("reduce_scatter", x, out, format)
 
-    def all_gather(self, x: Tensor, out: Tensor | None = None, *, format: str | WireFormat | None = None) -> Tensor:
+    def all_gather(self, x: Tensor, out: Tensor | None = None, *, format: Format = None) -> Tensor:
         """Every rank's x, one after the other along dimension 0, quantized as `format.gather`, the own one included.
 
         Args:
@@ -191,7 +130,7 @@ class Communicator:
         return self._collective("all_gather", x, out, format)
 
     def all_reduce_add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: str | WireFormat | None = None
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: Format = None
     ) -> tuple[Tensor, Tensor]:
         """`reference.add_rms_norm` of `all_reduce(x)`, as layers have it: (normed, new residual), both new.
 
@@ -203,18 +142,15 @@ class Communicator:
             format: As in `all_reduce`.
         """
         eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
-        with self._guard.call("all_reduce_add_rms_norm"):
-            problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world_size)
-            fmt = self._validate("all_reduce_add_rms_norm", x, format, problem, eps)
-            total = torch.empty_like(x, memory_format=torch.contiguous_format)
-            self._run("all_reduce_add_rms_norm", self._message("all_reduce", x.shape, x.dtype), fmt, x, total)
-            return add_rms_norm(total, residual, weight, eps)
+        problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world_size)
+        total = self._collective("all_reduce_add_rms_norm", x, None, format, eps, problem)
+        return add_rms_norm(total, residual, weight, eps)
 
     def explain(
         self,
         shape: Sequence[int],
         dtype: torch.dtype,
-        format: str | WireFormat | None = None,
+        format: Format = None,
         *,
         op: str = "all_reduce",
         whole: int | None = None,
@@ -225,10 +161,11 @@ class Communicator:
             shape: Of the input on one rank.
             dtype: Of the input.
             format: As in `all_reduce`.
-            op: "all_reduce", "reduce_scatter" or "all_gather".
+            op: "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter" or "all_gather".
             whole: As in `all_reduce`.
         """
-        message = self._message(op, tuple(shape), dtype, whole)
+        group = self.world_size, self.device.type, self.machine.local_world_size
+        message = Message.of(op, shape, dtype, group, whole)
         fmt = self.format if format is None else WireFormat.parse(format)
         return policy.choose(message, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine)
 
@@ -250,10 +187,10 @@ class Communicator:
         another thread ends first.
         """
         self._guard.wait_idle()
-        if not self._closed:
+        if not self.closed:
             for executor in self._executors.values():
                 executor.close()
-        self._closed = True
+        self.closed = True
         self._executors.clear()
         self._recent.clear()
         self.transport.close()
@@ -261,11 +198,11 @@ class Communicator:
     def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        state = ", closed" if self._closed else ""
+        state = ", closed" if self.closed else ""
         return f"Communicator(rank {self.rank} of {self.world_size}, {self.format}, {self.device.type}{state})"
 
     def _collective(
@@ -273,33 +210,32 @@ class Communicator:
         op: str,
         x: Tensor,
         out: Tensor | None,
-        format: str | WireFormat | None,
-        whole: int | None = None,
+        format: Format,
+        same: int | float | None = None,
+        problem: consistency.Problem | None = None,
     ) -> Tensor:
+        """Validate, route, run, count. same: What else must be equal on all ranks: `whole`, or eps."""
+        whole = same if op == "all_reduce" and isinstance(same, int) else None
         with self._guard.call(op):
-            problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole)
-            fmt = self._validate(op, x, format, problem, whole)
+            if problem is None:
+                problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole)
+            fmt = self._validate(op, x, format, problem, same)
             if out is None:
                 shape = consistency.result_shape(op, tuple(x.shape), self.world_size)
                 out = torch.empty(shape, dtype=x.dtype, device=x.device)
-            name, n_bytes, again = self._run(op, self._message(op, x.shape, x.dtype, whole), fmt, x, out)
+            if x.numel() == 0:
+                return out
+            route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole).route
+            again = self._executors[route.executor].run(route, x, out)
+            name, n_bytes = f"{op}/{route.label}", route.wire_bytes * x.numel() // (whole or x.numel())
+            self._counts.add(name, n_bytes, x)
             if again and op == "all_reduce" and x.is_cuda and self.settings.debug == "off" and not self.settings.check:
                 self._recent.keep(x, format, whole, name, n_bytes, again)
             return out
 
-    def _validate(
-        self,
-        op: str,
-        x: Tensor,
-        format: str | WireFormat | None,
-        problem: consistency.Problem,
-        also_equal: object,
-    ) -> WireFormat:
-        """The format of a call. Raises if this rank's input is wrong or, with check=True, any rank's or ranks differ.
-
-        also_equal: What else must be equal on all ranks.
-        """
-        if self._closed:
+    def _validate(self, op: str, x: Tensor, format: Format, problem: consistency.Problem, same: object) -> WireFormat:
+        """The format of a call. Raises if this rank's input is wrong and, with check=True, if ranks differ."""
+        if self.closed:
             raise ClosedError(f"{op} on a closed Communicator: make a new one")
         fmt, unknown = self.format, None
         try:
@@ -308,8 +244,7 @@ class Communicator:
             unknown = why  # raised below, once every rank knows of it
             problem = problem or consistency.Problem.FORMAT
         if self.settings.check and self.world_size > 1:
-            number, same = self._n_calls + 1, (self.settings, fmt, also_equal)
-            consistency.check_call(self.transport, op, x, problem, number, same)
+            consistency.check_call(self.transport, op, x, problem, self._n_calls + 1, (self.settings, fmt, same))
         elif problem == consistency.Problem.FORMAT and unknown:
             raise unknown
         elif problem:
@@ -317,38 +252,3 @@ class Communicator:
         self._n_calls += 1
         self.transport.tags.begin(self._n_calls)
         return fmt
-
-    def _message(self, op: str, shape: Sequence[int], dtype: torch.dtype, whole: int | None = None) -> Message:
-        group = self.world_size, self.device.type, self.machine.local_world_size
-        return Message.of(op, shape, dtype, group, whole)
-
-    def _run(
-        self, op: str, message: Message, fmt: WireFormat, x: Tensor, out: Tensor
-    ) -> tuple[str, int, Launch | None]:
-        """Route, run and count. Returns the route's name, bytes sent, and what repeats the call, if anything does."""
-        route = policy.choose(message, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine).route
-        name = f"{op}/{route.label}"
-        if x.numel() == 0:
-            return name, 0, None
-        again = self._executors[route.executor].run(route, x, out)
-        n_bytes = route.wire_bytes * x.numel() // message.numel
-        self._count(name, x, n_bytes)
-        return name, n_bytes, again
-
-    def _count(self, name: str, x: Tensor, n_bytes: int) -> None:
-        """Count a call; with debug="info" log the first, and the sums so far at the 10th, 100th, ..."""
-        self.calls[name] += 1
-        self.sent[name] += n_bytes
-        n = self.calls[name]
-        if self.settings.debug == "info" and n == 1:
-            what = f"shape {tuple(x.shape)} {x.dtype}, {n_bytes} bytes sent"
-            log.info("%r: first %s goes %s, %s", self, *name.split("/"), what)
-        elif self.settings.debug == "info" and str(n).strip("0") == "1":
-            log.info("%r: %d calls of %s, %d bytes sent", self, n, name, self.sent[name])
-
-
-def _show_info() -> None:
-    """Let debug="info" be seen where the program has not set up logging."""
-    log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())

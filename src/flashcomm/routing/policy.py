@@ -100,7 +100,7 @@ def choose(
         # Rows that end in a short group are rare: the kernel does without them.
         tails = (machine.transport, f"rows of {message.row} values are no multiple of {fmt.unit}")
         machine = replace(machine, transport="process_group", timings=None, rejected=(*machine.rejected, tails))
-    if op != "all_reduce":
+    if op in ("reduce_scatter", "all_gather"):
         return _choice(message, fmt, machine, op, "the only algorithm of this collective")
     if algorithm != AUTO:
         return _explicit(message, fmt, machine, algorithm, min_bytes)

@@ -16,7 +16,7 @@ import torch
 from flashcomm.routing.timings import Timings
 from flashcomm.wire.format import WireFormat
 
-OPS = ("all_reduce", "reduce_scatter", "all_gather")
+OPS = ("all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather")
 
 
 class Executor(enum.Enum):
@@ -128,8 +128,8 @@ class Route:
 
     @property
     def label(self) -> str:
-        """What counters call it behind the op: the algorithm of an all-reduce, the executor of another op."""
-        return self.algorithm if self.op == "all_reduce" else self.executor.value
+        """What counters call it behind the op: its algorithm, or the executor where an op has only one algorithm."""
+        return self.executor.value if self.algorithm == self.op else self.algorithm
 
 
 @dataclass(frozen=True)
