@@ -34,6 +34,6 @@ def test_the_owner_of_a_shard_returns_what_it_decodes(group: dist.ProcessGroup, 
     x = tough((4, 600), torch.bfloat16, rank)
     with Communicator(group, "int4/int8") as comm:
         own = comm.all_gather(x)[4 * rank : 4 * rank + 4]
-    decoded = reference.coded_sum([x], WireFormat.parse("int4/int8").gather).to(x.dtype).view(x.shape)
+    decoded = reference.quantized_sum([x], WireFormat.parse("int4/int8").gather).to(x.dtype).view(x.shape)
     assert same_bits(own, decoded)
     assert not same_bits(own, x)

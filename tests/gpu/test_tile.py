@@ -137,7 +137,7 @@ def groups(fmt: StepFormat, seed: int = 0) -> Tensor:
 def quantized(x: Tensor, fmt: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, the scales' words and zero points as the torch codec has them, int32."""
     codes, scale, zero_point = torch_codec.quantize(x, fmt)
-    return codes.int(), torch_codec.words(scale, zero_point, fmt).int() & 0xFFFF, zero_point.int()
+    return codes.int(), torch_codec.pack_scales(scale, zero_point, fmt).int() & 0xFFFF, zero_point.int()
 
 
 def dequantized(x: Tensor, fmt: StepFormat) -> Tensor:

@@ -36,7 +36,8 @@ def _limit(dtype: torch.dtype, step: StepFormat, n: int) -> int:
     return {torch.bfloat16: bits >> 16, torch.float16: infinity, torch.float32: bits}[dtype]
 
 
-_NAMES = ("inverse", "zero points", "scale bits", "minus scale", "bottom", "top")
+_RESULTS = ("inverse", "zero points", "scale bits")  # what `quantized` needs
+_NAMES = (*_RESULTS, "minus scale", "bottom", "top")  # and what the comparison of two ranges needs besides
 _TWO_INT16 = 0x10001  # an int16 times this is an int32 that holds it twice
 
 
@@ -123,13 +124,13 @@ class BlockQuantizer:
     def choose(self) -> None:
         """Make "whole" the better of the two ranges."""
         better = self._reduce(F32, 1, "+").compare("<", 0.0)
-        for name in _NAMES[:3]:
+        for name in _RESULTS:
             clipped, whole = (self._f.load(self._slots[r, name], I32, self._most) for r in ("clipped", "whole"))
             self._set("whole", name, better.choose(clipped, whole))
 
     def quantized(self, j: Vec, vectors: list[Vec]) -> Quantized:
         """Return what is sent of group j. vectors: its values as for `put_errors`."""
-        inverse, zero_points, scale_bits = (self._get(j, "whole", name) for name in _NAMES[:3])
+        inverse, zero_points, scale_bits = (self._get(j, "whole", name) for name in _RESULTS)
         inverse = inverse.view(F32).splat(vectors[0].lanes)
         codes = join([(x * inverse + MAGIC).view(I32) for x in vectors])
         codes = codes + zero_points.splat(codes.lanes // 2).view(I16)

@@ -358,7 +358,7 @@ def _launches(layout: Layout, start: int, stop: int) -> list[tuple[int, Planes, 
     before, row_bytes = (
         _three([layout.plane_bytes_before(width, position) for width, _ in step.planes]) for position in (start, row)
     )
-    planes = Planes(_three(at.planes), before, row_bytes, at.scale, at.zero)
+    planes = Planes(_three(at.planes), before, row_bytes, at.scale, at.zero_point)
 
     def fulls_before(position: int) -> int:
         return position // row * full + min(position % row // step.group, full)
