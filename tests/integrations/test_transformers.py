@@ -163,7 +163,28 @@ def leaves_uncompressed_sums_alone(ctx: RankContext, path: str) -> None:
     assert [set(comm.calls) for comm in integration.communicators()] == [{"all_reduce/backend"}] * 2
 
 
+def compiles(ctx: RankContext, path: str) -> None:
+    """A compiled model, biases included, has the bits of the uncompiled one, also after a change of format."""
+    from flashcomm.integrations import transformers as integration
+    from flashcomm.plan import LayerPlan, Plan
+
+    plan = Plan(WireFormat.parse("int6-g32"), layers={"*.1.mlp.down_proj": LayerPlan(WireFormat.parse("int3-had"))})
+    integration.enable(plan, min_bytes=0)
+    model = load(path)
+    compiled = torch.compile(model, backend="eager")
+    for chosen in (plan, "int4"):
+        integration.enable(chosen, min_bytes=0)
+        with torch.inference_mode():
+            want = model(IDS, use_cache=False).logits
+            assert torch.equal(compiled(IDS, use_cache=False).logits, want)
+    assert [comm.calls for comm in integration.communicators()] == [{"all_reduce/one_shot": 8}] * 2
+
+
 class TestTransformers:
+    def test_compiled(self, tmp_path: Path) -> None:
+        tiny_llama(tmp_path)
+        run(compiles, 2, (str(tmp_path),))
+
     def test_plans_that_differ_between_ranks(self, tmp_path: Path) -> None:
         tiny_llama(tmp_path)
         run(plans_differ, 2, (str(tmp_path),))

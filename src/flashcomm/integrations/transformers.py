@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from flashcomm.communicator import Communicator
 from flashcomm.compat import process_group_named
@@ -161,7 +162,7 @@ class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships
             return super().transform_output_post_forward(module, output, mesh)
         total = self.all_reduce(output, mesh, layer)
         bias = module._parameters.get("bias")
-        return total if bias is None else total + getattr(bias, "to_local", lambda: bias)()
+        return total if bias is None else total + (bias.to_local() if isinstance(bias, DTensor) else bias)
 
 
 def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> None:
