@@ -181,9 +181,9 @@ def encode_kernel(x, out, at, planes, place, step: tl.constexpr, how: tl.constex
         y = hadamard(y, step)
     codes, word, zero_point = quantize(y, n, step)
     scales = tl.multiple_of((out + planes.scales).to(tl.pointer_type(tl.int16)) + tile, 16)
-    put_scales(scales, group, keep, word, step)
+    put_scales(scales, group, keep, word, "", step)
     if step.BITS > 5:
-        put_scales(tl.multiple_of(out + (planes.zero_points + tile), 16), group, keep, zero_point, step)
+        put_scales(tl.multiple_of(out + (planes.zero_points + tile), 16), group, keep, zero_point, "", step)
     if step.WORD_BYTES == 4:
         codes = quads(codes, step)
     for w in tl.static_range(4):

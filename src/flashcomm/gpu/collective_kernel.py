@@ -1,28 +1,26 @@
 """The kernel of all four collectives: one launch quantizes, sends, reduces and gathers over peers' memory.
 
 A message is cut into *shards* of units (a unit is the larger of the two groups), one per destination. Shards are cut
-into tiles, and tiles into blocks of TILES_PER_PROGRAM. A launch is a sequence of waves. Wave w holds a program for each
-of these roles, in this order:
+into tiles, and tiles into blocks of TILES_PER_PROGRAM. A launch is a sequence of waves. Wave w holds programs of these
+roles, in this order:
 
-| role   | what it does                                                                  | in                         |
-|--------|-------------------------------------------------------------------------------|----------------------------|
-| encode | quantizes block w of a shard to where its destination finds it                | all; two_shot and          |
-|        |                                                                               | reduce_scatter: W programs |
-| reduce | sums everybody's block w - stage_lag of the own shard, in rank order, to out; | all but all_gather         |
-|        | in two_shot quantizes the sum again, for everybody's gather                   |                            |
-| gather | dequantizes block w - 2 * stage_lag of a shard, from its owner, to out        | two_shot, all_gather:      |
-|        | (all_gather: w - stage_lag)                                                   | W programs                 |
+    encode   quantizes block w of a shard and stores it where its destination reads it: a program for each shard in
+             two_shot and reduce_scatter, one program for the whole message in one_shot and all_gather
+    reduce   sums block w - stage_lag of the own shard over all ranks, in rank order, into the result; in two_shot it
+             quantizes the sum and stores it where all ranks read it: one program, none in all_gather
+    gather   dequantizes block w - 2 * stage_lag (all_gather: w - stage_lag) of a shard into the result: a program for
+             each shard in two_shot and all_gather
 
 A producer stores into its consumers' memory. Each block has a flag there, which the producer sets to the call's epoch.
-Small messages come without flags, by the LL protocol (`low_latency`).
+Flags are never cleared. Small messages come without flags, by the LL protocol (`low_latency`): then a tile is full when
+all of its words carry the epoch.
 
-| buffer (of each rank)           | written by     | read by       | full when                | free when              |
-|---------------------------------|----------------|---------------|--------------------------|------------------------|
-| inbox, first stage, epoch even  | encode of all  | own reduce    | flags[0] (LL: all words) | this rank has sent for |
-| or odd: a tile per rank         |                |               | carry the epoch          | the next epoch         |
-| inbox, second stage, likewise   | reduce of all  | own gather    | flags[1] (LL: all words) | likewise               |
-| (all_gather: encode of all)     |                |               | carry the epoch          |                        |
-| flags [stage][source][block]    | the source     | reduce,gather | -                        | never cleared          |
+| buffer, one for even and one for odd epochs | written by          | read by    | full when       | free when         |
+|---------------------------------------------|---------------------|------------|-----------------|-------------------|
+| stage 1 of the inbox: a tile of the own     | encode of all ranks | own reduce | its flags carry | this rank has     |
+| shard from each rank                        |                     |            | the epoch       | sent in the next  |
+| stage 2 of the inbox: all tiles of all      | reduce of all ranks | own gather | its flags carry | epoch             |
+| shards                                      | (all_gather: encode)|            | the epoch       |                   |
 
 Why the waiting ends. A program waits only for programs of earlier waves, or of its own wave and an earlier role, on
 other GPUs. GPUs start the programs of a grid in order, as look-back scans also assume. So the first program anywhere

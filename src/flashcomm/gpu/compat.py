@@ -29,7 +29,6 @@ from triton.compiler import ASTSource
 from flashcomm.errors import InputError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 Start = Callable[..., None]  # from the addresses that a kernel's pointers get
 
 _Bundle = TypeVar("_Bundle", bound=tuple[Any, ...])
@@ -102,6 +101,11 @@ def launcher(
         start(*addresses, *rest, stream=current_stream(device))
 
     return launch
+
+
+def current_stream(device: int) -> int:
+    """The handle of a GPU's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def n_compiled() -> int:

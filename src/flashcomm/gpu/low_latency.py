@@ -75,7 +75,7 @@ def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
         if step.BITS > 5:
             word = (word & 0xFFFF) | (zero_point << 16)
         scales = base + plane_offset(0, step) // step.WORD_BYTES
-        put_scales(scales, b, b >= 0, _with_epoch(word, epoch), step, ".wt")
+        put_scales(scales, b, b >= 0, _with_epoch(word, epoch), ".wt", step)
 
 
 @triton.jit

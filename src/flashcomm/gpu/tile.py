@@ -306,7 +306,7 @@ def unpack_plane(packed, WIDTH: tl.constexpr, step: tl.constexpr):
 
 
 @triton.jit
-def put_scales(out, at, keep, word, step: tl.constexpr, CACHE: tl.constexpr = ""):
+def put_scales(out, at, keep, word, CACHE: tl.constexpr, step: tl.constexpr):
     """Store word (GROUPS, 1, 1) at out + at (GROUPS,). One of the threads that hold a word stores it.
 
     The pointers get the layout of a plane's, so that no word goes through shared memory.
@@ -350,9 +350,9 @@ def put(base, y, n, out, step: tl.constexpr, BF16: tl.constexpr):
                 put_plane(plane, b * step.LANES, b >= 0, codes, step.GROUPS * step.LANES, 8 >> i, step)
         words = base + plane_offset(0, step)
         if step.BITS > 5:
-            put_scales(words.to(tl.pointer_type(tl.int32)), b, b >= 0, (word & 0xFFFF) | (zero_point << 16), step)
+            put_scales(words.to(tl.pointer_type(tl.int32)), b, b >= 0, (word & 0xFFFF) | (zero_point << 16), "", step)
         else:
-            put_scales(words.to(tl.pointer_type(tl.int16)), b, b >= 0, word, step)
+            put_scales(words.to(tl.pointer_type(tl.int16)), b, b >= 0, word, "", step)
 
 
 @triton.jit
