@@ -21,7 +21,7 @@ from flashcomm.testing import probe_link
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / ".assets" / "smollm2-135m-instruct"
 PROMPT = "Explain in two sentences why the sky is blue."
-FORMATS = ("bf16", "int6-had/int7-had", "int4-had")
+FORMATS = ("none", "int6-had/int7-had", "int4-had")
 RATE = "100mbit"
 console = Console(width=max(120, Console().width))
 

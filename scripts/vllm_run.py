@@ -1,6 +1,6 @@
 """Generate text greedily with SmolLM2-135M in an unmodified vLLM on two ranks, once for each format.
 
-    .venv-vllm/bin/python scripts/vllm_run.py [--formats bf16,int8] [--compiled] [--tokens 32] [--json]
+    .venv-vllm/bin/python scripts/vllm_run.py [--formats none,int8] [--compiled] [--tokens 32] [--json]
 
 Each format gets a vLLM process of its own; only FLASHCOMM_FORMAT differs. SmolLM2 has 9 heads, which two ranks cannot
 share, so the script adds 3 heads of zeros. They do not change the output. `scripts/test-vllm` makes .venv-vllm.
@@ -26,7 +26,7 @@ PROMPTS = (1800, 900)  # characters of the text for each prompt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--formats", default="bf16,int8,int4-had", help="wire formats, or plans as .json files")
+    parser.add_argument("--formats", default="none,int8,int4-had", help="wire formats, or plans as .json files")
     parser.add_argument("--compiled", action="store_true", help="use torch.compile; the default is eager")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--json", action="store_true")

@@ -34,10 +34,10 @@ def test_found_means_every_token_of_the_answer() -> None:
 def test_generation_counts_tokens_before_the_first_difference() -> None:
     model = tiny()
     prompts = torch.randint(0, 200, (4, 8))
-    plans = {"bf16 again": Plan.of("bf16"), "int2": Plan.of("int2")}
+    plans = {"none again": Plan.of("none"), "int2": Plan.of("int2")}
     rows = probe.generation(model, prompts, 5, plans, 2, "two_shot", 3)
     by_name = {row["format"]: row for row in rows}
-    assert set(by_name) == {"one rank", "bf16 again", "int2"}
-    assert by_name["bf16 again"]["never_pct"] == 100
-    assert by_name["bf16 again"]["mean_same"] == 5
+    assert set(by_name) == {"one rank", "none again", "int2"}
+    assert by_name["none again"]["never_pct"] == 100
+    assert by_name["none again"]["mean_same"] == 5
     assert by_name["int2"]["mean_same"] < 5

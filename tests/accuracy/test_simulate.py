@@ -65,11 +65,11 @@ def test_uncompressed_ranks_compute_the_model_and_leave_it_as_it_was() -> None:
 def test_bits_are_those_on_the_wire() -> None:
     """64 channels a row: 4 bits and a 16-bit word for 64 values; 6 bits and 24; 8 bits and 24 a gather step."""
     model = tiny()
-    cases = (("int4", 4.25), ("int6-had", 6.375), ("bf16", 16.0), ("int4/int8", (4.25 + 8.375) / 2))
+    cases = (("int4", 4.25), ("int6-had", 6.375), ("none", 16.0), ("int4/int8", (4.25 + 8.375) / 2))
     with TensorParallel(model, 2, algorithm="two_shot") as ranks, torch.inference_mode():
         for text, bits in cases:
             ranks.plan = text
-            ranks.algorithm = "native" if text == "bf16" else "two_shot"
+            ranks.algorithm = "backend" if text == "none" else "two_shot"
             model(torch.arange(128).view(1, 128))
             assert ranks.bits_per_value == pytest.approx(bits, rel=0.002)  # sections are padded to 16 bytes
 
@@ -124,7 +124,7 @@ def real_logits(ctx: RankContext, ids: Tensor, plans: list[Plan], algorithm: str
     from flashcomm.integrations import transformers as integration
 
     torch.set_num_threads(1)
-    integration.enable("bf16", algorithm=algorithm, min_bytes=0)
+    integration.enable("none", algorithm=algorithm, min_bytes=0)
     model, _ = load_model(MODEL, ctx.world_size, ctx.device, torch.float32)
     out = []
     for plan in plans:

@@ -102,7 +102,7 @@ def test_refusals(pages: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"flashcomm_plan": 1, "format": "int8", "layers": {"h.*": "int4"}}')
     few = ("--context", 96, "--windows", 1, "--plan", tmp_path / "other.json")
     refused(flashcomm("eval", *both, *few), "names layers that the model does not have (h.*)")
-    refused(flashcomm("eval", *both, "--formats", "bf16", "--layers", "l.csv"), "--layers measures formats")
+    refused(flashcomm("eval", *both, "--formats", "none", "--layers", "l.csv"), "--layers measures formats")
     refused(flashcomm("tune", *both, "-o", "p.json"), "give one of --budget")
     refused(flashcomm("tune", *both, "-o", "p.json", "--bits", "4", "--world", 1), "--world 1: one rank sends nothing")
     refused(flashcomm("tune", *both, "-o", "p.json", "--budget", "-1%"), "--budget -1%: give a rise")

@@ -22,7 +22,7 @@ def generate(fmt: object, world_size: int = 3, tokens: int = 8) -> dict[str, Any
 
 def test_three_ranks_say_what_one_says() -> None:
     """Uncompressed and 8-bit all-reduces over 3 ranks give the tokens of a single process."""
-    single, uncompressed, int8 = generate("bf16", world_size=1), generate("bf16"), generate("int8")
+    single, uncompressed, int8 = generate("none", world_size=1), generate("none"), generate("int8")
     assert single["text"].startswith("The sky is blue")
     assert uncompressed["tokens"] == single["tokens"]
     assert int8["tokens"] == single["tokens"]
@@ -33,7 +33,7 @@ def test_three_ranks_say_what_one_says() -> None:
 
 
 def test_a_plan_with_a_format_for_decoding(tmp_path: Path) -> None:
-    plan = {"flashcomm_plan": 1, "format": "int8", "decode": "bf16", "layers": {"*.o_proj": "int6-had"}}
+    plan = {"flashcomm_plan": 1, "format": "int8", "decode": "none", "layers": {"*.o_proj": "int6-had"}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     got = generate(tmp_path / "plan.json", tokens=4)
     assert len(got["tokens"]) == 4

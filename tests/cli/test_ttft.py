@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import MODEL, as_json, flashcomm, needs_link, needs_model, refused
 
-TINY = ("ttft", "--model", "tiny", "--formats", "bf16,int4", "--repeats", 1, "--min-bytes", 0)
+TINY = ("ttft", "--model", "tiny", "--formats", "none,int4", "--repeats", 1, "--min-bytes", 0)
 SMOL = ("ttft", "--model", MODEL, "--world", 3, "--formats", "int4", "--tokens", 128, "--repeats", 1)
 
 

@@ -37,10 +37,10 @@ def make(group: Any, fmt: str, local_world_size: int | None, **more: Any) -> Com
     [
         ("int4", BF16),
         ("int8-g32/int5", FP32),
-        ("bf16/int4", FP16),
+        ("none/int4", FP16),
         ("int6-had/int7-had", BF16),
-        ("int4-had/bf16", BF16),
-        ("bf16", FP32),
+        ("int4-had/none", BF16),
+        ("none", FP32),
     ],
 )
 @ranks()
@@ -166,7 +166,7 @@ def staged(ctx: RankContext, local_world_size: int, timeout_s: float) -> tuple[A
 @ranks()
 def test_through_shared_memory(ctx: RankContext, world_size: int, local_world_size: int) -> None:
     context, status = staged(ctx, local_world_size, 60)
-    for seed, (fmt, dtype) in enumerate((("int4", BF16), ("int6-had/int7-had", BF16), ("bf16/int4", FP32))):
+    for seed, (fmt, dtype) in enumerate((("int4", BF16), ("int6-had/int7-had", BF16), ("none/int4", FP32))):
         context.fmt = WireFormat.parse(fmt)
         for shape in ((5, 600), (1, 7)) if world_size == 4 else ((5, 600),):
             everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(world_size)]
@@ -205,7 +205,7 @@ def test_a_rank_that_is_gone_is_named_by_its_place_among_all(ctx: RankContext) -
 def test_on_four_gpus(ctx: RankContext, transport: str) -> None:
     """Twice as they are, then as one graph launch a call; small messages take the same route."""
     shapes: list[tuple[int, ...]] = [(700, 4096), (5, 600), (3, 64), (0, 64)]
-    for fmt in ("int4", "int6-had/int7-had", "bf16"):
+    for fmt in ("int4", "int6-had/int7-had", "none"):
         with make(None, fmt, 2, device="cuda", transport=transport, timeout_s=30) as comm:
             for turn in range(5):
                 for i, shape in enumerate(shapes):

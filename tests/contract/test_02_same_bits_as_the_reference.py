@@ -12,7 +12,7 @@ from flashcomm import Communicator, reference
 FORMATS = [
     ("int4", torch.bfloat16),
     ("int5-g32/int8", torch.float16),
-    ("bf16", torch.float32),
+    ("none", torch.float32),
     ("int4-had/int6-had", torch.bfloat16),
     ("int3-g32-had/int8-had", torch.float32),
 ]

@@ -19,7 +19,7 @@ from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout, StepFormat, bounds
 
 IN_DOMAIN = [step for step in IN_HADAMARD_DOMAIN if step.group == 64]
-KERNELS = [(s, DTYPES[i % 3], i % 3) for i, s in enumerate([*FORMATS, *IN_DOMAIN, *[StepFormat.parse("bf16")] * 3])]
+KERNELS = [(s, DTYPES[i % 3], i % 3) for i, s in enumerate([*FORMATS, *IN_DOMAIN, *[StepFormat.parse("none")] * 3])]
 """Every format of the grid, in one dtype each, on a third of the shapes each: kernels differ in all of these."""
 
 

@@ -75,9 +75,9 @@ def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes
 def test_all_reduce_equals_the_reference(world_size: int) -> None:
     """Widths, both metadata layouts, Hadamard or not, mixed groups, uncompressed steps; a tail, a scalar, nothing."""
     formats = {
-        2: [("int4", BF16), ("int8/int5", FP32), ("int6-had/int7-had", BF16), ("bf16", BF16), ("bf16/int2-had", FP16)],
-        3: [("int4-g32/int8-g128", FP16), ("int3-g32-had/int4-g64-had", BF16), ("bf16", FP32)],
-        4: [("int6-had/int7-had", BF16), ("int4/bf16", FP32)],
+        2: [("int4", BF16), ("int8/int5", FP32), ("int6-had/int7-had", BF16), ("none", BF16), ("none/int2-had", FP16)],
+        3: [("int4-g32/int8-g128", FP16), ("int3-g32-had/int4-g64-had", BF16), ("none", FP32)],
+        4: [("int6-had/int7-had", BF16), ("int4/none", FP32)],
         8: [("int4", BF16)],
     }
     shapes: list[tuple[int, ...]] = [(5, 640), (2, 3, 640), (3, 128), (9, 384), (0, 64), (5, 600), ()]
@@ -85,7 +85,7 @@ def test_all_reduce_equals_the_reference(world_size: int) -> None:
 
 
 def slices(ctx: RankContext) -> None:
-    for fmt in ("int4/int8", "int3-g32-had/int6-had", "bf16"):
+    for fmt in ("int4/int8", "int3-g32-had/int6-had", "none"):
         with make(fmt) as comm:
             for i, shape in enumerate(((2, 576), (1, 64), (192,), (2, 0), (1, 640))):
                 use_protocol(comm, i % 2 == 0)
@@ -139,7 +139,7 @@ def test_how_a_message_is_cut_changes_no_bit(ll: bool) -> None:
 
 def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
     """Kinds, sizes, dtypes and both protocols follow each other in one region, every second rank being slow."""
-    kernels, fmts = make_kernels(ctx, 1 << 20), [WireFormat.parse(f) for f in ("int4", "bf16", "int8-g128/int5-g16")]
+    kernels, fmts = make_kernels(ctx, 1 << 20), [WireFormat.parse(f) for f in ("int4", "none", "int8-g128/int5-g16")]
     kernels.delay = delay if ctx.rank % 2 else 0
     for call in range(calls):
         algorithm = launch.ALGORITHMS[call * 7 // 2 % 4]
@@ -243,7 +243,7 @@ def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
             comm.all_reduce(x)
 
 
-@pytest.mark.parametrize(("fmt", "ll"), [("int4", False), ("int4", True), ("bf16", True)])
+@pytest.mark.parametrize(("fmt", "ll"), [("int4", False), ("int4", True), ("none", True)])
 def test_a_rank_that_does_not_come_is_an_error_that_names_it(fmt: str, ll: bool) -> None:
     on_ranks(a_rank_is_gone, 2, fmt, ll)
 
@@ -253,7 +253,7 @@ def test_small_messages_take_the_ll_protocol_and_fit() -> None:
         region = SimpleNamespace(rank=0, world_size=world_size, n_bytes=launch.region_bytes(256 << 20), mapped=False)
         region.peers, region.status = torch.zeros(world_size, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
         kernels = launch.KernelCollectives(region, 1)
-        for name, algorithm in itertools.product(("int4", "bf16", "int8-g16/int5-g16"), launch.ALGORITHMS):
+        for name, algorithm in itertools.product(("int4", "none", "int8-g16/int5-g16"), launch.ALGORITHMS):
             fmt = WireFormat.parse(name)
             chosen = [kernels.tuning(algorithm, 1 << n, fmt, 2) for n in range(7, 24)]
             assert chosen[0] == tuning.LL

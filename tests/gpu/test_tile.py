@@ -215,7 +215,7 @@ def test_a_tile_comes_back_as_what_the_torch_codec_makes_of_it(name: str) -> Non
 
 
 def test_an_uncompressed_tile_holds_the_messages_dtype() -> None:
-    fmt = StepFormat.parse("bf16")
+    fmt = StepFormat.parse("none")
     x, step = tough((N_GROUPS, fmt.group), torch.float32), step_for(fmt)
     base, out = torch.zeros(tile.tile_bytes(fmt, N_GROUPS, 4), dtype=torch.uint8), torch.empty_like(x)
     _put[(1,)](x, sizes(fmt), base, step, Kept())
@@ -225,7 +225,7 @@ def test_an_uncompressed_tile_holds_the_messages_dtype() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", [*FORMATS, "bf16"])
+@pytest.mark.parametrize("name", [*FORMATS, "none"])
 def test_a_tile_by_the_ll_protocol(name: str, dtype: torch.dtype) -> None:
     """Every word carries the epoch, none is written behind the tile, and the values are those of a tile with flags."""
     fmt = StepFormat.parse(name)
@@ -276,7 +276,7 @@ def test_a_scalar_has_the_type_of_what_it_is_like() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int4", "int6-had/int7-had", "int8-g128/int5-g16", "int3-g32-had/int4-g64-had", "bf16"]
+    "name", ["int4", "int6-had/int7-had", "int8-g128/int5-g16", "int3-g32-had/int4-g64-had", "none"]
 )
 def test_a_tile_is_cut_alike_for_both_steps(name: str) -> None:
     fmt = WireFormat.parse(name)

@@ -82,7 +82,7 @@ def switches_formats(ctx: RankContext, path: str) -> None:
     from flashcomm.integrations import transformers as integration
 
     plain = load(path)
-    integration.enable("bf16")
+    integration.enable("none")
     ours = load(path)
     with torch.inference_mode():
         want, got = plain(IDS).logits, ours(IDS).logits
@@ -94,7 +94,7 @@ def switches_formats(ctx: RankContext, path: str) -> None:
         assert torch.equal(plain(IDS).logits, want), "models loaded before are left alone"
         with integration.without_all_reduce():
             assert not torch.equal(ours(IDS).logits, want)
-        integration.enable("bf16")
+        integration.enable("none")
         assert torch.equal(ours(IDS).logits, want)
     with torch.enable_grad():
         torch.testing.assert_close(ours(IDS).logits.detach(), want, rtol=1e-4, atol=1e-4)
@@ -153,7 +153,7 @@ def leaves_uncompressed_sums_alone(ctx: RankContext, path: str) -> None:
     from flashcomm.integrations import transformers as integration
     from flashcomm.plan import LayerPlan, Plan
 
-    integration.enable("bf16")
+    integration.enable("none")
     model = load(path)
     with torch.inference_mode():
         want = model(IDS).logits

@@ -351,7 +351,7 @@ class TestStartUp:
         assert "neither on CUDA nor on a CPU" in caplog.text
 
     @pytest.mark.parametrize(
-        ("text", "error"), [("int12", FormatError), ("no.json", PlanError), ("bf16/int4x", FormatError)]
+        ("text", "error"), [("int12", FormatError), ("no.json", PlanError), ("none/int4x", FormatError)]
     )
     def test_wrong_formats_stop_the_front_end(
         self, integration: Any, monkeypatch: pytest.MonkeyPatch, text: str, error: type[FlashcommError]
@@ -373,7 +373,7 @@ class TestStartUp:
             platform.apply_config_platform_defaults(standin.make_config(HIDDEN))
 
     @pytest.mark.parametrize(
-        ("fmt", "before", "after"), [("int4", None, False), ("int4", True, True), ("bf16", None, None)]
+        ("fmt", "before", "after"), [("int4", None, False), ("int4", True, True), ("none", None, None)]
     )
     def test_flashinfers_fusion(
         self,
@@ -475,7 +475,7 @@ def test_the_stand_in_has_vllms_signatures() -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_vllm_generates_with_low_bit_all_reduces(how: str) -> None:
-    command = [PYTHON, str(ROOT / "scripts" / "vllm_run.py"), "--json", "--formats", "bf16,int8"]
+    command = [PYTHON, str(ROOT / "scripts" / "vllm_run.py"), "--json", "--formats", "none,int8"]
     done = subprocess.run(command + ["--compiled"] * (how == "compiled"), capture_output=True, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr
     plain, bf16, int8 = json.loads(done.stdout.strip().splitlines()[-1])

@@ -16,8 +16,8 @@ TIMINGS = Timings(
     (1 << 13, 1 << 20, 1 << 26),
     {
         "backend": (9.0, 16.0, 250.0),
-        "bf16 one_shot": (5.0, 14.0, 400.0),
-        "bf16 two_shot": (8.0, 13.0, 220.0),
+        "none one_shot": (5.0, 14.0, 400.0),
+        "none two_shot": (8.0, 13.0, 220.0),
         "int4 one_shot": (6.0, 8.0, 80.0),
         "int4 two_shot": (9.0, 9.0, 70.0),
         "int8-had one_shot": (6.0, 12.0, 300.0),
@@ -48,11 +48,11 @@ def test_timings_are_read_between_and_beyond_their_sizes() -> None:
 
 
 def test_the_fastest_measured_route_is_taken() -> None:
-    assert taken(choose(8 << 10, "int4", FAST)) == ("one_shot", "bf16", "symmetric")
+    assert taken(choose(8 << 10, "int4", FAST)) == ("one_shot", "none", "symmetric")
     assert taken(choose(1 << 20, "int4", FAST)) == ("one_shot", "int4", "symmetric")
     assert taken(choose(64 << 20, "int4", FAST)) == ("two_shot", "int4", "symmetric")
-    assert taken(choose(64 << 20, "int8-had", FAST)) == ("two_shot", "bf16", "symmetric")
-    assert taken(choose(64 << 20, "bf16", FAST)) == ("two_shot", "bf16", "symmetric")
+    assert taken(choose(64 << 20, "int8-had", FAST)) == ("two_shot", "none", "symmetric")
+    assert taken(choose(64 << 20, "none", FAST)) == ("two_shot", "none", "symmetric")
     text = str(choose(64 << 20, "int4", FAST))
     assert "two_shot as int4 over symmetric" in text
     assert "70.0 us for 65536 KiB, fastest of those measured (made up)" in text
@@ -62,8 +62,8 @@ def test_the_fastest_measured_route_is_taken() -> None:
 def test_settings_win_over_timings() -> None:
     assert taken(choose(8 << 10, "int4", FAST, min_bytes=0)) == ("one_shot", "int4", "symmetric")
     assert taken(choose(64 << 20, "int8-had", FAST, min_bytes=0)) == ("two_shot", "int8-had", "symmetric")
-    assert taken(choose(1 << 20, "int4", FAST, min_bytes=2 << 20)) == ("two_shot", "bf16", "symmetric")
-    assert taken(choose(8 << 10, "int4", FAST, "backend")) == ("backend", "bf16", "process_group")
+    assert taken(choose(1 << 20, "int4", FAST, min_bytes=2 << 20)) == ("two_shot", "none", "symmetric")
+    assert taken(choose(8 << 10, "int4", FAST, "backend")) == ("backend", "none", "process_group")
     assert taken(choose(8 << 10, "int4", FAST, "two_shot")) == ("two_shot", "int4", "symmetric")
     assert choose(8 << 10, "int4", FAST, "two_shot").route.low_bit
     assert not choose(8 << 10, "int4", FAST).route.low_bit
@@ -72,13 +72,13 @@ def test_settings_win_over_timings() -> None:
 def test_timings_without_low_bit_routes_do_not_overrule_min_bytes() -> None:
     bare = Machine("symmetric", Timings("bare", (1024,), {"backend": (9.0,)}))
     assert taken(choose(8 << 10, "int4", bare, min_bytes=0)) == ("one_shot", "int4", "symmetric")
-    assert taken(choose(8 << 10, "int4", bare)) == ("backend", "bf16", "process_group")
+    assert taken(choose(8 << 10, "int4", bare)) == ("backend", "none", "process_group")
 
 
 def test_a_format_goes_by_the_nearest_one_measured() -> None:
     assert TIMINGS.nearest(WireFormat.parse("int5"), "one_shot") == "int4 one_shot"
     assert TIMINGS.nearest(WireFormat.parse("int7-had"), "two_shot") == "int8-had two_shot"
-    assert TIMINGS.nearest(WireFormat.parse("bf16"), "two_shot") == "bf16 two_shot"
+    assert TIMINGS.nearest(WireFormat.parse("none"), "two_shot") == "none two_shot"
     both = Timings("t", (4,), {"backend": (1.0,), "int6 one_shot": (1.0,), "int6-had one_shot": (2.0,)})
     assert both.nearest(WireFormat.parse("int5-had"), "one_shot") == "int6-had one_shot"
     assert both.nearest(WireFormat.parse("int5"), "one_shot") == "int6 one_shot"
@@ -93,10 +93,10 @@ def test_short_rows_are_not_quantized_whatever_timings_say() -> None:
 
 def test_routes_without_timings() -> None:
     peers, group = Machine("symmetric"), Machine(rejected=(("symmetric", "on another host"),))
-    assert taken(choose(8 << 10, "int4", peers)) == ("one_shot", "bf16", "symmetric")
+    assert taken(choose(8 << 10, "int4", peers)) == ("one_shot", "none", "symmetric")
     assert taken(choose(1 << 20, "int4", peers)) == ("one_shot", "int4", "symmetric")
-    assert taken(choose(1 << 20, "bf16", peers)) == ("backend", "bf16", "process_group")
-    assert taken(choose(64 << 10, "int4", group)) == ("backend", "bf16", "process_group")
+    assert taken(choose(1 << 20, "none", peers)) == ("backend", "none", "process_group")
+    assert taken(choose(64 << 10, "int4", group)) == ("backend", "none", "process_group")
     assert taken(choose(4 << 20, "int4", group)) == ("one_shot", "int4", "process_group")
     assert "not symmetric: on another host" in str(choose(4 << 20, "int4", group))
 
@@ -151,7 +151,7 @@ def test_auto_takes_the_algorithm_of_fewest_bytes_or_the_backend() -> None:
     assert choose_on_cpus(512 * 576, 3).route.algorithm == "two_shot"
     assert choose_on_cpus(80 * 576, 3).route.algorithm == "one_shot"
     assert choose_on_cpus(576, 3).route.algorithm == "backend"
-    assert choose_on_cpus(512 * 576, 3, "bf16").route.algorithm == "backend"
+    assert choose_on_cpus(512 * 576, 3, "none").route.algorithm == "backend"
     assert choose_on_cpus(512 * 576, 3, row=1).route.algorithm == "backend"  # 3 bytes a value would be sent for 2
     assert choose_on_cpus(512 * 576, 1).route.algorithm == "copy"
     assert choose_on_cpus(0, 3, row=0).route.algorithm == "copy"
@@ -183,7 +183,7 @@ def test_wire_bytes_are_those_of_the_layout() -> None:
     row_bytes = 288 + 9 * 2
     assert choose_on_cpus(513 * 576, 3).route.wire_bytes == 2 * 2 * (171 * row_bytes + -171 * 18 % 16)
     assert choose_on_cpus(512 * 576, 2).route.wire_bytes == 512 * row_bytes
-    assert choose_on_cpus(512 * 576, 4, "bf16").route.wire_bytes == 2 * 3 * 512 * 576 * 2 // 4
+    assert choose_on_cpus(512 * 576, 4, "none").route.wire_bytes == 2 * 3 * 512 * 576 * 2 // 4
 
 
 # Nodes

@@ -54,7 +54,7 @@ def staged(
 def collectives(ctx: RankContext, chunk_bytes: int, slot_bytes: int) -> None:
     context, status = staged(ctx, slot_bytes)
     context.chunk_bytes = chunk_bytes
-    for fmt, dtype in (("int4", BF16), ("int6-had/bf16", FP32)):
+    for fmt, dtype in (("int4", BF16), ("int6-had/none", FP32)):
         context.fmt = WireFormat.parse(fmt)
         for seed, shape in enumerate([(5, 600), (1, 7)]):
             everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
@@ -134,19 +134,19 @@ def test_the_policy_over_host_memory() -> None:
         route = policy.choose(call, WireFormat.parse(fmt), "auto", min_bytes, machine).route
         return route.algorithm, str(route.format), route.transport
 
-    assert way(4 << 10, "int4") == ("one_shot", "bf16", "host_memory")
+    assert way(4 << 10, "int4") == ("one_shot", "none", "host_memory")
     assert way(64 << 10, "int4") == ("one_shot", "int4", "host_memory")
     assert way(64 << 20, "int4") == ("one_shot", "int4", "host_memory")
-    assert way(64 << 20, "bf16") == ("one_shot", "bf16", "host_memory")
+    assert way(64 << 20, "none") == ("one_shot", "none", "host_memory")
     assert way(64 << 20, "int4", world_size=4) == ("two_shot", "int4", "host_memory")
-    assert way(64 << 20, "bf16", world_size=4) == ("two_shot", "bf16", "host_memory")
-    assert way(64 << 10, "int4", min_bytes=1 << 20) == ("one_shot", "bf16", "host_memory")
+    assert way(64 << 20, "none", world_size=4) == ("two_shot", "none", "host_memory")
+    assert way(64 << 10, "int4", min_bytes=1 << 20) == ("one_shot", "none", "host_memory")
 
 
 def over_host(ctx: RankContext) -> None:
     """Small messages by kernels on mapped memory, large ones by copies, in one graph, replayed with changing inputs."""
     shapes = [(8, 4096), (1500, 4096), (3, 600), (700, 4096)]
-    for fmt in ("int4", "bf16", "int6-had/int7-had"):
+    for fmt in ("int4", "none", "int6-had/int7-had"):
         with over_cuda(fmt, transport="host_memory", min_bytes=0, timeout_s=20) as comm:
             routes = {comm.explain(shape, BF16).route.transport for shape in shapes}
             assert routes == {"host_memory"}
@@ -183,7 +183,7 @@ def test_host_memory_in_graphs_and_between_them() -> None:
 
 
 def host_slices(ctx: RankContext) -> None:
-    for fmt in ("int4/int8", "bf16"):
+    for fmt in ("int4/int8", "none"):
         with over_cuda(fmt, transport="host_memory", timeout_s=20) as comm:
             for rows in (1, 3000):
                 whole = [tough((rows * ctx.world_size, 576), BF16, r) for r in range(ctx.world_size)]

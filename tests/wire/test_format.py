@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from flashcomm.errors import FormatError
 from flashcomm.wire.format import GROUPS, WIDTHS, Layout, StepFormat, WireFormat, bounds
 
-STEPS = [StepFormat(*v) for v in itertools.product(WIDTHS, GROUPS, (False, True))] + [StepFormat.parse("bf16")]
+STEPS = [StepFormat(*v) for v in itertools.product(WIDTHS, GROUPS, (False, True))] + [StepFormat.parse("none")]
 steps = st.sampled_from(STEPS)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_str_and_parse_are_inverse(step: StepFormat) -> None:
     assert StepFormat.parse(str(step)) == step
-    for other in (StepFormat.parse("int4"), StepFormat.parse("int8-g32-had"), StepFormat.parse("bf16")):
+    for other in (StepFormat.parse("int4"), StepFormat.parse("int8-g32-had"), StepFormat.parse("none")):
         fmt = WireFormat(step, other)
         assert WireFormat.parse(str(fmt)) == fmt
 
@@ -44,7 +44,7 @@ def test_canonical_text() -> None:
     assert str(WireFormat.parse("int4-g64/int8-g64")) == "int4/int8"
     assert str(WireFormat.parse("int4/int4-g64")) == "int4"
     assert str(WireFormat.parse("int5-had-g32")) == "int5-g32-had"
-    assert str(WireFormat.parse("bf16/int8")) == "bf16/int8"
+    assert str(WireFormat.parse("none/int8")) == "none/int8"
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_canonical_text() -> None:
             "fp8",
             "int4/",
             "/",
-            "bf16-g32",
+            "none-g32",
         ],
-        *("bf16-had", "int4/int8/int8", ""),
+        *("none-had", "int4/int8/int8", ""),
     ],
 )
 def test_unknown_formats_say_what_is_allowed(text: str) -> None:
@@ -109,7 +109,7 @@ def test_what_is_transformed_and_may_be_clipped() -> None:
 @pytest.mark.parametrize(
     ("text", "in_hadamard_domain"),
     [("int4-had", True), ("int4-had/int8-had", True), ("int4-had/int8", False), ("int4/int8-had", False),
-     ("int4-had/int8-g32-had", False), ("int4", False), ("bf16", False), ("int4-had/bf16", False)],
+     ("int4-had/int8-g32-had", False), ("int4", False), ("none", False), ("int4-had/none", False)],
 )  # fmt: skip
 def test_between_steps_with_equal_groups_nothing_is_transformed(text: str, in_hadamard_domain: bool) -> None:
     fmt = WireFormat.parse(text)
@@ -121,7 +121,7 @@ def test_between_steps_with_equal_groups_nothing_is_transformed(text: str, in_ha
 
 def test_the_old_name_still_works_and_warns() -> None:
     with pytest.warns(DeprecationWarning, match=r"WireFormat\.uncompressed"):
-        assert WireFormat.parse("bf16").lossless
+        assert WireFormat.parse("none").lossless
 
 
 def test_bytes_of_a_real_message() -> None:
@@ -134,20 +134,20 @@ def test_bytes_of_a_real_message() -> None:
     at = Layout(StepFormat.parse("int6-had"), 600, 2).sections(0, 512 * 600)
     assert at.planes == (0, 512 * 300)
     assert (at.scale, at.zero_point, at.nbytes) == (512 * 450, 512 * (450 + 2 * 10), 512 * (450 + 3 * 10))
-    assert Layout(StepFormat.parse("bf16"), 576, 4).nbytes(0, 576) == 576 * 4
+    assert Layout(StepFormat.parse("none"), 576, 4).nbytes(0, 576) == 576 * 4
 
 
 @pytest.mark.parametrize(
     ("text", "bits"),
     [("int8", 8.375), ("int7", 7.375), ("int6", 6.375), ("int5", 5.25), ("int4", 4.25), ("int3", 3.25), ("int2", 2.25),
-     ("int4-g32", 4.5), ("int4-had", 4.25), ("int6-g256-had", 6.09375), ("bf16", 16.0)],
+     ("int4-g32", 4.5), ("int4-had", 4.25), ("int6-g256-had", 6.09375), ("none", 16.0)],
 )  # fmt: skip
 def test_bits_per_value(text: str, bits: float) -> None:
     """Up to 5 bits 16 more a group, beyond it 24, of 64 values unless told."""
     fmt = WireFormat.parse(text)
     assert Layout(fmt.reduce, 4096, 2).nbytes(0, 4096 * 64) * 8 == bits * 4096 * 64
     assert fmt.bits == bits
-    assert WireFormat.parse(f"{text}/bf16").bits == (bits + 16) / 2
+    assert WireFormat.parse(f"{text}/none").bits == (bits + 16) / 2
 
 
 rows = st.integers(1, 700)
@@ -191,3 +191,9 @@ def test_sections_are_aligned_and_hold_their_content(step: StepFormat, row: int,
         assert 0 <= end - begin - content < 16
     assert 0 <= at.zero_point - at.scale - 2 * at.n_groups < 16
     assert at.nbytes - at.zero_point == (0 if step.bits <= 5 else -(-at.n_groups // 16) * 16)
+
+
+def test_the_uncompressed_format_keeps_its_old_name() -> None:
+    assert WireFormat.parse("bf16") == WireFormat.parse("none")
+    assert str(WireFormat.parse("bf16")) == "none"
+    assert str(WireFormat.parse("int4/bf16")) == "int4/none"

@@ -136,7 +136,7 @@ class TestGolden:
 
     def test_uncompressed_is_the_values(self, codec: object) -> None:
         """bf16 1.0 = 0x3F80, -2.0 = 0xC000, little-endian, padded to 16."""
-        assert wire(codec, "bf16", [1.0, -2.0], 2, torch.bfloat16) == pad(b"\x80\x3f\x00\xc0")
+        assert wire(codec, "none", [1.0, -2.0], 2, torch.bfloat16) == pad(b"\x80\x3f\x00\xc0")
 
 
 def had(a: float, b: float, c: float, n: int = 16) -> list[float]:

@@ -39,7 +39,7 @@ def rendezvous(
     """
     timeout_s, problem, settings = 60.0, "", ""
     try:
-        timeout_s = Settings.resolve("cpu", format="bf16").timeout_s
+        timeout_s = Settings.resolve("cpu", format="none").timeout_s
         settings = f"flashcomm {flashcomm.__version__}{check()}"
     except FlashcommError as why:
         problem = str(why)

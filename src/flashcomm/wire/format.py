@@ -38,14 +38,15 @@ WIRE_VERSION = 1  # of the bytes on the wire; ranks compare it. Change it with a
 ALIGN = 16  # bytes; every section of a wire buffer starts at a multiple of it
 GROUPS = (16, 32, 64, 128, 256)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-UNCOMPRESSED = "bf16"
+UNCOMPRESSED = "none"
+_UNCOMPRESSED = (UNCOMPRESSED, "bf16")  # the latter is its name in flashcomm 0.1: fp16 and fp32 go uncompressed, too
 LIMIT = 2.0**126  # magnitudes from here on count as not finite, see StepFormat.limit
 
 _STEP = re.compile(r"int(?P<bits>[1-9][0-9]{0,2})(?P<options>(?:-[a-z0-9]+)*)")
 _HELP = (
     "a format is int2 ... int8, optionally with -g16, -g32, -g64, -g128 or -g256 (values per scale) and -had "
     "(a Hadamard transform of each group), e.g. 'int8', 'int6-had', 'int4-g32-had'; 'int4/int8' uses the first for the "
-    "reduce step and the second for the gather step; 'bf16' does not compress"
+    "reduce step and the second for the gather step; 'none' does not compress"
 )
 DEFAULT_GROUP = 64  # values per scale when the format does not say
 
@@ -144,7 +145,7 @@ class StepFormat:
         Raises:
             FormatError: There is no such format.
         """
-        if text == UNCOMPRESSED:
+        if text in _UNCOMPRESSED:
             return cls(cls.RAW_BITS)
         match = _STEP.fullmatch(text)
         if not match or int(match["bits"]) == cls.RAW_BITS:
