@@ -17,8 +17,8 @@ Private names of torch that this module uses, read in torch 2.11 and 2.13: `Asyn
 
 from __future__ import annotations
 
-import types
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class FlashRowwiseParallel(RowwiseParallel):
         self._collectives = MeshCollectives.of(device_mesh, self.format)
         module = super()._apply(module, device_mesh)
         if getattr(module, "bias", None) is not None and type(module).forward is nn.Linear.forward:
-            module.forward = types.MethodType(_linear_without_bias, module)
+            module.__class__ = _bias_after_sum(type(module))  # type: ignore[arg-type]
         return module
 
     def _prepare_output_fn(  # type: ignore[override]  # a static method in the parent, called alike
@@ -114,7 +114,7 @@ class FlashRowwiseParallel(RowwiseParallel):
             result = DTensor.from_local(
                 total, device_mesh, output_layouts, run_check=False, shape=outputs.shape, stride=_strides(outputs)
             )
-        if _leaves_out_bias(mod):
+        if isinstance(mod, _BiasAfterSum):
             result = result + mod.bias
         return _local(result) if use_local_output else result
 
@@ -185,14 +185,21 @@ def _whole(given: Any, mesh: DeviceMesh, layout: Placement, collectives: MeshCol
     return DTensor.from_local(whole, mesh, (Replicate(),), run_check=False)
 
 
-def _linear_without_bias(self: nn.Linear, input: Tensor) -> Tensor:
-    """nn.Linear's forward without the bias, unless training: FlashRowwiseParallel adds it after the sum."""
-    training = torch.is_grad_enabled() and any(t.requires_grad for t in (input, self.weight, self.bias))
-    return functional.linear(input, self.weight, self.bias if training else None)
+class _BiasAfterSum(nn.Linear):
+    """An nn.Linear that leaves out its bias at inference: FlashRowwiseParallel adds it after the sum.
+
+    It is a class because the Dynamo of torch 2.11 overlooks a `forward` that was set on an instance.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in (input, self.weight, self.bias))
+        return functional.linear(input, self.weight, self.bias if training else None)
 
 
-def _leaves_out_bias(module: nn.Module) -> bool:
-    return getattr(module.forward, "__func__", None) is _linear_without_bias
+@cache
+def _bias_after_sum(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a module of that kind, which has nn.Linear's forward, without its bias."""
+    return _BiasAfterSum if kind is nn.Linear else type(kind.__name__, (_BiasAfterSum, kind), {})
 
 
 def _is_sum(x: Any) -> bool:
