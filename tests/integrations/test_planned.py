@@ -42,7 +42,7 @@ def messages(*shape: int) -> list[torch.Tensor]:
 
 
 def by_hand(given: list[torch.Tensor], fmt: WireFormat, plan: Plan | None = None) -> torch.Tensor:
-    """The reference's sum, between the two halves of a plan's scaling if there is one."""
+    """The reference's sum; with a plan, scaled before and scaled back after it."""
     if plan is None:
         return reference.one_shot(given, fmt)
     total = reference.one_shot([plan.before_reduce(LAYER, x, WORLD_SIZE) for x in given], fmt)

@@ -88,9 +88,9 @@ def switches_formats(ctx: RankContext, path: str) -> None:
         want, got = plain(IDS).logits, ours(IDS).logits
         assert torch.equal(want, got)
         integration.enable("int8", min_bytes=0)
-        coded = ours(IDS).logits
-        assert not torch.equal(want, coded)
-        assert ((want - coded).norm() / want.norm()).item() < 0.05
+        low_bit = ours(IDS).logits
+        assert not torch.equal(want, low_bit)
+        assert ((want - low_bit).norm() / want.norm()).item() < 0.05
         assert torch.equal(plain(IDS).logits, want), "models loaded before are left alone"
         with integration.without_all_reduce():
             assert not torch.equal(ours(IDS).logits, want)

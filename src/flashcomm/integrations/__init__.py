@@ -1,1 +1,1 @@
-"""Where flashcomm meets other software: one module a seam, each inert until it is imported by name."""
+"""Integrations with inference engines and torch.distributed: each module does nothing until it is imported by name."""
