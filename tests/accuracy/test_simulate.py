@@ -69,7 +69,7 @@ def test_bits_are_those_on_the_wire() -> None:
     with TensorParallel(model, 2, algorithm="two_shot") as ranks, torch.inference_mode():
         for text, bits in cases:
             ranks.plan = text
-            ranks.algorithm = "native" if text == "bf16" else "two_shot"
+            ranks.algorithm = "backend" if text == "bf16" else "two_shot"
             model(torch.arange(128).view(1, 128))
             assert ranks.bits_per_value == pytest.approx(bits, rel=0.002)  # sections are padded to 16 bytes
 
