@@ -68,7 +68,7 @@ TOO_MANY_PARAMETERS = {
     *("gpu.all_reduce.fused", "gpu.codec._encode", "gpu.codec._decode_sum", "gpu.low_latency.arrived"),
     *("gpu.low_latency.tiles_sum", "gpu.staging_flags.turn"),
 }
-LOOKED_UP_BY_NAME = {"integrations.vllm._resolve", "ops.call", "ranks.processes._error"}
+LOOKED_UP_BY_NAME = {"integrations.vllm._resolve", "ops.call"}
 
 
 def imports_of(path: Path) -> set[str]:
