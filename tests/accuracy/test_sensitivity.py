@@ -57,18 +57,18 @@ def test_conditioning_is_the_mean_and_the_balance_of_gradient_and_spread() -> No
     ids = torch.randint(0, 200, (4, 64))
     vectors = sensitivity.condition(model, ids, 2)
     assert set(vectors) == set(LAYERS)
-    shift = vectors[LAYERS[1]].scale_exponents
-    assert shift is not None
-    assert shift[9] <= shift.median() - 3  # spread 2^7 larger at a like gradient: sqrt of it smaller
-    assert shift.dtype == torch.int8
+    exponents = vectors[LAYERS[1]].scale_exponents
+    assert exponents is not None
+    assert exponents[9] <= exponents.median() - 3  # spread 2^7 larger at a like gradient: sqrt of it smaller
+    assert exponents.dtype == torch.int8
     outputs: list[Tensor] = []
     with TensorParallel(model, 2, observer=lambda n, p, t: outputs.append(t) if n == LAYERS[1] else None):
         model(ids)
     rows = torch.cat(outputs).detach().flatten(0, 1)
     usual = rows[rows.norm(dim=1) <= 4 * rows.norm(dim=1).median()]
-    offset = vectors[LAYERS[1]].channel_mean
-    assert offset is not None
-    assert torch.allclose(offset.float(), usual.mean(0), rtol=2**-8, atol=1e-6)
+    mean = vectors[LAYERS[1]].channel_mean
+    assert mean is not None
+    assert torch.allclose(mean.float(), usual.mean(0), rtol=2**-8, atol=1e-6)
 
 
 @needs_model

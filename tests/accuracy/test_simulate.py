@@ -114,8 +114,8 @@ def test_three_real_ranks_compute_the_same_bits(algorithm: str, one_thread: None
 
 def smol_plan() -> Plan:
     """A plan with conditioning and different formats."""
-    shift = torch.randint(-3, 4, (576,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    special = LayerPlan(WireFormat.parse("int4-had/int5-had"), shift, (shift / 8).bfloat16())
+    exponents = torch.randint(-3, 4, (576,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    special = LayerPlan(WireFormat.parse("int4-had/int5-had"), exponents, (exponents / 8).bfloat16())
     return Plan(WireFormat.parse("int5"), layers={"model.layers.*.mlp.down_proj": special})
 
 

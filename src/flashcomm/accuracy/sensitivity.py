@@ -151,11 +151,11 @@ def condition(
             gradient[name] = gradient.get(name, zero) + part.gradient.double().square().sum(0)
     out = {}
     for name, n in count.items():
-        offset = first[name] / max(n, 1)
-        spread = (second[name] / windows.numel() - offset.square()).clamp_min(1e-30)
+        mean = first[name] / max(n, 1)
+        spread = (second[name] / windows.numel() - mean.square()).clamp_min(1e-30)
         wanted = (gradient[name] / windows.numel()).clamp_min(1e-30).log2() / 4 - spread.log2() / 4
-        shift = (wanted - wanted.median()).round().clamp(-20, 20)
-        out[name] = LayerPlan(NONE, shift.to(torch.int8).cpu(), offset.to(torch.bfloat16).cpu())
+        exponents = (wanted - wanted.median()).round().clamp(-20, 20)
+        out[name] = LayerPlan(NONE, exponents.to(torch.int8).cpu(), mean.to(torch.bfloat16).cpu())
     return out
 
 

@@ -169,9 +169,8 @@ def _captured(
     dist.barrier()
     graph.replay()
     torch.cuda.synchronize()
-    if (
-        impl.in_place or not impl.same_bits
-    ):  # the first sum is equal on all ranks: each further one multiplies by the world
+    if impl.in_place or not impl.same_bits:
+        # The first sum is equal on all ranks, and each further one multiplies it by the number of ranks.
         want = once.double() * float(ctx.world_size) ** (times - 1)
         right = bool((last.double() - want).norm() <= 0.05 * want.norm())
     else:

@@ -36,6 +36,8 @@ GRACE_S = 1.0  # for the other children to report after the first failure, and f
 _POLL_S = 0.2  # how late a signal may be noticed
 _libc = ctypes.CDLL(None)
 
+_ERRORS = {c.__name__: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, FlashcommError)}
+
 Emit = Callable[[object], None]
 
 
@@ -150,7 +152,7 @@ def _child_main(parent: int, pipe: connection.Connection, body: Callable[..., ob
     try:
         pipe.send(("result", body(lambda event: pipe.send(("event", event)), *args)))
     except BaseException as error:  # SystemExit too: whatever ended the body is the caller's to see
-        name = next((c.__name__ for c in type(error).__mro__ if vars(errors).get(c.__name__) is c), None)
+        name = next((c.__name__ for c in type(error).__mro__ if _ERRORS.get(c.__name__) is c), None)
         first_line = (str(error).splitlines() or [""])[0]
         message = str(error) if name else f"{type(error).__name__}: {first_line}"
         trace = "".join(traceback.format_exception(error))
@@ -171,7 +173,7 @@ def _error(failures: dict[str, _Failure], count: int) -> FlashcommError:
     name, failure = next(((n, f) for n, f in failures.items() if f.died), next(iter(failures.items())))
     everywhere = len(failures) == count and len({f.message for f in failures.values()}) == 1
     message = failure.message if everywhere or failure.died else f"{name}: {failure.message}"
-    error: FlashcommError = getattr(errors, failure.error)(message)
+    error: FlashcommError = _ERRORS[failure.error](message)
     error.__cause__ = RankTraceback(failure.trace) if failure.trace else None
     return error
 
