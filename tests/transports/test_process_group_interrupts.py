@@ -26,7 +26,7 @@ from flashcomm.ranks.launch import RankContext, run
 
 THOROUGH = os.environ.get("FLASHCOMM_TEST_THOROUGH") == "1"
 SHAPE, FORMAT = (256, 1152), "int4"
-TIMEOUT_S = 1.0
+TIMEOUT_S = 2.0 if THOROUGH else 1.0
 
 
 class TooSlow(Exception):  # noqa: N818  (as a program would name it)
@@ -91,7 +91,10 @@ def interrupted(ctx: RankContext, cases: list[tuple[str, int]], trials: int, see
             dist.barrier()
             for turn in (1, 2, 3):
                 limit = max(1e-6, seconds * part) if turn == 1 and ctx.rank == victim else 0
-                seen[outcome(comm, kind, message(ctx.rank, turn), want[turn], limit)] += 1
+                became = outcome(comm, kind, message(ctx.rank, turn), want[turn], limit)
+                seen[became] += 1
+                if became.startswith("wrong"):
+                    ctx.emit({f"{became} {kind} {chunk_bytes}, turn {turn} on rank {ctx.rank}, {victim} at {part}": 1})
             dist.barrier()  # nobody leaves a group that others still wait in
             comm.close()
     ctx.emit(dict(seen))
@@ -103,7 +106,7 @@ def outcome(comm: Communicator, kind: str, x: torch.Tensor, want: torch.Tensor, 
         signal.setitimer(signal.ITIMER_REAL, limit)
         got = call(comm, kind, x)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        return "right" if same_bits(got, want) else "wrong"
+        return "right" if same_bits(got, want) else f"wrong {(got != want).float().mean():.2%}"
     except TooSlow:
         return "interrupted"
     except FlashcommError:
@@ -138,6 +141,6 @@ def test_right_or_an_error_on_every_rank(world_size: int, cases: list[tuple[str,
     for one in told:
         total.update(one)
     print(world_size, cases, trials, dict(total))
+    assert not [key for key in total if key.startswith("wrong")]
     assert sum(total.values()) == 3 * trials * len(cases) * world_size
-    assert total["wrong"] == 0
     assert total["interrupted"] > 0, "no signal came in the middle of a call"
