@@ -48,7 +48,7 @@ MAY_IMPORT = {
     },
     "ops": {"compat", "errors", "wire.format", "communicator"},
     "plan": {"errors", "wire.format"},
-    "integrations": {"compat", "errors", "routing", "settings", "wire", "communicator", "ops", "plan", ""},
+    "integrations": {"compat", "errors", "routing", "settings", "transports", "wire", "communicator", "ops", "plan", ""},
     "ranks": {"errors"},
     "testing": {"ranks"},
     "accuracy": {"errors", "routing", "reference", "codecs", "plan", "wire", "integrations", "ranks"},

@@ -186,14 +186,14 @@ class Communicator:
         A call afterwards raises ClosedError; a CUDA graph that holds calls must not be replayed. A call that runs in
         another thread ends first.
         """
-        self._guard.wait_idle()
-        if not self.closed:
-            for executor in self._executors.values():
-                executor.close()
-        self.closed = True
-        self._executors.clear()
-        self._recent.clear()
-        self.transport.close()
+        with self._guard.closing():
+            if not self.closed:
+                for executor in self._executors.values():
+                    executor.close()
+            self.closed = True
+            self._executors.clear()
+            self._recent.clear()
+            self.transport.close()
 
     def __enter__(self) -> Communicator:
         return self

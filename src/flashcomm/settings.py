@@ -42,6 +42,7 @@ NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
     *("DEBUG", "LOCAL_WORLD"),
 )
+_ELSEWHERE = ("GRADIENTS",)  # read by integrations.process_group
 _ARGUMENTS = {name: name.lower() for name in NAMES} | {"LOCAL_WORLD": "local_world_size"}
 _PREFIX = "FLASHCOMM_"
 _SIZE = re.compile(r"([0-9]{1,18})\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -121,7 +122,7 @@ class Settings:
 def warn_unknown(environ: Mapping[str, str]) -> None:
     """Warn of every FLASHCOMM_* variable that no setting reads: most likely a misspelling."""
     for name in sorted(environ):
-        if name.startswith(_PREFIX) and name[len(_PREFIX) :] not in NAMES:
+        if name.startswith(_PREFIX) and name[len(_PREFIX) :] not in (*NAMES, *_ELSEWHERE):
             known = ", ".join(_PREFIX + n for n in NAMES)
             warnings.warn(f"{name} is not a flashcomm setting and is ignored; there are {known}", stacklevel=3)
 

@@ -54,8 +54,8 @@ class TestLeft:
             comm = Communicator(group, "int8", algorithm="two_shot", min_bytes=0, timeout_s=2, chunk_bytes=chunk_bytes)
             comm.all_reduce(message(rank))
             if rank:
-                with pytest.raises(CommunicationError, match="rank 0 did not answer within 2 s|rank 0 was lost"):
-                    comm.all_reduce(message(rank))
+                with pytest.raises(CommunicationError, match=r"rank 0 did not answer within 2 s|rank 0 was lost"):  # noqa: PT012
+                    comm.all_reduce(message(rank))  # right, if the other left at its very end
                     comm.all_reduce(message(rank))
                 return ""
             victim.left = 2 if at == "encode" else 1
@@ -201,7 +201,6 @@ class TestClose:
             except CommunicationError:
                 assert rank == 1  # the other was closed before its call began
             if rank == 0:
-                comm._guard.wait_idle()
                 time.sleep(after_s + 0.1)
                 with pytest.raises(ClosedError):
                     comm.all_reduce(x[rank])
@@ -209,9 +208,9 @@ class TestClose:
         raise_first(run_ranks(2, body))
 
     def test_jobs_that_will_not_run_say_so(self) -> None:
-        from flashcomm.transports.process_group import _Lane
+        from flashcomm.transports.process_group import Lane
 
-        lane, go, ran = _Lane(), threading.Event(), []
+        lane, go, ran = Lane(), threading.Event(), []
         first, second = lane.start(lambda: (go.wait(10), None)[1]), lane.start(lambda: ran.append(1))
         closing = threading.Thread(target=lane.close, args=(10,))
         closing.start()
@@ -253,10 +252,12 @@ def closed_by_a_signal(ctx: RankContext) -> None:
     try:
         while True:
             assert same_bits(comm.all_reduce(message(ctx.rank)), want)
-    except FlashcommError as why:
-        assert isinstance(why, ClosedError) or ctx.rank == 1, why
+    except ClosedError:
+        assert ctx.rank == 0
+    except CommunicationError:
+        assert ctx.rank == 1
     signal.setitimer(signal.ITIMER_REAL, 0)
-    dist.barrier()
+    time.sleep(3)  # the other waits for an answer, and not for a lost connection
 
 
 EXIT = """
@@ -300,11 +301,12 @@ def test_a_survivor_exits_as_it_wants(close: str, tmp_path: Path) -> None:
 def test_the_exchange_thread_is_joined_at_exit(tmp_path: Path) -> None:
     """The same without chance: a job still runs when the program ends."""
     code = """
-import time
-from flashcomm.transports.process_group import _Lane
-lane = _Lane()
-lane.start(lambda: (time.sleep(1.0), print("done", flush=True))[1])
+import threading, time
+from flashcomm.transports.process_group import Lane
+lane, running = Lane(), threading.Event()
+lane.start(lambda: (running.set(), time.sleep(1.0), print("done", flush=True))[1])
 lane.start(lambda: print("never"))
+running.wait()
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == "done\n"

@@ -4,15 +4,24 @@
     torch.distributed.init_process_group("flashcomm")                 # FLASHCOMM_FORMAT=int4 python program.py
 
 or for one dimension of a mesh: `init_device_mesh(..., backend_override={"tp": "flashcomm"})`. Under it lie gloo for CPU
-tensors and NCCL for CUDA tensors; they carry everything that is not a SUM all-reduce of one dense bf16, fp16 or fp32
-tensor of at least FLASHCOMM_MIN_BYTES, bit for bit as without us. Such a sum is lossy wherever the program asks for it:
-gradients and losses included. It is meant for inference. A coded sum is done when the call returns, also with
-`async_op=True`; its time-out is the group's unless FLASHCOMM_TIMEOUT_S says otherwise.
+tensors and NCCL for CUDA tensors. They carry, bit for bit as without us, everything that is not a SUM all-reduce of one
+dense bf16, fp16 or fp32 tensor of at least FLASHCOMM_MIN_BYTES.
 
-The seam is a Python subclass of ProcessGroup, because torch (2.11 to 2.13) calls a Python Backend's methods from
+Gradients are left alone: a sum that the autograd engine makes during a backward pass (DDP's buckets, tensor-parallel
+layers, DTensor) goes to gloo or NCCL unless FLASHCOMM_GRADIENTS=1. A program that averages gradients itself, after the
+backward pass, looks like any other; leave it on another backend.
+
+Sums of CPU tensors run on a thread of the group's own, in the order of their calls, so that `async_op=True` returns at
+once as it does over gloo. Their time-out is the group's unless FLASHCOMM_TIMEOUT_S says otherwise. Sums of CUDA tensors
+are enqueued by the call itself.
+
+The integration is a Python subclass of ProcessGroup, because torch (2.11 to 2.13) calls a Python Backend's methods from
 Python only, and functional collectives and DTensor come from C++. Such a subclass must pass on *every* collective in
-Python: where it does not, torch runs the inherited method with the GIL held, and gloo's worker thread, which needs the
+Python. Where it does not, torch runs the inherited method with the GIL held, and gloo's worker thread, which needs the
 GIL to let go of a tensor while it holds the lock that the method wants, deadlocks with it.
+
+Two things differ from gloo. `torch.distributed.get_backend` says "flashcomm", and so `monitored_barrier`, which torch
+allows for the name "gloo" only, raises ValueError; the group's own method works.
 
 FLASHCOMM_FORMAT may name a plan. A collective knows no layer, so that what holds is the plan's format for layers not
 named, and its format for decoding.
@@ -22,26 +31,83 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
 
 from flashcomm.communicator import Communicator
-from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError
+from flashcomm.errors import CommunicationError, FlashcommError, FormatError, PlanError, SettingsError
 from flashcomm.plan import Plan, is_decode
 from flashcomm.routing.policy import MIN_BYTES
 from flashcomm.settings import Settings
+from flashcomm.transports.process_group import Lane
 from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES
 
 NAME = "flashcomm"
 log = logging.getLogger("flashcomm")
+GRADIENTS = "FLASHCOMM_GRADIENTS"  # 1: low-bit sums in backward passes, too
 _SUM: Any = dist.ReduceOp.SUM
+
+
+def _done(timeout: float | None = None) -> None:
+    """Nothing to wait for."""
+
+
+class _Sum(dist.Work):
+    """A low-bit sum that runs, or has been enqueued."""
+
+    def __init__(
+        self, x: Tensor, future: torch.futures.Future[list[Tensor]], finish: Callable[..., object] = _done
+    ) -> None:
+        super().__init__()
+        self._x, self._future, self.finish = x, future, finish
+
+    def run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as why:
+            self._future.set_exception(why)  # type: ignore[arg-type]
+            raise
+        self._future.set_result([self._x])
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Raises what the sum raised; CommunicationError if it takes longer than timeout (0: no limit but its own)."""
+        seconds = timeout.total_seconds()
+        try:
+            self.finish(timeout=seconds if seconds > 0 else None)
+        except FutureTimeout as why:
+            raise CommunicationError(f"the sum was not done within {seconds:g} s: wait longer, or again") from why
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return self._future.done()
+
+    def is_success(self) -> bool:
+        return self._future.done() and self.exception() is None
+
+    def exception(self) -> BaseException | None:
+        try:
+            self._future.value() if self._future.done() else None
+        except BaseException as why:
+            return why
+        return None
+
+    def result(self) -> list[Tensor]:
+        self.wait()
+        return [self._x]
+
+    def get_future(self) -> torch.futures.Future[list[Tensor]]:
+        return self._future
 
 
 class FlashProcessGroup(dist.ProcessGroup):
@@ -58,7 +124,11 @@ class FlashProcessGroup(dist.ProcessGroup):
             log.warning(
                 "backend 'flashcomm' sees no layers: %s for all sums, the plan's layers are ignored", self._plan.format
             )
+        self._gradients = os.environ.get(GRADIENTS) == "1"
         self._communicators: dict[str, Communicator] = {}
+        self._lane = Lane()
+        if size > 1 and not self._settings["cpu"].format.uncompressed:
+            self._communicator("cpu")  # now, when all ranks are here: the first sum may be asynchronous
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
         """Called for every all-reduce on this group; the result is written in place, as torch.distributed wants it."""
@@ -69,22 +139,40 @@ class FlashProcessGroup(dist.ProcessGroup):
         if len(many) != 1 or options.reduceOp != _SUM or not self._takes(many[0]):
             return self._inner.allreduce(list(many), options)
         (x,) = many
-        dense = x.is_contiguous()
-        result = self._communicator(x.device.type).all_reduce(
-            x.detach(), out=x.detach() if dense else None, format=self._format(x)
-        )
-        if not dense:
-            x.detach().copy_(result)
-        done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-        done.set_result([x])
-        return _create_work_from_future(done)  # type: ignore[no-any-return]
+        fmt = self._format(x)
+        if x.device.type != "cpu":
+            self._sum(x, fmt)
+            finish = _done
+        elif self._communicator("cpu").explain(x.shape, x.dtype, fmt).route.low_bit:
+            future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+            work = _Sum(x, future)
+            work.finish = self._lane.start(lambda: work.run(lambda: self._sum(x, fmt)))
+            if not options.asyncOp:
+                work.wait()
+            return work
+        else:  # in the order of the backend's own collectives
+            return self._inner.allreduce([x], options)
+        future = torch.futures.Future()
+        work = _Sum(x, future, finish)
+        future.set_result([x])
+        return work
+
+    def _sum(self, x: Tensor, fmt: WireFormat | None) -> None:
+        """The low-bit sum of x over the ranks, in place."""
+        comm, x = self._communicator(x.device.type), x.detach()
+        if x.is_contiguous() and not x.is_neg() and (torch.is_inference_mode_enabled() or not x.is_inference()):
+            comm.all_reduce(x, out=x, format=fmt)
+        else:
+            x.copy_(comm.all_reduce(x, format=fmt))
 
     def _format(self, x: Tensor) -> WireFormat | None:
         decodes = self._plan is not None and self._plan.decode is not None and is_decode(x)
         return self._plan.decode if self._plan is not None and decodes else None
 
     def _takes(self, x: Tensor) -> bool:
-        """Whether this sum is ours: a fact about dtype and size, equal on every rank."""
+        """Whether this sum is low-bit: a fact about the program and about dtype and size, equal on every rank."""
+        if torch._C._current_graph_task_id() != -1 and not self._gradients:
+            return False  # the autograd engine is in a backward pass on this thread
         if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings or x.dim() > 8:
             return False
         settings = self._settings[x.device.type]
@@ -97,6 +185,10 @@ class FlashProcessGroup(dist.ProcessGroup):
             fmt = self._settings[device_type].format
             self._communicators[device_type] = Communicator(self._inner, fmt, device=device_type, timeout_s=timeout_s)
         return self._communicators[device_type]
+
+    def _get_sequence_number_for_group(self) -> int:
+        gloo: Any = self._inner._get_backend(torch.device("cpu"))
+        return int(gloo._get_sequence_number_for_group())
 
     def getBackendName(self) -> str:  # noqa: N802  torch's name
         return NAME
@@ -115,17 +207,17 @@ def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> 
             plan = Plan.of(os.environ["FLASHCOMM_FORMAT"])
             given["format"] = plan.format
         settings = {device: Settings.resolve(device, **given) for device in ("cpu", "cuda")}
-    except FlashcommError as why:
-        error = f"{type(why).__name__} rank {rank}: {why}"
+    except Exception as why:  # of this rank alone, perhaps: the others must hear of it
+        error = f"{type(why).__name__} rank {rank}: {why if isinstance(why, FlashcommError) else repr(why)}"
     store.set(f"flashcomm/{rank}", error or f"ok {settings} plan {plan.digest if plan else 'none'}")
-    everybody = [store.get(f"flashcomm/{r}").decode() for r in range(size)]
-    wrong = [text for text in everybody if not text.startswith("ok ")]
+    texts = [store.get(f"flashcomm/{r}").decode() for r in range(size)]
+    wrong = [text for text in texts if not text.startswith("ok ")]
     if wrong:
         kind, _, text = wrong[0].partition(" ")
         raise {"FormatError": FormatError, "PlanError": PlanError}.get(kind, SettingsError)(text)
-    if len(set(everybody)) > 1:
-        told = "\n".join(f"  rank {r}: {text[3:]}" for r, text in enumerate(everybody))
-        raise SettingsError(f"FLASHCOMM_* settings differ between ranks; give all of them the same:\n{told}")
+    if len(set(texts)) > 1:
+        lines = "\n".join(f"  rank {r}: {text[3:]}" for r, text in enumerate(texts))
+        raise SettingsError(f"FLASHCOMM_* settings differ between ranks; give all of them the same:\n{lines}")
     return settings, plan
 
 

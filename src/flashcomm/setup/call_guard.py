@@ -8,15 +8,21 @@ that an exception at any instant in between, also one that no `except` sees, lea
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from types import TracebackType
 
 import torch.distributed as dist
 
 from flashcomm.errors import ClosedError, CommunicationError, FormatError, InputError
 
+_BUSY = (
+    "another thread of this process is in a call on this process group. Use a group, and a Communicator, for each "
+    "thread, or one thread at a time"
+)
 # Raised before anything is sent, or after all ranks exchanged that they raise it.
 _CLEAN = (InputError, FormatError, ClosedError)
 
@@ -52,8 +58,9 @@ class CallGuard:
         busy: A call is running, or was left by an exception.
     """
 
-    def __init__(self, lock: threading.Lock, timeout_s: float) -> None:
-        self._lock, self._timeout_s = lock, timeout_s
+    def __init__(self, group_lock: threading.Lock | None, timeout_s: float) -> None:
+        self._lock, self._group_lock, self._timeout_s = threading.Lock(), group_lock, timeout_s
+        self._closing = False
         self._pid, self._owner, self._what, self._left = os.getpid(), 0, "", ""
         self.busy = False
 
@@ -67,6 +74,7 @@ class CallGuard:
             CommunicationError: An earlier call was left by an exception, or this process is a fork of the one that made
                 the Communicator.
             InputError: Another thread is in a call.
+            ClosedError: Another thread is closing the Communicator.
         """
         if os.getpid() != self._pid:
             raise CommunicationError(
@@ -78,10 +86,12 @@ class CallGuard:
         if not self._lock.acquire(blocking=False):
             if self._owner == threading.get_ident():
                 raise CommunicationError(f"{what}: {_left(self._what, 'an exception or a signal handler')}")
-            raise InputError(
-                f"{what}: another thread of this process is in a call on this process group. Use a group, and a "
-                "Communicator, for each thread, or one thread at a time"
-            )
+            if self._closing:
+                raise ClosedError(f"{what} on a Communicator that is being closed: make a new one")
+            raise InputError(f"{what}: {_BUSY}")
+        if self._group_lock and not self._group_lock.acquire(blocking=False):
+            self._lock.release()
+            raise InputError(f"{what}: {_BUSY}")
         self._owner = threading.get_ident()
         if self.busy:  # left so abruptly that `__exit__` did not note it
             self._left = _left(self._what or "a call", "an exception")
@@ -101,14 +111,22 @@ class CallGuard:
             self._left = _left(self._what, by)
         self._release()
 
-    def wait_idle(self) -> None:
-        """Wait until no other thread is in a call, at most for the time-out. For `close()`."""
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Wait until no other thread is in a call, at most for the time-out, and keep calls out meanwhile."""
         mine = self._owner == threading.get_ident()  # a signal handler, in the middle of the call
-        if os.getpid() == self._pid and not mine and self._lock.acquire(timeout=self._timeout_s):
-            self._lock.release()
+        self._closing = True
+        held = os.getpid() == self._pid and not mine and self._lock.acquire(timeout=self._timeout_s)
+        try:
+            yield
+        finally:
+            if held:
+                self._lock.release()
 
     def _release(self) -> None:
         self._owner = 0
+        if self._group_lock:
+            self._group_lock.release()
         self._lock.release()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +56,7 @@ def start(group: dist.ProcessGroup | None, device: str | None, plan: str, argume
         mine = why if isinstance(why, FlashcommError) else SettingsError(f"{type(why).__name__}: {why}")
     timeout_s = mine.timeout_s if isinstance(mine, Settings) else 60.0
     state = call_guard.state_of(group)
-    guard = call_guard.CallGuard(state.lock if where.type == "cpu" else threading.Lock(), timeout_s)
+    guard = call_guard.CallGuard(state.lock if where.type == "cpu" else None, timeout_s)
     transport = ProcessGroupTransport(group, where, timeout_s)
     try:
         with guard.call("making a Communicator"):

@@ -127,9 +127,9 @@ class ProcessGroupTransport:
         if device.type == "cuda" and not has_nccl(group):
             self._by_cpu = ProcessGroupTransport(group, torch.device("cpu"), timeout_s, members)
             self._by_cpu.tags = self.tags
-        self._lane: _Lane | None = None
+        self._lane: Lane | None = None
         if device.type == "cpu":
-            self._lane = parent._lane if parent else _Lane()
+            self._lane = parent._lane if parent else Lane()
         # Works of the latest exchange. gloo gets stuck in a message whose work is dropped halfway, so an exchange that
         # an exception leaves must stay alive.
         self._in_flight: list[Any] = []
@@ -268,7 +268,7 @@ class ProcessGroupTransport:
                 self.fail(what, f"rank {peer}", why, begin)
 
 
-class _Lane:
+class Lane:
     """One daemon thread that runs jobs in order. It starts with the first job and ends with its owner."""
 
     def __init__(self) -> None:
@@ -301,7 +301,7 @@ class _Lane:
 
 
 class _LaneState:
-    """What the thread shares with its `_Lane`, which may be collected while the thread runs."""
+    """What the thread shares with its `Lane`, which may be collected while the thread runs."""
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
