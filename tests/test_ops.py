@@ -70,6 +70,7 @@ def test_reduce_scatter_and_all_gather_as_functions_and_as_ops(ctx: RankContext)
         torch.ops.flashcomm.all_gather(x, name, 2)
 
 
+@pytest.mark.thorough
 @ranks(2)
 def test_opcheck_of_reduce_scatter_and_all_gather(ctx: RankContext) -> None:
     name = ops.op_name("int4")
@@ -126,6 +127,7 @@ def test_all_reduce_compiles_to_one_graph_for_all_lengths(ctx: RankContext) -> N
     assert counting.graphs == 1
 
 
+@pytest.mark.thorough
 @ranks(2)
 def test_inductor_generates_code_around_the_op(ctx: RankContext) -> None:
     per_rank = inputs(64, ctx.world_size)
