@@ -115,11 +115,11 @@ MUTATIONS = {
     ),
     "compress integers in the c10d backend": (
         "integrations/process_group.py", "if x.dtype not in DTYPES or x.layout", "if x.layout",
-        "integrations/test_engines.py::TestProcessGroup::test_everything_else_is_passed_through",
+        "integrations/test_c10d_backend.py::TestProcessGroup::test_everything_else_is_passed_through",
     ),
     "compress a MAX in the c10d backend": (
         "integrations/process_group.py", "options.reduceOp != _SUM or", "",
-        "integrations/test_engines.py::TestProcessGroup::test_everything_else_is_passed_through",
+        "integrations/test_c10d_backend.py::TestProcessGroup::test_everything_else_is_passed_through",
     ),
     "add the bias before the sum": (
         "integrations/transformers.py", "total = self.all_reduce(output, mesh, ",
