@@ -10,11 +10,14 @@ def rounded(x: float) -> float:
     return struct.unpack("<f", struct.pack("<f", x))[0]
 
 
-def by_hand(values: list[float], bits: int, part: float | None) -> list[float]:
-    """A group of values or of transforms, coded and decoded: docs/wire-format.md in plain numbers."""
+def by_hand(values: list[float], bits: int, clip_ratio: float | None) -> list[float]:
+    """A group of values or of transforms as it is after encoding and decoding.
+
+    With a clip ratio the smaller range is taken where it gives the smaller error.
+    """
     cut, levels = 1 << (15 + bits if bits <= 5 else 16), 2**bits - 1
 
-    def coded(low: float, high: float) -> tuple[float, list[float]]:
+    def roundtrip(low: float, high: float) -> tuple[float, list[float]]:
         needed = max(rounded(rounded(high - low) / levels), 2.0**-110)
         bits_of_scale = -(-struct.unpack("<I", struct.pack("<f", needed))[0] // cut) * cut
         scale = struct.unpack("<f", struct.pack("<I", bits_of_scale))[0]
@@ -24,15 +27,15 @@ def by_hand(values: list[float], bits: int, part: float | None) -> list[float]:
         return inverse, [scale * (code - zero) for code in codes]
 
     low, high = min(*values, 0.0), max(*values, 0.0)
-    inverse, whole = coded(low, high)
-    if part is None:
+    inverse, whole = roundtrip(low, high)
+    if clip_ratio is None:
         return whole
 
     def error(decoded: list[float]) -> int:
         errors = (rounded(rounded(v - d) * inverse) for v, d in zip(values, decoded, strict=True))
         return sum(round(16 * e) ** 2 for e in errors)
 
-    smaller = coded(rounded(low * part), rounded(high * part))[1]
+    smaller = roundtrip(rounded(low * clip_ratio), rounded(high * clip_ratio))[1]
     return smaller if error(smaller) < error(whole) else whole
 
 

@@ -31,8 +31,16 @@ THOROUGH = (
     "gpu/test_kernels.py::test_all_reduce_equals_the_reference[8]",  # 40
     "gpu/test_kernels.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",  # 18
     "gpu/test_kernels.py::test_how_a_message_is_cut_changes_no_bit",  # 27
+    "gpu/test_kernels.py::test_a_killed_peer_and_a_fresh_communicator",
+    "gpu/test_kernels.py::test_subgroups_and_several_communicators",
     "gpu/test_kernels.py::test_calls_of_all_kinds_with_and_without_flags_take_turns",
     "gpu/test_kernels.py::test_calls_of_alternating_shapes",
+    "integrations/*test_compiled",
+    "integrations/*compiled_once",
+    "integrations/*compiled_once_for_all_lengths",
+    "integrations/*test_real_text_on_three_ranks",
+    "ranks",  # a hundred processes; all other tests start theirs by it
+    "test_docs.py::test_the_example_prints_what_the_page_says[compile]",
 )
 
 CONTRACT: dict[int, tuple[str, ...]] = {

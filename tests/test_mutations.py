@@ -164,7 +164,7 @@ MUTATIONS = {
         "routing/test_policy.py::test_own_timings_come_before_those_of_the_package",
     ),
     "peers on another host": (
-        "transports/cpu_shared.py", 'if mine["host"] != everybody[0]["host"]:', "if False:",
+        "transports/cpu_shared.py", 'if mine["host"] != probes[0]["host"]:', "if False:",
         "gpu/test_kernels.py::test_what_peers_memory_needs",
     ),
     "another transport than was asked for": (
@@ -245,7 +245,7 @@ MUTATIONS = {
         "collectives/test_hierarchical.py::test_a_rank_that_is_gone_is_named_by_its_place_among_all",
     ),
     "nodes' sums rounded early": (
-        "collectives/hierarchical.py", "dtype = x.dtype if again.step.uncompressed else torch.float32", "dtype = x.dtype",
+        "collectives/hierarchical.py", "dtype = x.dtype if sent.step.uncompressed else torch.float32", "dtype = x.dtype",
         "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference[int4-dtype0-4-2]",
     ),
     "a column of ranks with other shards": (

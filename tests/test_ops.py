@@ -51,25 +51,26 @@ def test_reduce_scatter_and_all_gather_as_functions_and_as_ops(ctx: RankContext)
     per_rank = inputs(6, ctx.world_size)
     x, kept = per_rank[ctx.rank], per_rank[ctx.rank].clone()
     name, world_size = ops.op_name("int4/int8"), ctx.world_size
-    part, whole = reference.reduce_scatter(per_rank, fmt)[ctx.rank], reference.all_gather(per_rank, fmt)
+    shard, whole = reference.reduce_scatter(per_rank, fmt)[ctx.rank], reference.all_gather(per_rank, fmt)
     assert not torch.equal(whole, torch.cat(per_rank))
-    assert torch.equal(flashcomm.reduce_scatter(x, "int4/int8"), part)
+    assert torch.equal(flashcomm.reduce_scatter(x, "int4/int8"), shard)
     assert torch.equal(flashcomm.all_gather(x, fmt), whole)
-    assert torch.equal(torch.ops.flashcomm.reduce_scatter(x, name, world_size), part)
+    assert torch.equal(torch.ops.flashcomm.reduce_scatter(x, name, world_size), shard)
     assert torch.equal(torch.ops.flashcomm.all_gather(x, name, world_size), whole)
     assert torch.equal(x, kept)
     (comm,) = ops.communicators()
     assert dict(comm.calls) == {"reduce_scatter/pipelined": 2, "all_gather/pipelined": 2}
 
     pair, lonely = dist.new_group([0, 1]), dist.new_group([2])
-    part, whole = reference.reduce_scatter(per_rank[:2], fmt), reference.all_gather(per_rank[:2], fmt)
+    shard, whole = reference.reduce_scatter(per_rank[:2], fmt), reference.all_gather(per_rank[:2], fmt)
     group = pair if ctx.rank < 2 else lonely
-    assert torch.equal(flashcomm.reduce_scatter(x, fmt, group), part[ctx.rank] if ctx.rank < 2 else x)
+    assert torch.equal(flashcomm.reduce_scatter(x, fmt, group), shard[ctx.rank] if ctx.rank < 2 else x)
     assert torch.equal(flashcomm.all_gather(x, fmt, group), whole if ctx.rank < 2 else x)
     with pytest.raises(SettingsError, match=r"world_size=2 was given for group .*, which has 3 ranks: give that"):
         torch.ops.flashcomm.all_gather(x, name, 2)
 
 
+@pytest.mark.thorough
 @ranks(2)
 def test_opcheck_of_reduce_scatter_and_all_gather(ctx: RankContext) -> None:
     name = ops.op_name("int4")
@@ -126,6 +127,7 @@ def test_all_reduce_compiles_to_one_graph_for_all_lengths(ctx: RankContext) -> N
     assert counting.graphs == 1
 
 
+@pytest.mark.thorough
 @ranks(2)
 def test_inductor_generates_code_around_the_op(ctx: RankContext) -> None:
     per_rank = inputs(64, ctx.world_size)

@@ -34,7 +34,7 @@ def test_argument_over_environment_over_default() -> None:
             "transport='pigeon': allowed are auto, process_group, symmetric, host_memory, cpu_shared",
         ),
         ({"FLASHCOMM_WORKSPACE_BYTES": "1M"}, "workspace_bytes='1M': give a number of bytes of at least 4194304"),
-        ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a positive number"),
+        ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a number of seconds"),
         ({"FLASHCOMM_TIMEOUT_S": "0"}, "timeout_s='0'"),
         ({"FLASHCOMM_CHECK": "maybe"}, "check='maybe': allowed are 0, 1"),
         ({"FLASHCOMM_DEBUG": "loud"}, "debug='loud': allowed are off, info"),

@@ -68,28 +68,28 @@ def test_it_sends_what_explain_says(group: dist.ProcessGroup, rank: int) -> None
 
 @pytest.mark.contract(2, 3)
 @pytest.mark.parametrize(
-    ("fmt", "bits", "turned"), [("int4-g16/int8-g16", (4, 8), False), ("int5-g16-had", (5, 5), True)]
+    ("fmt", "bits", "hadamard"), [("int4-g16/int8-g16", (4, 8), False), ("int5-g16-had", (5, 5), True)]
 )
-def test_the_reference_is_what_the_method_says(fmt: str, bits: tuple[int, int], turned: bool) -> None:
-    """Plain loops over nodes and ranks: values, nodes' sums and the sum are coded; the one way back is at the end."""
+def test_the_reference_is_what_the_method_says(fmt: str, bits: tuple[int, int], hadamard: bool) -> None:
+    """Plain loops over nodes and ranks: values, nodes' sums and the sum are quantized; the end transforms back once."""
     tensors = [torch.randn(1, 39) * (r + 1) for r in range(6)]
     want: list[float] = []
     for begin in range(0, 39, 16):
         groups = [t[0, begin : begin + 16].tolist() for t in tensors]
         n = len(groups[0])
-        turns = turned and n != 7
+        transformed = hadamard and n != 7
 
-        def summed(parts: list[list[float]], n: int = n) -> list[float]:
+        def summed(everybodys: list[list[float]], n: int = n) -> list[float]:
             total = [0.0] * n
-            for part in parts:
-                coded = by_hand(part, bits[0], None)
-                total = [rounded(t + v) for t, v in zip(total, coded, strict=True)]
+            for sent in everybodys:
+                decoded = by_hand(sent, bits[0], None)
+                total = [rounded(t + v) for t, v in zip(total, decoded, strict=True)]
             return total
 
-        sent = [transform(group) if turns else group for group in groups]
+        sent = [transform(group) if transformed else group for group in groups]
         nodes = [summed(sent[i : i + 2]) for i in range(0, 6, 2)]
-        coded = by_hand(summed(nodes), bits[1], None)
-        want += [v / n for v in transform(coded)] if turns else coded
+        decoded = by_hand(summed(nodes), bits[1], None)
+        want += [v / n for v in transform(decoded)] if transformed else decoded
     assert reference.hierarchical(tensors, WireFormat.parse(fmt), 2)[0].tolist() == want
 
 

@@ -18,7 +18,7 @@ from flashcomm.wire.format import Layout, StepFormat
 
 @pytest.mark.contract(2, 3)
 @pytest.mark.parametrize(
-    ("fmt", "bits", "turned", "parts"),
+    ("fmt", "bits", "hadamard", "clip_ratios"),
     [
         ("int4-g16/int8-g16", (4, 8), False, (None, None)),
         ("int6-g16-had/int8-g16-had", (6, 8), True, (None, None)),
@@ -27,12 +27,12 @@ from flashcomm.wire.format import Layout, StepFormat
     ],
 )
 def test_the_reference_is_what_the_method_says(
-    fmt: str, bits: tuple[int, int], turned: bool, parts: tuple[float | None, float | None]
+    fmt: str, bits: tuple[int, int], hadamard: bool, clip_ratios: tuple[float | None, float | None]
 ) -> None:
     """Plain loops over values and ranks, sharing no code with the codec: the definition once more, by hand.
 
-    What is summed and coded again are transforms, and there is one way back, at the end. Rows end in a group of 8,
-    which is transformed, or of 7, which is not.
+    What is summed and quantized again are transforms; they are transformed back once, at the end. Rows end in a group
+    of 8, which is transformed, or of 7, which is not.
     """
     for row in (40, 39):
         tensors = [torch.randn(1, row) * (r + 1) for r in range(3)]
@@ -40,20 +40,21 @@ def test_the_reference_is_what_the_method_says(
         for begin in range(0, row, 16):
             groups = [t[0, begin : begin + 16].tolist() for t in tensors]
             n = len(groups[0])
-            turns = turned and n != 7
+            transformed = hadamard and n != 7
             total = [0.0] * n
             for group in groups:
-                coded = by_hand(transform(group) if turns else group, bits[0], parts[0] if turns else None)
-                total = [rounded(t + v) for t, v in zip(total, coded, strict=True)]
-            coded = by_hand(total, bits[1], parts[1] if turns else None)
-            want += [v / n for v in transform(coded)] if turns else coded
+                sent = transform(group) if transformed else group
+                decoded = by_hand(sent, bits[0], clip_ratios[0] if transformed else None)
+                total = [rounded(t + v) for t, v in zip(total, decoded, strict=True)]
+            decoded = by_hand(total, bits[1], clip_ratios[1] if transformed else None)
+            want += [v / n for v in transform(decoded)] if transformed else decoded
         assert reference.two_shot(tensors, WireFormat.parse(fmt))[0].tolist() == want
 
 
 @pytest.mark.parametrize("fmt", ["int4-had", "int6-g32-had/int8-g32-had"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtype) -> None:
-    """Step by step: decoded rotated, the sum is coded rotated; the last decoder turns it back."""
+    """Step by step: sums stay in the Hadamard domain, and only the last decoder transforms back."""
     parsed, tensors = WireFormat.parse(fmt), [tough((6, 600), dtype, r) for r in range(3)]
     in_hadamard_domain = [replace(step, in_hadamard_domain=True) for step in (parsed.reduce, parsed.gather)]
     n = tensors[0].numel()
@@ -70,8 +71,10 @@ def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtyp
     torch_codec.decode_sum(again[None], Layout(parsed.gather, 600, dtype.itemsize), 0, n, want, dtype)
     assert same_bits(reference.two_shot(tensors, parsed).view(-1), want)
     group = parsed.reduce.group
-    turned_back = torch_codec.hadamard(total.view(6, 600)[:, :576].reshape(-1, group)).view(6, 576) / group
-    assert same_bits(turned_back, reference.quantized_sum(tensors, parsed.reduce).view(6, 600)[:, :576].contiguous())
+    transformed_back = torch_codec.hadamard(total.view(6, 600)[:, :576].reshape(-1, group)).view(6, 576) / group
+    assert same_bits(
+        transformed_back, reference.quantized_sum(tensors, parsed.reduce).view(6, 600)[:, :576].contiguous()
+    )
 
 
 @ranks(2)
