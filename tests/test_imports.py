@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "compat": set(),
     "wire": {"errors"},
     "cpu": {"wire"},
-    "gpu": {"errors", "wire"},
+    "gpu": {"compat", "errors", "wire"},
     "codecs": {"wire", "cpu", "gpu"},
     "reference": {"errors", "wire"},
     "transports": {"errors"},
