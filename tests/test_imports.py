@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "counts": set(),
     "wire": {"errors"},
     "cpu": {"wire"},
-    "gpu": {"errors", "wire"},
+    "gpu": {"compat", "errors", "wire"},
     "codecs": {"wire", "cpu", "gpu"},
     "reference": {"errors", "wire"},
     "transports": {"errors"},

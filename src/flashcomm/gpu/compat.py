@@ -1,10 +1,9 @@
-"""Private names of torch and Triton, in one place, and the one way in which this package launches kernels.
+"""Private names of Triton, in one place, and the one way in which this package launches kernels.
 
-Read in torch 2.11 and 2.13, Triton 3.6 and 3.7.1:
+Read in Triton 3.6 and 3.7.1:
 
 | what                                               | used for                                                    |
 |----------------------------------------------------|-------------------------------------------------------------|
-| `torch._C._cuda_getCurrentRawStream(device)`       | the current stream's handle, without making an object of it |
 | `triton.compiler.ASTSource`, `triton.compile`      | a kernel compiled for given types, before any tensor exists |
 | `CompiledKernel.__getitem__(grid)`                 | a launcher that takes addresses; tuples stay nested         |
 | `[["tt.divisibility", 16]]`                        | the attribute of a pointer that is 16-byte aligned          |
@@ -26,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import ASTSource
 
+from flashcomm.compat import current_stream_handle
 from flashcomm.errors import InputError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -98,14 +98,9 @@ def launcher(
     rest = (*map(_bare, numbers), *(None for _ in bundles))
 
     def launch(*addresses: int) -> None:
-        start(*addresses, *rest, stream=current_stream(device))
+        start(*addresses, *rest, stream=current_stream_handle(device))
 
     return launch
-
-
-def current_stream(device: int) -> int:
-    """The handle of a GPU's current stream."""
-    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def n_compiled() -> int:
