@@ -50,7 +50,7 @@ def test_nodes_that_are_asked_for_and_cannot_be_are_errors(monkeypatch: pytest.M
     with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks cannot be divided into nodes of that size"):
         found(monkeypatch, mixed, local_world_size=3, algorithm="hierarchical")
     for wrong in (0, -1, "two", 1.5):
-        with pytest.raises(SettingsError, match=r"local_world_size=.*give the number of ranks of a node"):
+        with pytest.raises(SettingsError, match=r"local_world_size=.*give the number of ranks"):
             Settings.resolve("cpu", {}, local_world_size=wrong)
 
 
