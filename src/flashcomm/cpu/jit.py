@@ -9,27 +9,36 @@ from __future__ import annotations
 import ctypes
 import platform
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 
+MAX_KERNELS = 32  # of each kind: encoders, decoders, sums
 _LOCK = threading.RLock()  # LLVM's global context serves one thread at a time
 Kernel = TypeVar("Kernel")
 
 
 def once(build: Callable[..., Kernel]) -> Callable[..., Kernel]:
-    """Decorate `build` to run once for each list of arguments, also when several threads ask at the same time."""
-    built: dict[Any, Kernel] = {}
+    """Decorate `build` to run once for each list of arguments, also when several threads ask at the same time.
+
+    The last MAX_KERNELS are kept. A kernel takes 1.8 MB and there is one for each remainder of the row, so messages of
+    many row lengths would fill the memory otherwise.
+    """
+    built: OrderedDict[Any, Kernel] = OrderedDict()
 
     @wraps(build)
     def get(*key: Any) -> Kernel:
-        if key not in built:
-            with _LOCK:
-                if key not in built:
-                    built[key] = build(*key)
-        return built[key]
+        with _LOCK:
+            if key not in built:
+                built[key] = build(*key)
+            built.move_to_end(key)
+            kernel = built[key]
+            while len(built) > MAX_KERNELS:
+                built.popitem(last=False)  # whoever runs it holds it
+        return kernel
 
     return get
 
