@@ -88,13 +88,14 @@ def _relay(flag, seen, REAL: tl.constexpr):
 
 
 @triton.jit
-def _watch(peer, index, epoch, base, base2, want1, want2, table, state, local, peers, status, limit, WORLD: tl.constexpr,
+def _watch(index, rank, epoch, base, base2, want1, want2, table, state, local, peers, status, limit, WORLD: tl.constexpr,
            STAGES: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     """Relay a peer's flags until they have reached the waves wanted of both stages; else give up after limit, in ns
     (REAL) or polls, since the last change.
 
-    peer: a rank; index: its place in `seen`.
+    index: the peer's place in `seen`, among all ranks but this one.
     """
+    peer = index + (rank * 0 + index >= rank).to(tl.int32)
     flag, seen = words(tl.load(table + peer)), words(state + _SEEN_AT + 4 * index)
     seen2, flag2 = words(state + _SEEN_AT + _SEEN_STAGE + 4 * index), words(tl.load(table + peer) + _FLAG_STAGE)
     abort = words(local + ABORT_AT)
@@ -114,8 +115,14 @@ def _watch(peer, index, epoch, base, base2, want1, want2, table, state, local, p
             state_of = over | tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
     if state_of != 0:
         late1 = got1 < want1
-        saw = epoch + (tl.where(late1, got1, got2) >> 12)
-        give_up(tl.where(late1, 1, 2), peer, epoch, saw, local, peers, status, WORLD, REAL)
+        least = tl.where(late1, got1, got2)
+        if REAL:  # a peer that waits for another one is late, too: report the one that is behind most
+            for k in tl.static_range(WORLD - 1):
+                other = tl.load(words(state + _SEEN_AT + 4 * k), volatile=True) - base
+                if late1 & (other < least):
+                    least = other
+                    peer = k + (rank * 0 + k >= rank).to(tl.int32)
+        give_up(tl.where(late1, 1, 2), peer, epoch, epoch + (least >> 12), local, peers, status, WORLD, REAL)
         tl.atomic_xchg(seen, base + _GAVE_UP, sem="release", scope="gpu")
         tl.atomic_xchg(seen2, base2 + _GAVE_UP, sem="release", scope="gpu")
 
@@ -168,8 +175,7 @@ def _reach(reached, want, epoch, base, base2, rank, table, state, local, peers, 
     counts, never = words(state + _SEEN_AT + _SEEN_STAGE * STAGE), want * 0 - _GAVE_UP
     if not REAL:
         for k in tl.static_range(WORLD - 1):
-            peer = k + (k >= rank).to(tl.int32)
-            _watch(peer, k, epoch, base, base2, want if STAGE == 0 else never, want if STAGE == 1 else never, table,
+            _watch(k, rank, epoch, base, base2, want if STAGE == 0 else never, want if STAGE == 1 else never, table,
                    state, local, peers, status, limit, WORLD, 2, REAL)  # fmt: skip
     of = base2 if STAGE == 1 else base
     while reached < want:
@@ -300,9 +306,8 @@ def persistent(
     if program == 0:
         _publisher(base, base2, n_waves, n_workers, rank, table, state, local, STAGES, REAL)
     elif program < WORLD:
-        peer = program - 1 + (program - 1 >= rank).to(tl.int32)
-        _watch(peer, program - 1, epoch, base, base2, n_waves, n_waves * (STAGES - 1), table, state, local, peers, status, limit,
-               WORLD, STAGES, REAL)  # fmt: skip
+        _watch(program - 1, rank, epoch, base, base2, n_waves, n_waves * (STAGES - 1), table, state, local, peers, status,
+               limit, WORLD, STAGES, REAL)  # fmt: skip
     else:
         worker = program - WORLD
         parity = _OUTBOX_AT + (epoch & 1).to(tl.int64) * half
@@ -364,8 +369,8 @@ def persistent(
                     _put(bytes_at(here + place), bytes_at(outbox + place), y, x, BITS2 != 16, True, BITS2, CLIP2, HAD2,
                          GROUP2, P2, B2, M2, BF16)  # fmt: skip
                 elif SLICED:
-                    for k in range(WORLD):
-                        slice = rank * 0 + k
+                    for target in range(WORLD):
+                        slice = rank * 0 + target
                         unit, left = _span(tile, slice, n_units, slice_units, stride, UNITS)
                         at, keep = _places(UNIT, GROUP1, P1, B1, M1, left)
                         y = widen(tl.load(x + unit * UNIT + at, mask=keep, other=0.0))
