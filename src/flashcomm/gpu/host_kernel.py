@@ -1,79 +1,101 @@
-"""One persistent kernel through host memory that the ranks share: collectives for GPUs without peer access.
+"""The kernel of all four collectives through host memory, for GPUs without peer access: one launch, few programs.
 
-A rank writes its quantized tiles to its *outbox*, pinned host memory that every rank maps, and reads those of its peers.
-The grid is small and stays on the GPU until the call is done:
+A rank stores its quantized tiles into its *outbox*, pinned host memory that every rank maps, and loads those of its peers.
+The grid stays on the GPU until the call is done:
 
-    program 0               the publisher: tells the peers which waves of this rank's tiles are in its outbox
-    the next WORLD - 1      relays, one a peer: poll what a peer's publisher told, and repeat it in GPU memory
-    the others              workers: worker w has tile i * n_workers + w of *wave* i
+| programs            | role        | what it does                                                                        |
+|---------------------|-------------|-------------------------------------------------------------------------------------|
+| 0                   | publisher   | sets this rank's flag in host memory once all workers have stored a wave of tiles   |
+| 1 to WORLD_SIZE - 1 | relay       | polls the flag of one peer, and repeats it in GPU memory                            |
+| all others          | worker      | quantizes, stores, loads and sums tile i * n_workers + worker of every wave i       |
 
-In step i a worker starts to load the peers' tiles of wave i - lag, then quantizes and stores its own tile of wave i, counts
-it, and last sums what it has loaded. Loads and stores of the same threads, loads first, keep both directions of a PCIe
-link busy. Separate readers and writers do not: reads queue behind writes. Two-shot has a second exchange of the sums, whose
-tiles are read lag waves later still.
+In step i a worker first issues its loads of the peers' tiles of wave i - stage_lag. Then it quantizes and stores its own
+tile of wave i and counts it. Last it sums what it has loaded. Loads and stores of the same threads, loads first, keep both
+directions of a PCIe link busy; separate readers and writers do not, because reads queue behind writes. Two-shot has a
+second stage, in which workers load the quantized sums stage_lag waves later still. For the own part ranks decode the bytes
+that they sent, of which they keep a copy in GPU memory.
 
-Who makes what visible to whom:
+| word                   | memory | written by             | read by          | says                                          |
+|------------------------|--------|------------------------|------------------|-----------------------------------------------|
+| progress[stage][worker]| GPU    | a worker, release.gpu  | the publisher    | waves that the worker has stored              |
+| flag[stage]            | host   | publisher, release.sys | relays of peers  | waves that are in the outbox                  |
+| seen[stage][peer]      | GPU    | its relay, release.gpu | workers          | what the peer's flag says                     |
 
-    word               memory  written by             read by            says
-    progress[s][w]     GPU     worker w, release.gpu  the publisher      waves of stage s that worker w has stored
-    flag[s]            host    publisher, release.sys  relays of peers   waves of stage s that are in the outbox
-    seen[s][peer]      GPU     its relay, release.gpu workers            the peer's flag
+So no worker waits for a system-scope fence or reads a flag over PCIe. Words hold epoch * MAX_WAVES + waves and are compared
+by signed differences, so none is ever reset. Epochs are counted in GPU memory, so that CUDA graphs replay correctly. Calls
+with a second stage are counted apart for its words, because a word must not fall behind by half of what 32 bits count.
 
-So only the publisher pays for system-scope fences, one a wave, and only relays read flags over PCIe. All words count
-waves on top of epoch * MAX_WAVES, so none is ever reset. They are compared by signed differences. The epoch is counted in
-GPU memory, so that CUDA graphs replay.
+Why the waiting ends. A relay ends when its peer has published all waves, or it gives up after the limit and says so in
+`seen`. A worker in step i waits only for waves of the peers that they store in earlier steps, so the first unfinished step
+of all ranks waits for nobody. The publisher waits for workers. All this needs the whole grid on the GPU at once: it is a
+few dozen programs, and the first to start are those that others wait for. Kernels of other streams end, and leave their
+place to programs that did not fit. Only kernels that wait for other ranks might not: Communicators that run on different
+streams at the same time must fit on the GPU together.
 
-Why it ends. Relays end when their peer has published all waves, or give up after the time-out and tell the workers. A
-worker in step i waits for earlier waves of the peers only, so the first unfinished step of all ranks waits for nobody. The
-publisher waits for workers. All of that needs the whole grid to run at once: it is a few dozen programs, and programs
-0 to WORLD - 1 start first. Kernels of other streams end by themselves and then leave their place to programs that could not
-start yet. Only kernels that wait for other ranks, too, could keep the place: all Communicators that run at the same time on
-different streams must fit the GPU together.
+Why no outbox is overwritten while a peer reads it. Outboxes of even and odd epochs lie apart. A rank in epoch e + 2 has
+ended epoch e + 1. In that epoch it saw every peer publish a wave, and a peer does so only after its own epoch e has ended,
+all loads included. So a peer may be late by one call, and no closing barrier is needed. A rank that has given up stores
+into GPU memory and publishes nothing, from the next launch on: a late peer must not take its bytes for those of a call
+that it missed.
 
-Why nothing is overwritten while a peer reads it. Outboxes of even and odd epochs lie apart. A rank in epoch e + 2 has ended
-epoch e + 1, in which it has seen every peer publish waves of e + 1, and a peer does so only after its own epoch e, all reads
-included, has ended. So a peer may be late by one call. A rank that gave up writes to GPU memory from then on, and
-publishes nothing more.
+In Triton's interpreter, which runs programs one after the other, a grid of one worker publishes and relays by itself.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from flashcomm.gpu.sync import ABORT_AT, arrive, bytes_at, clock, give_up, words
-from flashcomm.gpu.tile import expand, fetch_plane, hadamard, put, quantize, store, widen
+from flashcomm.gpu.collective_kernel import ALL_GATHER, REDUCE_SCATTER, TWO_SHOT, _data, _load, _tile_at, _values_at
+from flashcomm.gpu.sync import ABORT, _clock, _set, arrive, bytes_at, give_up, ints_at
+from flashcomm.gpu.tile import expand, fetch_plane, from_hadamard, hadamard, in_order, plane_offset, put, scalar, store
 
-ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER = range(4)
-_TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER = (tl.constexpr(kind) for kind in (TWO_SHOT, REDUCE_SCATTER, ALL_GATHER))
-
-MAX_WAVES = 4096  # of a call, and of both stages
+MAX_WAVES = 4096  # of a call
 MAX_WORKERS = 128
-SEEN, PROGRESS = 128, 1024  # bytes into a rank's state in GPU memory; the epoch comes first
-STATE_BYTES = PROGRESS + 2 * 4 * MAX_WORKERS
-OUTBOX = 4096  # bytes into a rank's shared host memory; its flags come first
-GAVE_UP = 1 << 29  # waves that a relay tells the workers when it has given up; more than calls can count
-_WAVES, _WORKERS, _SEEN_AT, _PROGRESS_AT, _OUTBOX_AT, _GAVE_UP = (
-    tl.constexpr(n) for n in (MAX_WAVES, MAX_WORKERS, SEEN, PROGRESS, OUTBOX, GAVE_UP)
-)
-_SEEN_STAGE, _FLAG_STAGE = tl.constexpr(64), tl.constexpr(128)  # bytes from stage to stage
+STATE_BYTES = (
+    1024 + 2 * 4 * MAX_WORKERS
+)  # of GPU memory: counts of calls at 0 and 64, `seen` at 128, `progress` at 1024
+OUTBOX = 4096  # bytes into a rank's shared memory; flags come before it
+_GAVE_UP = tl.constexpr(1 << 29)  # waves, in `seen`: more than any call has
+_MAX_WAVES, _MAX_WORKERS, _ABORT = tl.constexpr(MAX_WAVES), tl.constexpr(MAX_WORKERS), tl.constexpr(ABORT)
+_FLAG_STAGE, _SEEN, _SEEN_STAGE, _PROGRESS = tl.constexpr(128), tl.constexpr(128), tl.constexpr(64), tl.constexpr(1024)
+_ALL_GATHER, _REDUCE_SCATTER, _TWO_SHOT = tl.constexpr(ALL_GATHER), tl.constexpr(REDUCE_SCATTER), tl.constexpr(TWO_SHOT)
+
+
+class Counter(NamedTuple):
+    """What `sync.arrive` counts in."""
+
+    local: Any
+
+
+class Outbox(NamedTuple):
+    """Run-time values of a kernel: where outboxes and words are, and how many programs work."""
+
+    table: Any  # int64 (WORLD_SIZE,): addresses of everybody's shared memory
+    own: Any  # address of GPU memory of `Message.epoch_bytes`: a copy of what this rank decodes of its own
+    state: Any  # address of STATE_BYTES of GPU memory, zero before the first call
+    calls: Any  # a Counter
+    two_stage_calls: Any  # a Counter
+    n_workers: Any
 
 
 @triton.jit
-def _least(counts, n, N: tl.constexpr, base):
-    """The least of n words of GPU memory, less base; what was done before any of them was released is visible."""
+def _least(counts, n, base, N: tl.constexpr):
+    """The least of n <= N words in GPU memory, less base. What came before any of them was released is visible."""
     if N == 1:
         return tl.atomic_add(counts, 0, sem="acquire", scope="gpu") - base
     else:
         at = tl.arange(0, N)
-        seen = tl.atomic_add(counts + at, at * 0, mask=at < n, sem="acquire", scope="gpu")
-        return tl.min(tl.where(at < n, seen - base, 0x7FFFFFFF))
+        count = tl.atomic_add(counts + at, at * 0, mask=at < n, sem="acquire", scope="gpu")
+        return tl.min(tl.where(at < n, count - base, 0x7FFFFFFF))
 
 
 @triton.jit
-def _relay(flag, seen, REAL: tl.constexpr):
-    """Repeat a peer's flag in GPU memory; what is returned is the same for all threads."""
-    if REAL:  # host memory takes plain loads and stores: a read-modify-write over PCIe may not be atomic
+def _relay(flag, seen, ranks: tl.constexpr):
+    """Repeat a flag of a peer in GPU memory. All threads get the same value of it."""
+    if ranks.CLOCK:  # host memory takes plain loads and stores: a read-modify-write over PCIe may not be atomic
         tl.inline_asm_elementwise("""{
             .reg .pred p; .reg .b32 t;
             mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
@@ -88,354 +110,286 @@ def _relay(flag, seen, REAL: tl.constexpr):
 
 
 @triton.jit
-def _watch(index, rank, epoch, base, base2, want1, want2, table, state, local, peers, status, limit, WORLD: tl.constexpr,
-           STAGES: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
-    """Relay a peer's flags until they have reached the waves wanted of both stages; else give up after limit, in ns
-    (REAL) or polls, since the last change.
+def _rank_of(peer, region):
+    """The rank of a peer, of those that are numbered without this one."""
+    peer = scalar(0, like=region.rank) + peer
+    return peer + (peer >= region.rank).to(tl.int32)
 
-    index: the peer's place in `seen`, among all ranks but this one.
-    """
-    peer = index + (rank * 0 + index >= rank).to(tl.int32)
-    flag, seen = words(tl.load(table + peer)), words(state + _SEEN_AT + 4 * index)
-    seen2, flag2 = words(state + _SEEN_AT + _SEEN_STAGE + 4 * index), words(tl.load(table + peer) + _FLAG_STAGE)
-    abort = words(local + ABORT_AT)
-    got1, got2, last = base * 0 - 1, base * 0 - 1, base * 0
-    polls, state_of = (base * 0).to(tl.int64), tl.atomic_or(abort, 0, sem="relaxed", scope="gpu")
-    begin = clock(polls, REAL)
-    while ((got1 < want1) | (got2 < want2)) & (state_of == 0):
-        got1 = _relay(flag, seen, REAL) - base
+
+@triton.jit
+def _watch(peer, base1, base2, want1, want2, epoch, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
+    """The role relay: until a peer has published the wanted waves of both stages, or nothing new for the limit."""
+    source = _rank_of(peer, region)
+    flag = tl.load(outbox.table + source)
+    seen1, seen2 = ints_at(outbox.state + _SEEN + 4 * peer), ints_at(outbox.state + _SEEN + _SEEN_STAGE + 4 * peer)
+    abort = ints_at(region.local + _ABORT)
+    got1, got2, last = scalar(-1, like=base1), scalar(-1, like=base1), scalar(0, like=base1)
+    polls, given_up = scalar(0, like=base1).to(tl.int64), tl.atomic_or(abort, 0, sem="relaxed", scope="gpu")
+    begin = _clock(polls, ranks)
+    while ((got1 < want1) | (got2 < want2)) & (given_up == 0):
+        got1 = _relay(ints_at(flag), seen1, ranks) - base1
         got2 = want2
         if STAGES == 2:
-            got2 = _relay(flag2, seen2, REAL) - base2
+            got2 = _relay(ints_at(flag + _FLAG_STAGE), seen2, ranks) - base2
         polls += 1
         if got1 + got2 != last:
-            begin, last = clock(polls, REAL), got1 + got2
+            begin, last = _clock(polls, ranks), got1 + got2
         elif polls % 32 == 0:
-            over = (clock(polls, REAL) - begin >= limit).to(tl.int32)
-            state_of = over | tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
-    if state_of != 0:
-        late1 = got1 < want1
-        least = tl.where(late1, got1, got2)
-        if REAL:  # a peer that waits for another one is late, too: report the one that is behind most
-            for k in tl.static_range(WORLD - 1):
-                other = tl.load(words(state + _SEEN_AT + 4 * k), volatile=True) - base
-                if late1 & (other < least):
-                    least = other
-                    peer = k + (rank * 0 + k >= rank).to(tl.int32)
-        give_up(tl.where(late1, 1, 2), peer, epoch, epoch + (least >> 12), local, peers, status, WORLD, REAL)
-        tl.atomic_xchg(seen, base + _GAVE_UP, sem="release", scope="gpu")
+            over = (_clock(polls, ranks) - begin >= region.limit).to(tl.int32)
+            given_up = over | tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
+    if given_up != 0:
+        in_stage1 = got1 < want1
+        least = tl.where(in_stage1, got1, got2)
+        if ranks.CLOCK:  # a peer that waits for another one is late, too: report the one that is behind most
+            for other in tl.static_range(ranks.WORLD_SIZE - 1):
+                got = tl.load(ints_at(outbox.state + _SEEN + 4 * other), volatile=True) - base1
+                if in_stage1 & (got < least):
+                    least = got
+                    source = _rank_of(other, region)
+        give_up(tl.where(in_stage1, 1, 2), source, epoch, epoch + (least >> 12), region, ranks)
+        tl.atomic_xchg(seen1, base1 + _GAVE_UP, sem="release", scope="gpu")
         tl.atomic_xchg(seen2, base2 + _GAVE_UP, sem="release", scope="gpu")
 
 
 @triton.jit
-def _publish(flag, value, local, REAL: tl.constexpr):
-    """Set a flag of this rank in host memory, behind all that is visible to this program; not after giving up."""
-    if tl.atomic_or(words(local + ABORT_AT), 0, sem="relaxed", scope="gpu") == 0:
+def _publish(waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
+    """Set this rank's flag in host memory behind all that is visible here, unless the rank has given up."""
+    if tl.atomic_or(ints_at(region.local + _ABORT), 0, sem="relaxed", scope="gpu") == 0:
         tl.debug_barrier()
-        if REAL:
-            tl.inline_asm_elementwise("""{
-                .reg .pred p; .reg .b32 t;
-                mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p st.release.sys.global.b32 [$1], $2;
-                mov.b32 $0, 0; }""", "=r,l,r", [flag.to(tl.int64), value], tl.int32, is_pure=False, pack=1)  # fmt: skip
-        else:
-            tl.atomic_xchg(flag, value, sem="release", scope="sys")
+        _set(ints_at(tl.load(outbox.table + region.rank) + _FLAG_STAGE * STAGE), waves, ranks.CLOCK)
 
 
 @triton.jit
-def _publisher(base, base2, n_waves, n_workers, rank, table, state, local, STAGES: tl.constexpr, REAL: tl.constexpr):
-    """Publish each wave once all workers have stored it."""
-    told1, told2, of2 = n_waves * 0, n_waves * 0, n_waves * (STAGES - 1)
-    flag = tl.load(table + rank)
-    while (told1 < n_waves) | (told2 < of2):
+def _publish_all(n_waves, base1, base2, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
+    """The role publisher."""
+    told1, told2 = scalar(0, like=n_waves), n_waves * (2 - STAGES)
+    while (told1 < n_waves) | (told2 < n_waves):
         if told1 < n_waves:
-            done1 = _least(words(state + _PROGRESS_AT), n_workers, _WORKERS, base)
+            done1 = _least(ints_at(outbox.state + _PROGRESS), outbox.n_workers, base1, _MAX_WORKERS)
             if done1 > told1:
-                _publish(words(flag), base + done1, local, REAL)
+                _publish(base1 + done1, region, outbox, ranks, 0)
                 told1 = done1
         if STAGES == 2:
-            done2 = _least(words(state + _PROGRESS_AT + 4 * _WORKERS), n_workers, _WORKERS, base2)
+            done2 = _least(ints_at(outbox.state + _PROGRESS + 4 * _MAX_WORKERS), outbox.n_workers, base2, _MAX_WORKERS)
             if done2 > told2:
-                _publish(words(flag + _FLAG_STAGE), base2 + done2, local, REAL)
+                _publish(base2 + done2, region, outbox, ranks, 1)
                 told2 = done2
 
 
 @triton.jit
-def _done(worker, value, rank, table, state, local, STAGE: tl.constexpr, REAL: tl.constexpr):
-    """Count that a worker has stored its tiles of a wave. In the interpreter it is the only one."""
+def _count(worker, waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
+    """Tell the publisher that a worker has stored its tiles of a wave."""
     tl.debug_barrier()
-    tl.atomic_xchg(words(state + _PROGRESS_AT + 4 * _WORKERS * STAGE) + worker, value, sem="release", scope="gpu")
-    if not REAL:
-        _publish(words(tl.load(table + rank) + _FLAG_STAGE * STAGE), value, local, REAL)
+    progress = ints_at(outbox.state + _PROGRESS + 4 * _MAX_WORKERS * STAGE)
+    tl.atomic_xchg(progress + worker, waves, sem="release", scope="gpu")
+    if not ranks.CLOCK:
+        _publish(waves, region, outbox, ranks, STAGE)
 
 
 @triton.jit
-def _reach(reached, want, epoch, base, base2, rank, table, state, local, peers, status, limit, STAGE: tl.constexpr,
-           WORLD: tl.constexpr, NPEERS: tl.constexpr, REAL: tl.constexpr, DELAY: tl.constexpr):  # fmt: skip
-    """Wait until all peers have published so many waves of a stage: how many they have; GAVE_UP or so if they never do."""
-    counts, never = words(state + _SEEN_AT + _SEEN_STAGE * STAGE), want * 0 - _GAVE_UP
-    if not REAL:
-        for k in tl.static_range(WORLD - 1):
-            _watch(k, rank, epoch, base, base2, want if STAGE == 0 else never, want if STAGE == 1 else never, table,
-                   state, local, peers, status, limit, WORLD, 2, REAL)  # fmt: skip
-    of = base2 if STAGE == 1 else base
+def _wait(reached, want, base1, base2, epoch, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
+    """Wait until all peers have published so many waves of a stage.
+
+    Returns:
+        The waves they all have published: `reached` if those are enough; about _GAVE_UP if they never will be.
+    """
+    W: tl.constexpr = ranks.WORLD_SIZE
+    N: tl.constexpr = 1 if W <= 2 else 2 if W <= 3 else 4 if W <= 5 else 8 if W <= 9 else 16
+    seen, base = ints_at(outbox.state + _SEEN + _SEEN_STAGE * STAGE), base2 if STAGE == 1 else base1
+    if not ranks.CLOCK:
+        none = scalar(-_GAVE_UP, like=want)
+        for peer in tl.static_range(ranks.WORLD_SIZE - 1):
+            want1, want2 = want if STAGE == 0 else none, want if STAGE == 1 else none
+            _watch(peer, base1, base2, want1, want2, epoch, region, outbox, ranks, 2)
     while reached < want:
-        reached = _least(counts, WORLD - 1, NPEERS, of)
-    for _ in range(DELAY):  # of tests: a slow reader, between the wait and the read
-        reached = tl.maximum(reached, _least(counts, WORLD - 1, NPEERS, of))
+        reached = _least(seen, ranks.WORLD_SIZE - 1, base, N)
+    for _ in range(ranks.DELAY):
+        reached = tl.maximum(reached, _least(seen, ranks.WORLD_SIZE - 1, base, N))
     tl.debug_barrier()
     return reached
 
 
 @triton.jit
-def _places(UNIT: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, left):
-    """Offsets of a tile's values (B, P, M), and which are in its first `left` units."""
-    k = tl.arange(0, B)
-    inside = (tl.arange(0, P) * M)[None, :, None] + tl.arange(0, M)[None, None, :]
-    return (k * GROUP)[:, None, None] + inside, (k // (UNIT // GROUP) < left)[:, None, None] & (inside >= 0)
+def _fetch(source, tile_of_peer, own, x, here, region, outbox, step: tl.constexpr):
+    """Rank `source`'s tile as it lies there, for `expand` after more loads; nothing is loaded unless `here`.
 
-
-@triton.jit
-def _span(tile, slice, n_units, slice_units, stride, UNITS: tl.constexpr):
-    """The unit of the message at which a tile of a slice begins, and how many units of it exist."""
-    unit = tile.to(tl.int64) * UNITS
-    first = slice.to(tl.int64) * stride
-    return first + unit, tl.minimum(slice_units - unit, n_units - first - unit)
-
-
-@triton.jit
-def _in_order(P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    return (tl.arange(0, B) * (P * M))[:, None, None] + (tl.arange(0, P) * M)[None, :, None] + tl.arange(0, M)[None, None, :]  # fmt: skip
-
-
-@triton.jit
-def _put(base, base2, y, x, HERE: tl.constexpr, THERE, BITS: tl.constexpr, CLIP: tl.constexpr, HAD: tl.constexpr,
-         GROUP: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr, BF16: tl.constexpr):  # fmt: skip
-    """Quantize y (float32) to a tile at base, if HERE, and at base2, if THERE; uncompressed tiles hold x's dtype."""
-    if BITS == 16:
-        at = _in_order(P, B, M)
-        if HERE:
-            store(base.to(tl.pointer_type(x.dtype.element_ty)), at, at >= 0, y, BF16)
-        if THERE:
-            store(base2.to(tl.pointer_type(x.dtype.element_ty)), at, at >= 0, y, BF16)
+    tile_of_peer: bytes into a peer's shared memory; own: the address of this rank's copy of its own tile.
+    """
+    base = bytes_at(tl.where(region.rank == source, own, tl.load(outbox.table + source) + tile_of_peer))
+    if step.BITS == 16:
+        at = in_order(step, step.LANES)
+        values = base.to(tl.pointer_type(x.dtype.element_ty)) + at
+        return (tl.load(values, mask=(at >= 0) & here, other=0.0, cache_modifier=".cg"),)
     else:
-        codes, word, zero = quantize(y, tl.arange(0, B) * 0 + GROUP, BITS, CLIP, HAD, P, B, M)
-        if HERE:
-            put(base, codes, word, zero, BITS, P, B, M)
-        if THERE:
-            put(base2, codes, word, zero, BITS, P, B, M)
-
-
-@triton.jit
-def _fetch(base, x, here, keep, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """All of a tile as it lies there, if `here`: for `_expand`, after more loads. keep: of uncompressed values."""
-    if BITS == 16:
-        values = base.to(tl.pointer_type(x.dtype.element_ty)) + _in_order(P, B, M)
-        return (tl.load(values, mask=keep & here, other=0.0, cache_modifier=".cg"),)
-    else:
-        U: tl.constexpr = 4 if M % 4 == 0 else 1
-        b = tl.arange(0, B)
-        some = (b >= 0) & here
+        b = tl.arange(0, step.GROUPS)
+        keep = (b >= 0) & here
         raw = ()
         for i in tl.static_range(4):
-            if BITS & (8 >> i):
-                plane = base + B * P * M * (BITS & (15 ^ ((16 >> i) - 1))) // 8
-                raw = raw + (fetch_plane(plane, b * M, some, B * M, 8 >> i, P, M, U, ".cg"),)
-        word = (base + B * P * M * BITS // 8).to(tl.pointer_type(tl.int32 if BITS > 5 else tl.int16))
-        return raw + (tl.load(word + b, mask=some, other=0, cache_modifier=".cg"),)
+            if step.BITS & (8 >> i):
+                plane = base + plane_offset(8 >> i, step)
+                raw = raw + (fetch_plane(plane, b * step.LANES, keep, step.GROUPS * step.LANES, 8 >> i, ".cg", step),)
+        words = (base + plane_offset(0, step)).to(tl.pointer_type(tl.int32 if step.BITS > 5 else tl.int16))
+        return raw + (tl.load(words + b, mask=keep, other=0, cache_modifier=".cg"),)
 
 
 @triton.jit
-def _expand(raw, ok, BITS: tl.constexpr, P: tl.constexpr, B: tl.constexpr, M: tl.constexpr):
-    """A tile's values as a product: float32 (B, P, M) and what it is to be multiplied with (B,); NaN unless ok."""
-    if BITS == 16:
-        return widen(raw[0]), tl.where((tl.arange(0, B) >= 0) & ok, 1.0, float("nan"))
+def _fetch_first(tile_of_peer, own, x, here, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
+    """The tiles of the first ranks, as many as registers are spent on before they are needed."""
+    raws = ()
+    for i in tl.static_range(min(ranks.WORLD_SIZE, 4)):
+        raws = raws + (_fetch(i, tile_of_peer, own, x, here, region, outbox, step),)
+    return raws
+
+
+@triton.jit
+def _sum(raws, reached, tile_of_peer, own, x, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
+    """The sum of everybody's tile in rank order, float32; NaN if peers never came. Products are exact: fma changes no bit."""
+    total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
+    for i in tl.static_range(ranks.WORLD_SIZE):
+        raw = raws[i] if i < len(raws) else _fetch(i, tile_of_peer, own, x, reached >= 0, region, outbox, step)
+        steps, scale = expand(raw, step)
+        scale = tl.where(reached < _GAVE_UP // 2, scale, float("nan"))
+        if i == 0:
+            total = steps * scale[:, None, None]
+        else:
+            total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], total.shape), total)
+    return total
+
+
+@triton.jit
+def _send(y, at, base, own, out, call: tl.constexpr, step: tl.constexpr, COPY: tl.constexpr):
+    """Quantize a tile to `at` bytes behind base and, if COPY, behind own."""
+    n = tl.full((step.GROUPS,), step.PIECES * step.LANES, tl.int32)
+    put(bytes_at(base + at), y, n, out, step, call.BF16)
+    if COPY:
+        put(bytes_at(own + at), y, n, out, step, call.BF16)
+
+
+@triton.jit
+def _encode(x, out, y, tile, outbox_address, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr,
+            step: tl.constexpr):  # fmt: skip
+    """Quantize this rank's tile y of a wave; where shards have destinations, the tiles of all shards of x instead."""
+    if call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER:
+        for target in range(ranks.WORLD_SIZE):
+            shard = scalar(0, like=region.rank) + target
+            y = _load(x, tile, shard, message, call, step)
+            if step.HADAMARD:
+                y = hadamard(y, step)
+            sent = outbox_address + (shard * message.n_tiles + tile).to(tl.int64) * step.BYTES
+            base = tl.where(shard == region.rank, outbox.own + tile.to(tl.int64) * step.BYTES, sent)
+            _send(y, scalar(0, like=sent), base, base, out, call, step, False)
     else:
-        steps, scale = expand(raw, BITS, P, B, M)
-        return steps, tl.where(ok, scale, float("nan"))
+        if step.HADAMARD:
+            y = hadamard(y, step)
+        _send(y, tile.to(tl.int64) * step.BYTES, outbox_address, outbox.own, out, call, step, True)
 
 
 @triton.jit
-def _source(i, rank, table, mine, theirs):
-    """Where rank i's tile lies: in its outbox, or here if that is this rank."""
-    return bytes_at(tl.where(rank == i, mine, tl.load(table + i) + theirs))
+def _work(x, out, worker, n_waves, base1, base2, epoch, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr,
+          reduce: tl.constexpr, gather: tl.constexpr):  # fmt: skip
+    """The role worker."""
+    SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER
+    GATHERS_FIRST: tl.constexpr = call.ALGORITHM == _ALL_GATHER
+    STAGES: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
+    lag = message.stage_lag
+    data = _data(epoch, message)
+    given_up = tl.atomic_or(ints_at(region.local + _ABORT), 0, sem="relaxed", scope="gpu") != 0
+    sent = tl.where(given_up, outbox.own, tl.load(outbox.table + region.rank) + data)
+    none = scalar(0, like=region.rank)
+    reached1, reached2 = none, none
+    for i in range(n_waves + lag * STAGES):
+        tile = i * outbox.n_workers + worker
+        tile1, tile2 = tile - lag * outbox.n_workers, tile - 2 * lag * outbox.n_workers
+        has1, has2 = (i >= lag) & (tile1 < message.n_tiles), (i >= 2 * lag) & (tile2 < message.n_tiles)
+        first: tl.constexpr = gather if GATHERS_FIRST else reduce
+        y = tl.zeros((first.GROUPS, first.PIECES, first.LANES), tl.float32)
+        if not SHARDED:
+            y = _load(x, tl.minimum(tile, message.n_tiles - 1), none, message, call, first)
+
+        if has1:
+            reached1 = _wait(reached1, i - lag + 1, base1, base2, epoch, region, outbox, ranks, 0)
+        shard_tile = (region.rank * message.n_tiles if SHARDED else none) + tile1
+        at1, own1 = data + shard_tile.to(tl.int64) * first.BYTES, outbox.own + tile1.to(tl.int64) * first.BYTES
+        raws1 = _fetch_first(at1, own1, x, has1, region, outbox, ranks, first)
+        if STAGES == 2:
+            if has2:
+                reached2 = _wait(reached2, i - 2 * lag + 1, base1, base2, epoch, region, outbox, ranks, 1)
+            offset2 = message.stage2_offset + tile2.to(tl.int64) * gather.BYTES
+            at2, own2 = data + offset2, outbox.own + offset2
+            raws2 = _fetch_first(at2, own2, x, has2, region, outbox, ranks, gather)
+
+        if tile < message.n_tiles:
+            _encode(x, out, y, tile, sent, region, outbox, message, call, ranks, first)
+        if i < n_waves:
+            _count(worker, base1 + i + 1, region, outbox, ranks, 0)
+
+        if has1:
+            if GATHERS_FIRST:
+                _store_all(out, raws1, reached1, tile1, at1, own1, x, region, outbox, message, call, ranks, gather)
+            else:
+                total = _sum(raws1, reached1, at1, own1, x, region, outbox, ranks, reduce)
+                if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
+                    total = from_hadamard(total, reduce)
+                if STAGES == 2:
+                    if reduce.PIECES != gather.PIECES or reduce.LANES != gather.LANES:
+                        total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
+                    if gather.HADAMARD and not call.SUM_IN_HADAMARD:
+                        total = hadamard(total, gather)
+                    place = message.stage2_offset + tile1.to(tl.int64) * gather.BYTES
+                    _send(total, place, sent, outbox.own, out, call, gather, True)
+                else:
+                    unit, left = _tile_at(tile1, region.rank if SHARDED else none, message, call)
+                    at, keep = _values_at(left, call.UNIT, reduce)
+                    if SHARDED:  # out is the shard alone
+                        unit -= region.rank.to(tl.int64) * message.shard_stride
+                    store(out + unit * call.UNIT, at, keep, total, call.BF16)
+        if STAGES == 2:
+            if (i >= lag) & (i < n_waves + lag):
+                _count(worker, base2 + i - lag + 1, region, outbox, ranks, 1)
+            if has2:
+                _store_all(out, raws2, reached2, tile2, at2, own2, x, region, outbox, message, call, ranks, gather)
 
 
-_RUN_TIME = ("rank", "n_units", "slice_units", "stride", "n_tiles", "half", "second", "limit", "lag", "local", "n_workers", "state")  # fmt: skip
+@triton.jit
+def _store_all(out, raws, reached, tile, tile_of_peer, own, x, region, outbox, message, call: tl.constexpr,
+               ranks: tl.constexpr, step: tl.constexpr):  # fmt: skip
+    """Decode a tile of every rank's shard to its place in out."""
+    for i in tl.static_range(ranks.WORLD_SIZE):
+        raw = raws[i] if i < len(raws) else _fetch(i, tile_of_peer, own, x, reached >= 0, region, outbox, step)
+        steps, scale = expand(raw, step)
+        y = steps * tl.where(reached < _GAVE_UP // 2, scale, float("nan"))[:, None, None]
+        if step.HADAMARD:
+            y = from_hadamard(y, step)
+        unit, left = _tile_at(tile, scalar(0, like=region.rank) + i, message, call)
+        at, keep = _values_at(left, call.UNIT, step)
+        store(out + unit * call.UNIT, at, keep, y, call.BF16)
 
 
-@triton.jit(do_not_specialize=list(_RUN_TIME))
-def persistent(
-    x, out, table, peers, status, own, state: tl.int64, local: tl.int64, rank: tl.int32, n_units: tl.int64,
-    slice_units: tl.int64, stride: tl.int64, n_tiles: tl.int32, half: tl.int64, second: tl.int64, limit: tl.int64,
-    lag: tl.int32, n_workers: tl.int32,
-    KIND: tl.constexpr, WORLD: tl.constexpr, NPEERS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    BITS1: tl.constexpr, CLIP1: tl.constexpr, HAD1: tl.constexpr, GROUP1: tl.constexpr, P1: tl.constexpr,
-    BYTES1: tl.constexpr,
-    BITS2: tl.constexpr, CLIP2: tl.constexpr, HAD2: tl.constexpr, GROUP2: tl.constexpr, P2: tl.constexpr,
-    BYTES2: tl.constexpr,
-    REAL: tl.constexpr, DELAY: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
-    """x, out: the message of this rank and the result. table: int64 (WORLD,), addresses of everybody's shared memory.
-    own: uint8, GPU memory for `half` bytes: what this rank decodes of its own. state: GPU memory of STATE_BYTES, zeroed
-    at first. peers, status, local: of `sync.give_up`.
+@triton.jit
+def host_collective(x, out, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
+                    gather: tl.constexpr):  # fmt: skip
+    """One program of a collective.
 
-    Slices begin stride units apart and have slice_units units (the last ones may have fewer, of n_units in all) and
-    n_tiles tiles of UNITS units. half: bytes of an epoch's outbox; second: bytes into it at which stage 2 lies. *1 is the
-    reduce step, *2 the gather step. limit: of a wait, in ns (REAL) or polls. lag: waves, at least 1.
+    Args:
+        x, out: the message and the result of this rank, 16-byte aligned; in an all-reduce they may be the same.
+        region: a `sync.Region`, of which `own` is not used. outbox: an `Outbox`. message: a `collective_kernel.Message`,
+            with a stage_lag of at least 1. call: a `collective_kernel.Collective`. ranks: a `sync.Ranks`.
+        reduce, gather: the `tile.Step`s of the two stages; all_gather has only the second one.
     """
-    B1: tl.constexpr = UNITS * UNIT // GROUP1
-    M1: tl.constexpr = GROUP1 // P1
-    B2: tl.constexpr = UNITS * UNIT // GROUP2
-    M2: tl.constexpr = GROUP2 // P2
-    SLICED: tl.constexpr = KIND == _TWO_SHOT or KIND == _REDUCE_SCATTER
-    SUMS: tl.constexpr = KIND != _ALL_GATHER
-    GATHERS: tl.constexpr = KIND == _TWO_SHOT or KIND == _ALL_GATHER
-    STAGES: tl.constexpr = 2 if KIND == _TWO_SHOT else 1
-    AHEAD: tl.constexpr = min(WORLD, 4)
-
-    program = tl.program_id(0)
-    epoch = arrive(state)
-    base = epoch * _WAVES
-    base2 = base  # of stage 2: calls that have one are counted apart, so that no count is ever far behind
-    if KIND == _TWO_SHOT:
-        base2 = arrive(state + 64) * _WAVES
-    n_waves = (n_tiles + n_workers - 1) // n_workers
-    if not REAL:
-        program += WORLD  # the interpreter runs one worker, which publishes and relays by itself
-    if program == 0:
-        _publisher(base, base2, n_waves, n_workers, rank, table, state, local, STAGES, REAL)
-    elif program < WORLD:
-        _watch(program - 1, rank, epoch, base, base2, n_waves, n_waves * (STAGES - 1), table, state, local, peers, status,
-               limit, WORLD, STAGES, REAL)  # fmt: skip
+    STAGES: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
+    role = tl.program_id(0)
+    if not ranks.CLOCK:
+        role += ranks.WORLD_SIZE
+    epoch = arrive(outbox.calls)
+    base1 = epoch * _MAX_WAVES
+    base2 = base1
+    if STAGES == 2:
+        base2 = arrive(outbox.two_stage_calls) * _MAX_WAVES
+    n_waves = (message.n_tiles + outbox.n_workers - 1) // outbox.n_workers
+    if role == 0:
+        _publish_all(n_waves, base1, base2, region, outbox, ranks, STAGES)
+    elif role < ranks.WORLD_SIZE:
+        _watch(role - 1, base1, base2, n_waves, n_waves * (STAGES - 1), epoch, region, outbox, ranks, STAGES)
     else:
-        worker = program - WORLD
-        parity = _OUTBOX_AT + (epoch & 1).to(tl.int64) * half
-        here = own.to(tl.int64)
-        given_up = tl.atomic_or(words(local + ABORT_AT), 0, sem="relaxed", scope="gpu") != 0
-        outbox = tl.where(given_up, here, tl.load(table + rank) + parity)
-        reached1, reached2 = rank * 0, rank * 0
-        for i in range(n_waves + lag * STAGES):
-            tile = i * n_workers + worker
-            tile1 = tile - lag * n_workers  # of which sums are taken, or which is gathered
-            tile2 = tile - 2 * lag * n_workers
-            has1 = (i >= lag) & (tile1 < n_tiles)
-            has2 = (i >= 2 * lag) & (tile2 < n_tiles)
-            if not SLICED:
-                unit, left = _span(tile, rank * 0, n_units, slice_units, stride, UNITS)
-                if KIND == _ALL_GATHER:
-                    at, keep = _places(UNIT, GROUP2, P2, B2, M2, left)
-                else:
-                    at, keep = _places(UNIT, GROUP1, P1, B1, M1, left)
-                values = tl.load(x + unit * UNIT + at, mask=keep & (tile < n_tiles), other=0.0)
-            if has1:
-                reached1 = _reach(reached1, i - lag + 1, epoch, base, base2, rank, table, state, local, peers, status, limit, 0,
-                                  WORLD, NPEERS, REAL, DELAY)  # fmt: skip
-            raws1 = ()
-            unit1, left1 = _span(tile1, rank if SLICED else rank * 0, n_units, slice_units, stride, UNITS)
-            if SUMS:
-                at1, keep1 = _places(UNIT, GROUP1, P1, B1, M1, left1)
-                theirs = parity + ((rank * n_tiles if SLICED else 0) + tile1).to(tl.int64) * BYTES1
-                mine = here + tile1.to(tl.int64) * BYTES1
-                if BITS1 == 16:
-                    mine = (x + unit1 * UNIT).to(tl.int64)
-                for k in tl.static_range(AHEAD):
-                    raws1 = raws1 + (_fetch(_source(k, rank, table, mine, theirs), x, has1, keep1, BITS1, P1, B1, M1),)
-            if KIND == _TWO_SHOT:
-                if has2:
-                    reached2 = _reach(reached2, i - 2 * lag + 1, epoch, base, base2, rank, table, state, local, peers, status, limit,
-                                      1, WORLD, NPEERS, REAL, DELAY)  # fmt: skip
-            raws2 = ()
-            if GATHERS:
-                tile3 = tile2 if KIND == _TWO_SHOT else tile1
-                has3 = has2 if KIND == _TWO_SHOT else has1
-                _, left3 = _span(tile3, rank, n_units, slice_units, stride, UNITS)
-                at3, keep3 = _places(UNIT, GROUP2, P2, B2, M2, left3)
-                theirs3 = parity + second + tile3.to(tl.int64) * BYTES2
-                mine3 = here + second + tile3.to(tl.int64) * BYTES2
-                if KIND == _ALL_GATHER and BITS2 == 16:
-                    mine3 = (x + tile3.to(tl.int64) * (UNITS * UNIT)).to(tl.int64)
-                for k in tl.static_range(AHEAD):
-                    _, left3 = _span(tile3, rank * 0 + k, n_units, slice_units, stride, UNITS)
-                    at3, keep3 = _places(UNIT, GROUP2, P2, B2, M2, left3)
-                    raws2 = raws2 + (_fetch(_source(k, rank, table, mine3, theirs3), x, has3, keep3, BITS2, P2, B2, M2),)
-
-            if tile < n_tiles:
-                if KIND == _ALL_GATHER:
-                    y = widen(values)
-                    if HAD2:
-                        y = hadamard(y, tl.arange(0, B2), P2, B2, M2, False)
-                    place = tile.to(tl.int64) * BYTES2
-                    _put(bytes_at(here + place), bytes_at(outbox + place), y, x, BITS2 != 16, True, BITS2, CLIP2, HAD2,
-                         GROUP2, P2, B2, M2, BF16)  # fmt: skip
-                elif SLICED:
-                    for target in range(WORLD):
-                        slice = rank * 0 + target
-                        unit, left = _span(tile, slice, n_units, slice_units, stride, UNITS)
-                        at, keep = _places(UNIT, GROUP1, P1, B1, M1, left)
-                        y = widen(tl.load(x + unit * UNIT + at, mask=keep, other=0.0))
-                        if HAD1:
-                            y = hadamard(y, tl.arange(0, B1), P1, B1, M1, False)
-                        place = tl.where(
-                            slice == rank,
-                            here + tile.to(tl.int64) * BYTES1,
-                            outbox + (slice * n_tiles + tile).to(tl.int64) * BYTES1,
-                        )
-                        _put(bytes_at(place), bytes_at(place), y, x, False, True if BITS1 != 16 else slice != rank,
-                             BITS1, CLIP1, HAD1, GROUP1, P1, B1, M1, BF16)  # fmt: skip
-                else:
-                    y = widen(values)
-                    if HAD1:
-                        y = hadamard(y, tl.arange(0, B1), P1, B1, M1, False)
-                    place = tile.to(tl.int64) * BYTES1
-                    _put(bytes_at(here + place), bytes_at(outbox + place), y, x, BITS1 != 16, True, BITS1, CLIP1, HAD1,
-                         GROUP1, P1, B1, M1, BF16)  # fmt: skip
-            if i < n_waves:
-                _done(worker, base + i + 1, rank, table, state, local, 0, REAL)
-
-            if SUMS:
-                if has1:
-                    ok1 = reached1 < _GAVE_UP // 2
-                    steps, scale = _expand(raws1[0], ok1, BITS1, P1, B1, M1)
-                    total = steps * scale[:, None, None]
-                    for k in tl.static_range(1, WORLD):
-                        if k < AHEAD:
-                            raw = raws1[k]
-                        else:
-                            raw = _fetch(_source(k, rank, table, mine, theirs), x, has1, keep1, BITS1, P1, B1, M1)
-                        steps, scale = _expand(raw, ok1, BITS1, P1, B1, M1)
-                        total = tl.fma(steps, tl.broadcast_to(scale[:, None, None], (B1, P1, M1)), total)
-                    if HAD1 and not ROTATED:
-                        total = hadamard(total, tl.arange(0, B1), P1, B1, M1, False) * (1.0 / GROUP1)
-                    if KIND == _TWO_SHOT:
-                        if P1 == P2 and M1 == M2:
-                            again = total
-                        else:
-                            again = tl.reshape(total, (B2, P2, M2))
-                        if HAD2 and not ROTATED:
-                            again = hadamard(again, tl.arange(0, B2), P2, B2, M2, False)
-                        place1 = second + tile1.to(tl.int64) * BYTES2
-                        _put(bytes_at(here + place1), bytes_at(outbox + place1), again, x, True, True, BITS2, CLIP2,
-                             HAD2, GROUP2, P2, B2, M2, BF16)  # fmt: skip
-                    elif KIND == _REDUCE_SCATTER:  # out is the slice alone
-                        store(out + tile1.to(tl.int64) * (UNITS * UNIT), at1, keep1, total, BF16)
-                    else:
-                        store(out + unit1 * UNIT, at1, keep1, total, BF16)
-                if KIND == _TWO_SHOT:
-                    if (i >= lag) & (i < n_waves + lag):
-                        _done(worker, base2 + i - lag + 1, rank, table, state, local, 1, REAL)
-            if GATHERS:
-                if has3:
-                    ok3 = (reached2 if KIND == _TWO_SHOT else reached1) < _GAVE_UP // 2
-                    for k in tl.static_range(WORLD):
-                        begin, left3 = _span(tile3, rank * 0 + k, n_units, slice_units, stride, UNITS)
-                        at3, keep3 = _places(UNIT, GROUP2, P2, B2, M2, left3)
-                        if k < AHEAD:
-                            raw = raws2[k]
-                        else:
-                            raw = _fetch(_source(k, rank, table, mine3, theirs3), x, has3, keep3, BITS2, P2, B2, M2)
-                        steps, scale = _expand(raw, ok3, BITS2, P2, B2, M2)
-                        y = steps * scale[:, None, None]
-                        if HAD2:
-                            y = hadamard(y, tl.arange(0, B2), P2, B2, M2, False) * (1.0 / GROUP2)
-                        store(out + begin * UNIT, at3, keep3, y, BF16)
+        _work(x, out, role - ranks.WORLD_SIZE, n_waves, base1, base2, epoch, region, outbox, message, call, ranks,
+              reduce, gather)  # fmt: skip
