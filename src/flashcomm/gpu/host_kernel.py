@@ -50,7 +50,18 @@ import triton.language as tl
 
 from flashcomm.gpu.collective_kernel import ALL_GATHER, REDUCE_SCATTER, TWO_SHOT, _data, _load, _tile_at, _values_at
 from flashcomm.gpu.sync import ABORT, _clock, _set, arrive, bytes_at, give_up, ints_at
-from flashcomm.gpu.tile import expand, fetch_plane, from_hadamard, hadamard, in_order, plane_offset, put, scalar, store
+from flashcomm.gpu.tile import (
+    Step,
+    expand,
+    fetch_plane,
+    from_hadamard,
+    hadamard,
+    in_order,
+    plane_offset,
+    put,
+    scalar,
+    store,
+)
 
 MAX_WAVES = 4096  # of a call
 MAX_WORKERS = 128
@@ -62,6 +73,13 @@ _GAVE_UP = tl.constexpr(1 << 29)  # waves, in `seen`: more than any call has
 _MAX_WAVES, _MAX_WORKERS, _ABORT = tl.constexpr(MAX_WAVES), tl.constexpr(MAX_WORKERS), tl.constexpr(ABORT)
 _FLAG_STAGE, _SEEN, _SEEN_STAGE, _PROGRESS = tl.constexpr(128), tl.constexpr(128), tl.constexpr(64), tl.constexpr(1024)
 _ALL_GATHER, _REDUCE_SCATTER, _TWO_SHOT = tl.constexpr(ALL_GATHER), tl.constexpr(REDUCE_SCATTER), tl.constexpr(TWO_SHOT)
+
+
+class Steps(NamedTuple):
+    """Constants of a kernel: how the two stages code tiles, each one a `tile.Step`. all_gather has only the second."""
+
+    reduce: Step
+    gather: Step
 
 
 class Counter(NamedTuple):
@@ -117,9 +135,9 @@ def _rank_of(peer, region):
 
 
 @triton.jit
-def _watch(peer, base1, base2, want1, want2, epoch, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
+def _watch(peer, bases, want1, want2, epoch, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
     """The role relay: until a peer has published the wanted waves of both stages, or nothing new for the limit."""
-    source = _rank_of(peer, region)
+    source, base1, base2 = _rank_of(peer, region), bases[0], bases[1]
     flag = tl.load(outbox.table + source)
     seen1, seen2 = ints_at(outbox.state + _SEEN + 4 * peer), ints_at(outbox.state + _SEEN + _SEEN_STAGE + 4 * peer)
     abort = ints_at(region.local + _ABORT)
@@ -160,9 +178,10 @@ def _publish(waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
 
 
 @triton.jit
-def _publish_all(n_waves, base1, base2, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
+def _publish_all(n_waves, bases, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
     """The role publisher."""
     told1, told2 = scalar(0, like=n_waves), n_waves * (2 - STAGES)
+    base1, base2 = bases[0], bases[1]
     while (told1 < n_waves) | (told2 < n_waves):
         if told1 < n_waves:
             done1 = _least(ints_at(outbox.state + _PROGRESS), outbox.n_workers, base1, _MAX_WORKERS)
@@ -187,7 +206,7 @@ def _count(worker, waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constex
 
 
 @triton.jit
-def _wait(reached, want, base1, base2, epoch, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
+def _wait(reached, want, bases, epoch, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
     """Wait until all peers have published so many waves of a stage.
 
     Returns:
@@ -195,12 +214,12 @@ def _wait(reached, want, base1, base2, epoch, region, outbox, ranks: tl.constexp
     """
     W: tl.constexpr = ranks.WORLD_SIZE
     N: tl.constexpr = 1 if W <= 2 else 2 if W <= 3 else 4 if W <= 5 else 8 if W <= 9 else 16
-    seen, base = ints_at(outbox.state + _SEEN + _SEEN_STAGE * STAGE), base2 if STAGE == 1 else base1
+    seen, base = ints_at(outbox.state + _SEEN + _SEEN_STAGE * STAGE), bases[STAGE]
     if not ranks.CLOCK:
         none = scalar(-_GAVE_UP, like=want)
         for peer in tl.static_range(ranks.WORLD_SIZE - 1):
             want1, want2 = want if STAGE == 0 else none, want if STAGE == 1 else none
-            _watch(peer, base1, base2, want1, want2, epoch, region, outbox, ranks, 2)
+            _watch(peer, bases, want1, want2, epoch, region, outbox, ranks, 2)
     while reached < want:
         reached = _least(seen, ranks.WORLD_SIZE - 1, base, N)
     for _ in range(ranks.DELAY):
@@ -210,12 +229,12 @@ def _wait(reached, want, base1, base2, epoch, region, outbox, ranks: tl.constexp
 
 
 @triton.jit
-def _fetch(source, tile_of_peer, own, x, here, region, outbox, step: tl.constexpr):
+def _fetch(source, place, x, here, region, outbox, step: tl.constexpr):
     """Rank `source`'s tile as it lies there, for `expand` after more loads; nothing is loaded unless `here`.
 
-    tile_of_peer: bytes into a peer's shared memory; own: the address of this rank's copy of its own tile.
+    place: where the tile is, in bytes into a peer's shared memory, and the address of this rank's copy of its own.
     """
-    base = bytes_at(tl.where(region.rank == source, own, tl.load(outbox.table + source) + tile_of_peer))
+    base = bytes_at(tl.where(region.rank == source, place[1], tl.load(outbox.table + source) + place[0]))
     if step.BITS == 16:
         at = in_order(step, step.LANES)
         values = base.to(tl.pointer_type(x.dtype.element_ty)) + at
@@ -233,20 +252,20 @@ def _fetch(source, tile_of_peer, own, x, here, region, outbox, step: tl.constexp
 
 
 @triton.jit
-def _fetch_first(tile_of_peer, own, x, here, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
+def _fetch_first(place, x, here, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
     """The tiles of the first ranks, as many as registers are spent on before they are needed."""
     raws = ()
     for i in tl.static_range(min(ranks.WORLD_SIZE, 4)):
-        raws = raws + (_fetch(i, tile_of_peer, own, x, here, region, outbox, step),)
+        raws = raws + (_fetch(i, place, x, here, region, outbox, step),)
     return raws
 
 
 @triton.jit
-def _sum(raws, reached, tile_of_peer, own, x, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
+def _sum(raws, reached, place, x, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
     """The sum of everybody's tile in rank order, float32; NaN if peers never came. Products are exact: fma changes no bit."""
     total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
     for i in tl.static_range(ranks.WORLD_SIZE):
-        raw = raws[i] if i < len(raws) else _fetch(i, tile_of_peer, own, x, reached >= 0, region, outbox, step)
+        raw = raws[i] if i < len(raws) else _fetch(i, place, x, reached >= 0, region, outbox, step)
         steps, scale = expand(raw, step)
         scale = tl.where(reached < _GAVE_UP // 2, scale, float("nan"))
         if i == 0:
@@ -285,12 +304,15 @@ def _encode(x, out, y, tile, outbox_address, region, outbox, message, call: tl.c
 
 
 @triton.jit
-def _work(x, out, worker, n_waves, base1, base2, epoch, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr,
-          reduce: tl.constexpr, gather: tl.constexpr):  # fmt: skip
+def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr,
+          steps: tl.constexpr):  # fmt: skip
     """The role worker."""
     SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER
     GATHERS_FIRST: tl.constexpr = call.ALGORITHM == _ALL_GATHER
     STAGES: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
+    reduce: tl.constexpr = steps.reduce
+    gather: tl.constexpr = steps.gather
+    first: tl.constexpr = gather if GATHERS_FIRST else reduce
     lag = message.stage_lag
     data = _data(epoch, message)
     given_up = tl.atomic_or(ints_at(region.local + _ABORT), 0, sem="relaxed", scope="gpu") != 0
@@ -301,33 +323,32 @@ def _work(x, out, worker, n_waves, base1, base2, epoch, region, outbox, message,
         tile = i * outbox.n_workers + worker
         tile1, tile2 = tile - lag * outbox.n_workers, tile - 2 * lag * outbox.n_workers
         has1, has2 = (i >= lag) & (tile1 < message.n_tiles), (i >= 2 * lag) & (tile2 < message.n_tiles)
-        first: tl.constexpr = gather if GATHERS_FIRST else reduce
         y = tl.zeros((first.GROUPS, first.PIECES, first.LANES), tl.float32)
         if not SHARDED:
             y = _load(x, tl.minimum(tile, message.n_tiles - 1), none, message, call, first)
 
         if has1:
-            reached1 = _wait(reached1, i - lag + 1, base1, base2, epoch, region, outbox, ranks, 0)
+            reached1 = _wait(reached1, i - lag + 1, bases, epoch, region, outbox, ranks, 0)
         shard_tile = (region.rank * message.n_tiles if SHARDED else none) + tile1
-        at1, own1 = data + shard_tile.to(tl.int64) * first.BYTES, outbox.own + tile1.to(tl.int64) * first.BYTES
-        raws1 = _fetch_first(at1, own1, x, has1, region, outbox, ranks, first)
+        place1 = (data + shard_tile.to(tl.int64) * first.BYTES, outbox.own + tile1.to(tl.int64) * first.BYTES)
+        raws1 = _fetch_first(place1, x, has1, region, outbox, ranks, first)
         if STAGES == 2:
             if has2:
-                reached2 = _wait(reached2, i - 2 * lag + 1, base1, base2, epoch, region, outbox, ranks, 1)
+                reached2 = _wait(reached2, i - 2 * lag + 1, bases, epoch, region, outbox, ranks, 1)
             offset2 = message.stage2_offset + tile2.to(tl.int64) * gather.BYTES
-            at2, own2 = data + offset2, outbox.own + offset2
-            raws2 = _fetch_first(at2, own2, x, has2, region, outbox, ranks, gather)
+            place2 = (data + offset2, outbox.own + offset2)
+            raws2 = _fetch_first(place2, x, has2, region, outbox, ranks, gather)
 
         if tile < message.n_tiles:
             _encode(x, out, y, tile, sent, region, outbox, message, call, ranks, first)
         if i < n_waves:
-            _count(worker, base1 + i + 1, region, outbox, ranks, 0)
+            _count(worker, bases[0] + i + 1, region, outbox, ranks, 0)
 
         if has1:
             if GATHERS_FIRST:
-                _store_all(out, raws1, reached1, tile1, at1, own1, x, region, outbox, message, call, ranks, gather)
+                _store_all(out, raws1, reached1, tile1, place1, x, region, outbox, message, call, ranks, gather)
             else:
-                total = _sum(raws1, reached1, at1, own1, x, region, outbox, ranks, reduce)
+                total = _sum(raws1, reached1, place1, x, region, outbox, ranks, reduce)
                 if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
                     total = from_hadamard(total, reduce)
                 if STAGES == 2:
@@ -335,8 +356,8 @@ def _work(x, out, worker, n_waves, base1, base2, epoch, region, outbox, message,
                         total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
                     if gather.HADAMARD and not call.SUM_IN_HADAMARD:
                         total = hadamard(total, gather)
-                    place = message.stage2_offset + tile1.to(tl.int64) * gather.BYTES
-                    _send(total, place, sent, outbox.own, out, call, gather, True)
+                    at = message.stage2_offset + tile1.to(tl.int64) * gather.BYTES
+                    _send(total, at, sent, outbox.own, out, call, gather, True)
                 else:
                     unit, left = _tile_at(tile1, region.rank if SHARDED else none, message, call)
                     at, keep = _values_at(left, call.UNIT, reduce)
@@ -345,17 +366,17 @@ def _work(x, out, worker, n_waves, base1, base2, epoch, region, outbox, message,
                     store(out + unit * call.UNIT, at, keep, total, call.BF16)
         if STAGES == 2:
             if (i >= lag) & (i < n_waves + lag):
-                _count(worker, base2 + i - lag + 1, region, outbox, ranks, 1)
+                _count(worker, bases[1] + i - lag + 1, region, outbox, ranks, 1)
             if has2:
-                _store_all(out, raws2, reached2, tile2, at2, own2, x, region, outbox, message, call, ranks, gather)
+                _store_all(out, raws2, reached2, tile2, place2, x, region, outbox, message, call, ranks, gather)
 
 
 @triton.jit
-def _store_all(out, raws, reached, tile, tile_of_peer, own, x, region, outbox, message, call: tl.constexpr,
+def _store_all(out, raws, reached, tile, place, x, region, outbox, message, call: tl.constexpr,
                ranks: tl.constexpr, step: tl.constexpr):  # fmt: skip
     """Decode a tile of every rank's shard to its place in out."""
     for i in tl.static_range(ranks.WORLD_SIZE):
-        raw = raws[i] if i < len(raws) else _fetch(i, tile_of_peer, own, x, reached >= 0, region, outbox, step)
+        raw = raws[i] if i < len(raws) else _fetch(i, place, x, reached >= 0, region, outbox, step)
         steps, scale = expand(raw, step)
         y = steps * tl.where(reached < _GAVE_UP // 2, scale, float("nan"))[:, None, None]
         if step.HADAMARD:
@@ -366,30 +387,27 @@ def _store_all(out, raws, reached, tile, tile_of_peer, own, x, region, outbox, m
 
 
 @triton.jit
-def host_collective(x, out, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
-                    gather: tl.constexpr):  # fmt: skip
+def host_collective(x, out, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr, steps: tl.constexpr):
     """One program of a collective.
 
     Args:
         x, out: the message and the result of this rank, 16-byte aligned; in an all-reduce they may be the same.
         region: a `sync.Region`, of which `own` is not used. outbox: an `Outbox`. message: a `collective_kernel.Message`,
             with a stage_lag of at least 1. call: a `collective_kernel.Collective`. ranks: a `sync.Ranks`.
-        reduce, gather: the `tile.Step`s of the two stages; all_gather has only the second one.
+        steps: a `Steps`.
     """
     STAGES: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
     role = tl.program_id(0)
     if not ranks.CLOCK:
         role += ranks.WORLD_SIZE
     epoch = arrive(outbox.calls)
-    base1 = epoch * _MAX_WAVES
-    base2 = base1
+    bases = (epoch * _MAX_WAVES, epoch * _MAX_WAVES)
     if STAGES == 2:
-        base2 = arrive(outbox.two_stage_calls) * _MAX_WAVES
+        bases = (epoch * _MAX_WAVES, arrive(outbox.two_stage_calls) * _MAX_WAVES)
     n_waves = (message.n_tiles + outbox.n_workers - 1) // outbox.n_workers
     if role == 0:
-        _publish_all(n_waves, base1, base2, region, outbox, ranks, STAGES)
+        _publish_all(n_waves, bases, region, outbox, ranks, STAGES)
     elif role < ranks.WORLD_SIZE:
-        _watch(role - 1, base1, base2, n_waves, n_waves * (STAGES - 1), epoch, region, outbox, ranks, STAGES)
+        _watch(role - 1, bases, n_waves, n_waves * (STAGES - 1), epoch, region, outbox, ranks, STAGES)
     else:
-        _work(x, out, role - ranks.WORLD_SIZE, n_waves, base1, base2, epoch, region, outbox, message, call, ranks,
-              reduce, gather)  # fmt: skip
+        _work(x, out, role - ranks.WORLD_SIZE, n_waves, bases, epoch, region, outbox, message, call, ranks, steps)

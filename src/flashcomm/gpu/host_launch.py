@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from flashcomm.gpu.collective_kernel import ALL_GATHER, ONE_SHOT, REDUCE_SCATTER
 from flashcomm.gpu.compat import INTERPRETED, Int64, launcher
 from flashcomm.gpu.launch import ALGORITHMS, POLLS_PER_SECOND, KernelCollectives, Launch, PeerMemory, _at_offset
 from flashcomm.gpu.tile import pieces, step_of, tile_bytes
-from flashcomm.gpu.tuning import Tiles, cut
+from flashcomm.gpu.tuning import LL, Tiles, Tuning, cut
 from flashcomm.wire.format import StepFormat, WireFormat
 
 
@@ -30,14 +30,11 @@ class HostMemory(PeerMemory, Protocol):
 
 
 @dataclass(frozen=True)
-class HostTuning:
-    """How a call is cut up."""
+class HostTuning(Tuning):
+    """How a launch of `host_collective` is cut up, with a tile per program and wave and a stage_lag of at least 1."""
 
-    tile_numel: int
-    n_workers: int  # programs that quantize and sum; the grid has one more for each rank
-    stage_lag: int  # waves between storing a tile and loading those of the peers, at least 1
+    n_workers: int = 32  # programs that quantize and sum; the grid has one more for each rank
     n_pieces: int = 4  # of a tile of a plain format of up to 5 bits
-    ll: ClassVar[bool] = False
 
 
 SMALL_NUMEL, LARGE_NUMEL = 1 << 20, 4 << 20  # values of a rank's message: less than the former, the latter or more
@@ -51,8 +48,8 @@ def host_tuning(fmt: WireFormat, numel: int) -> HostTuning:
     bits = max(fmt.reduce.bits, fmt.gather.bits)
     tile_numel = 2048 if bits == 16 else 4096 if bits == 8 or numel < SMALL_NUMEL else 8192
     if numel < LARGE_NUMEL:
-        return HostTuning(tile_numel, 32, 4)
-    return HostTuning(tile_numel, 48, 6, n_pieces=8)
+        return HostTuning(tile_numel, stage_lag=4)
+    return HostTuning(tile_numel, stage_lag=6, n_workers=48, n_pieces=8)
 
 
 def shared_bytes(workspace: int) -> int:
@@ -64,8 +61,8 @@ class HostCollectives(KernelCollectives):
     """The collectives through host memory. Calls must come in the same order on all ranks, on one stream at a time.
 
     Args:
-        region: what a transport has made and all ranks have mapped. It is not closed here.
-        start: byte of everybody's memory at which `shared_bytes(workspace)` bytes for these calls begin.
+        region: what a transport has made and all ranks have mapped.
+            Behind its `n_bytes`, of `region_bytes(4 MiB)` or more, it has `shared_bytes(workspace)`.
         workspace: bytes of messages; larger ones take several launches.
         timeout_s: limit of every wait, in seconds.
         n_workers: programs that quantize and sum, at most; None takes as many as were fastest.
@@ -73,11 +70,11 @@ class HostCollectives(KernelCollectives):
     """
 
     region: HostMemory
+    ll_sent_bytes = 48 << 10  # over PCIe twice the bytes soon cost more than a flag
 
     def __init__(
         self,
         region: HostMemory,
-        start: int,
         workspace: int,
         timeout_s: float,
         n_workers: int | None = None,
@@ -85,26 +82,28 @@ class HostCollectives(KernelCollectives):
     ) -> None:
         super().__init__(region, timeout_s, delay)
         self.epoch_bytes, self.n_workers, device = workspace // 2 // 16 * 16, n_workers, region.device
-        self._table = torch.tensor([base + start for base in region.mappings], dtype=torch.int64).to(device)
+        self._table = torch.tensor([base + region.n_bytes for base in region.mappings], dtype=torch.int64).to(device)
         self._own = torch.empty(self.epoch_bytes, dtype=torch.uint8, device=device)
         self._state = torch.zeros(kernel.STATE_BYTES, dtype=torch.uint8, device=device)
 
-    def plan(  # type: ignore[override]
-        self, algorithm: str, x: Tensor, row: int, fmt: WireFormat, tuning: HostTuning | None = None
-    ) -> Launch:
+    def plan(self, algorithm: str, x: Tensor, row: int, fmt: WireFormat, tuning: Tuning | None = None) -> Launch:
         """As `KernelCollectives.plan`."""
         if tuning is None:
-            tuning = host_tuning(fmt, x.numel())
+            tuning = self.tuning(algorithm, x.numel(), fmt, x.element_size())
             if not INTERPRETED and row % fmt.unit == 0:  # so that later no length compiles anything
-                for numel in {0, SMALL_NUMEL, LARGE_NUMEL}:
-                    next(self._launches(ALGORITHMS.index(algorithm), x, fmt, host_tuning(fmt, numel)))
-        return super().plan(algorithm, x, row, fmt, tuning)  # type: ignore[arg-type]
+                for other in (LL, *(host_tuning(fmt, numel) for numel in (0, SMALL_NUMEL, LARGE_NUMEL))):
+                    next(self._launches(ALGORITHMS.index(algorithm), x, fmt, other))
+        return super().plan(algorithm, x, row, fmt, tuning)
 
-    def close(self) -> None:
-        """Nothing: what this rank has launched is waited for when the region is closed."""
+    def tuning(self, algorithm: str, numel: int, fmt: WireFormat, itemsize: int) -> Tuning:
+        """How a message of `numel` values is cut up: by the LL protocol or as `host_tuning` says."""
+        tuning = super().tuning(algorithm, numel, fmt, itemsize)
+        return tuning if tuning.ll else host_tuning(fmt, numel)
 
-    def capacity(self, algorithm: str, fmt: WireFormat, itemsize: int, tuning: HostTuning) -> int:  # type: ignore[override]
+    def capacity(self, algorithm: str, fmt: WireFormat, itemsize: int, tuning: Tuning) -> int:
         """Units of a shard that fit one launch (all-reduce: of the message)."""
+        if not isinstance(tuning, HostTuning):
+            return super().capacity(algorithm, fmt, itemsize, tuning)
         world_size, tiles = self.region.world_size, host_tiles(fmt, itemsize, tuning)
         need = {
             ONE_SHOT: tiles.reduce.BYTES,
@@ -119,7 +118,10 @@ class HostCollectives(KernelCollectives):
         most = min(tuning.n_workers, self.n_workers or kernel.MAX_WORKERS, kernel.MAX_WORKERS)
         return 1 if INTERPRETED else most
 
-    def _launches(self, kind: int, x: Tensor, fmt: WireFormat, tuning: HostTuning) -> Iterator[Launch]:  # type: ignore[override]
+    def _launches(self, kind: int, x: Tensor, fmt: WireFormat, tuning: Tuning) -> Iterator[Launch]:
+        if not isinstance(tuning, HostTuning):
+            yield from super()._launches(kind, x, fmt, tuning)
+            return
         region, itemsize, unit = self.region, x.element_size(), fmt.unit
         world_size, tiles = region.world_size, host_tiles(fmt, itemsize, tuning)
         limit = int(self.timeout_s * (POLLS_PER_SECOND[0] if INTERPRETED else 1e9))
@@ -130,7 +132,7 @@ class HostCollectives(KernelCollectives):
         in_hadamard = kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain
         n_units = x.numel() // unit // (world_size if kind == REDUCE_SCATTER else 1)
         for first, count in cut(n_units, self.capacity(ALGORITHMS[kind], fmt, itemsize, tuning)):
-            message = self._message(kind, n_units, count, tiles, tuning)  # type: ignore[arg-type]
+            message = self._message(kind, n_units, count, tiles, tuning)
             n_waves = -(-message.n_tiles // self._most_workers(tuning))
             n_workers = -(-message.n_tiles // n_waves)  # no more than fill the last wave, too
             outbox = kernel.Outbox(self._table, Int64(self._own.data_ptr()), Int64(state), *counters, n_workers)
@@ -142,8 +144,7 @@ class HostCollectives(KernelCollectives):
                 bundles=(
                     Collective(kind, 1, unit, tiles.units, in_hadamard, False, by_hand),
                     sync.Ranks(world_size, not INTERPRETED, not INTERPRETED, self.delay),
-                    tiles.reduce,
-                    tiles.gather,
+                    kernel.Steps(tiles.reduce, tiles.gather),
                 ),
                 num_warps=tiles.num_warps,
                 device=region.device.index,
