@@ -47,7 +47,7 @@ def host_tuning(fmt: WireFormat, numel: int) -> HostTuning:
     """
     bits = max(fmt.reduce.bits, fmt.gather.bits)
     tile_numel = 2048 if bits == 16 else 4096 if bits == 8 or numel < SMALL_NUMEL else 8192
-    if numel < LARGE_NUMEL:
+    if numel < LARGE_NUMEL or bits in (6, 7):
         return HostTuning(tile_numel, stage_lag=4)
     return HostTuning(tile_numel, stage_lag=6, n_workers=48, n_pieces=8)
 
@@ -70,7 +70,7 @@ class HostCollectives(KernelCollectives):
     """
 
     region: HostMemory
-    ll_sent_bytes = 48 << 10  # over PCIe twice the bytes soon cost more than a flag
+    ll_sent_bytes = 56 << 10  # over PCIe twice the bytes soon cost more than a flag
 
     def __init__(
         self,
