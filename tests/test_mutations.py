@@ -223,26 +223,21 @@ MUTATIONS = {
         "collectives/executors.py", "x = x.resolve_neg().contiguous()", "x = x.resolve_neg()",
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
-    "a slot is filled before it was fetched": (
-        "gpu/staging_flags.py", "want = done + (0 if PUT else 1)", "want = done + (-1 if PUT else 1)",
-        "transports/test_staging.py::test_a_slow_fetcher_fetches_what_was_meant_for_it",
+    "outboxes of even and odd calls in one place": (
+        "gpu/host_kernel.py", "    data = _data(epoch, message)\n    given_up", "    data = message.inbox\n    given_up",
+        "gpu/test_host_kernel.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
-    "bytes that did not come are taken": (
-        "gpu/staging_flags.py", "elif not PUT:", "elif False:",
-        "transports/test_staging.py::test_without_a_rank_results_are_nan_and_the_rank_is_named",
+    "workers load a wave before it is published": (
+        "gpu/host_kernel.py", "_wait(reached1, i - lag + 1, bases", "_wait(reached1, i - lag, bases",
+        "gpu/test_host_kernel.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
-    "a rank that gave up goes on sending": (
-        "gpu/staging_flags.py", "        if lost == 0:", "        if lost >= 0:",
-        "transports/test_staging.py::test_without_a_rank_results_are_nan_and_the_rank_is_named",
+    "tiles that did not come are taken": (
+        "gpu/host_kernel.py", "scale = tl.where(reached < _GAVE_UP // 2, scale, float(\"nan\"))", "scale = tl.where(reached > -9, scale, 0.0)",
+        "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[one_shot-2]",
     ),
-    "pieces of a chunk fetched from one place": (
-        "transports/staging.py", "self._copy(target + peer * n + start, slot, size, stream)",
-        "self._copy(target + peer * n, slot, size, stream)",
-        "transports/test_staging.py::test_collectives_equal_the_reference",
-    ),
-    "parts of all ranks give up one by one": (
-        "transports/staging.py", "self._counts = whole._counts", "self._counts = whole._counts.clone()",
-        "collectives/test_hierarchical.py::test_a_rank_that_is_gone_is_named_by_its_place_among_all",
+    "a rank that gave up goes on publishing": (
+        "gpu/host_kernel.py", "sem=\"relaxed\", scope=\"gpu\") == 0:\n        tl.debug_barrier()", "sem=\"relaxed\", scope=\"gpu\") >= 0:\n        tl.debug_barrier()",
+        "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[one_shot-2]",
     ),
     "nodes' sums rounded early": (
         "collectives/hierarchical.py", "dtype = x.dtype if sent.step.uncompressed else torch.float32", "dtype = x.dtype",

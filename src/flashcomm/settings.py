@@ -9,8 +9,8 @@
     FLASHCOMM_TRANSPORT    auto, process_group, symmetric (GPU memory of        auto: symmetric, then host_memory; on
                            peers), host_memory (pinned, GPUs of one host),      CPUs process_group
                            cpu_shared (a test double for GPUs, on CPUs)
-    FLASHCOMM_WORKSPACE_BYTES  memory that a rank offers to its peers;          256M (host_memory takes at most 68M of
-                           larger messages go in parts                          it, 140M with nodes)
+    FLASHCOMM_WORKSPACE_BYTES  memory that a rank offers to its peers;          256M (host_memory takes at most 72M of
+                           larger messages go in parts                          it)
     FLASHCOMM_CHUNK_BYTES  message bytes encoded and sent at a time             4M on CPUs, 32M on GPUs
                            (process_group)
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from support import N_GPUS, ranks, same_bits, tough
 
 from flashcomm import Communicator, WireFormat, reference
 from flashcomm.accuracy.simulate import TensorParallel
-from flashcomm.collectives import hierarchical
 from flashcomm.errors import InputError
 from flashcomm.ranks.launch import RankContext
 from flashcomm.routing.route import Executor
@@ -134,63 +131,6 @@ def test_simulated_ranks_give_the_bits_of_the_reference() -> None:
     for wrong in (3, 0):
         with pytest.raises(InputError, match=f"local_world_size={wrong}: 4 ranks do not make nodes"):
             TensorParallel(model, 4, algorithm="hierarchical", local_world_size=wrong)
-
-
-# ------------------------------------------------------------------------------------------------ through host memory
-
-
-needs_interpreter = pytest.mark.skipif(
-    N_GPUS > 0 or importlib.util.find_spec("triton") is None, reason="flags need Triton's interpreter, without GPUs"
-)
-
-
-def staged(ctx: RankContext, local_world_size: int, timeout_s: float) -> tuple[Any, torch.Tensor]:
-    """A context whose nodes have slots of their own in shared memory."""
-    from test_staging import staged
-
-    context, status = staged(ctx, 4096, timeout_s, exchanges=3)
-    begin = ctx.rank // local_world_size * local_world_size
-    inner: Any = context.transport
-    nodes = (
-        inner.among(range(begin, begin + local_world_size), 1),
-        inner.among(range(ctx.rank % local_world_size, ctx.world_size, local_world_size), 2),
-    )
-    return replace(context, nodes=nodes, chunk_bytes=3000), status
-
-
-@needs_interpreter
-@pytest.mark.contract(1, 2)
-@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), pytest.param(6, 3, marks=pytest.mark.thorough)])
-@ranks()
-def test_through_shared_memory(ctx: RankContext, world_size: int, local_world_size: int) -> None:
-    context, status = staged(ctx, local_world_size, 60)
-    for seed, (fmt, dtype) in enumerate((("int4", BF16), ("int6-had/int7-had", BF16), ("none/int4", FP32))):
-        context.fmt = WireFormat.parse(fmt)
-        for shape in ((5, 600), (1, 7)) if world_size == 4 else ((5, 600),):
-            everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(world_size)]
-            out = torch.empty(shape, dtype=dtype)
-            hierarchical.hierarchical(everybody[ctx.rank], out, context)
-            assert same_bits(out, reference.hierarchical(everybody, context.fmt, local_world_size)), (fmt, shape)
-    assert status.tolist() == [0] * 5
-
-
-@needs_interpreter
-@pytest.mark.contract(8)
-@ranks(4)
-def test_a_rank_that_is_gone_is_named_by_its_place_among_all(ctx: RankContext) -> None:
-    """Rank 2 is gone: the first of the second node. Rank 3 gives up on it, and rank 1 hears from nobody but 0 and 3.
-
-    Rank 1 is patient: were rank 3 to give up only within its node, rank 1 would still get its bytes in time.
-    """
-    context, status = staged(ctx, 2, 10 if ctx.rank == 1 else 1)
-    x = tough((2, 512), BF16, ctx.rank)
-    out = torch.empty_like(x)
-    hierarchical.hierarchical(x, out, context)
-    if ctx.rank == 2:
-        return
-    hierarchical.hierarchical(x, out.fill_(7), context)
-    assert out.isnan().any()
-    assert (int(status[0]), int(status[2])) == (1, {0: 2, 1: 3, 3: 2}[ctx.rank])
 
 
 # --------------------------------------------------------------------------------------------------------- on four GPUs

@@ -141,33 +141,3 @@ def test_kernels_refuse_what_they_must_not_touch() -> None:
         gpu_codec.encode(x, layout, 0, 256, out[:100])
     with pytest.raises(ValueError, match="wire bytes"):
         gpu_codec.decode_sum(out[:100].view(1, -1), layout, 0, 256, x, torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", ["int4", "int6-had", "none"])
-def test_a_message_whose_address_is_looked_up(name: str) -> None:
-    """The same bytes and values as by tensors, of a message and of a part of it."""
-    from flashcomm.gpu import codec as gpu_codec
-    from flashcomm.gpu.indirect import Indirect
-
-    step, shape = StepFormat.parse(name), (6, 640)
-    for i, dtype in enumerate(DTYPES):
-        x = tough(shape, dtype, i).contiguous()
-        layout, n = Layout(step, shape[-1], dtype.itemsize), x.numel()
-        out = torch.full_like(x, 7)
-        cells = [torch.tensor([t.data_ptr()]) for t in (x, out)]
-        source, target = (Indirect(cell, shape, dtype) for cell in cells)
-        for start, stop in ((0, n), (2 * 640, 5 * 640)):
-            pair = [torch.full((layout.nbytes(start, stop),), 0xEE, dtype=torch.uint8) for _ in range(2)]
-            torch_codec.encode(x.view(-1)[start:stop], layout, start, stop, pair[0])
-            gpu_codec.encode(source.view(-1)[start:stop], layout, start, stop, pair[1])
-            assert torch.equal(*pair), (dtype, start)
-            want = torch.empty(stop - start, dtype=dtype)
-            wires = torch.stack([pair[0]] * 3)
-            torch_codec.decode_sum(wires, layout, start, stop, want, dtype)
-            gpu_codec.decode_sum(wires, layout, start, stop, target.view(-1)[start:stop], dtype)
-            assert same_bits(out.view(-1)[start:stop], want), (dtype, start)
-            scratch = torch.empty(stop - start)  # what a gather step codes again
-            torch_codec.decode_sum(wires, layout, start, stop, scratch, dtype)
-            ours = torch.empty_like(scratch)
-            gpu_codec.decode_sum(wires, layout, start, stop, ours, dtype)
-            assert same_bits(ours, scratch), (dtype, start)

@@ -226,7 +226,7 @@ def test_hierarchical_sends_a_quarter_of_the_message_to_other_nodes() -> None:
 def test_hierarchical_goes_by_exchanges_and_never_by_one_kernel() -> None:
     for transport, over in (
         ("symmetric", "process_group"),
-        ("host_memory", "host_memory"),
+        ("host_memory", "process_group"),
         ("process_group", "process_group"),
     ):
         call = Message(1 << 12, 512, 2, 8, "cuda", 4)

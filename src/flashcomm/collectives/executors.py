@@ -22,7 +22,6 @@ from flashcomm.transports.process_group import ProcessGroupTransport
 
 if TYPE_CHECKING:
     from flashcomm.gpu.launch import KernelCollectives
-    from flashcomm.transports.staging import StagedTransport
 
 Launch = Callable[[int, int], None]  # from the address of a message to that of its result
 ALGORITHMS = {
@@ -84,29 +83,8 @@ class Pipelined(Base):
         self.context.workspace, self.context.nodes = pipelined.Workspace(self.context.workspace.device), None
 
 
-class CopyEngines(Pipelined):
-    """The same through host memory, as CUDA graphs that are captured once per shape."""
-
-    def __init__(self, context: pipelined.Context, staged: StagedTransport, order: StreamOrder) -> None:
-        super().__init__(context)
-        from flashcomm.collectives.graph_cache import Replayed
-
-        self.staged, self.graphs, self.order = staged, Replayed(staged.device), order
-
-    def run(self, route: Route, x: Tensor, out: Tensor) -> None:
-        context = replace(self.context, fmt=route.format, chunk_bytes=route.chunk_bytes)
-        with on_device(x):
-            self.order.enter()
-            self.graphs.run(ALGORITHMS[route.algorithm], x.resolve_neg().contiguous(), out, context)
-
-    def close(self) -> None:
-        self.staged.close()
-        self.graphs.close()
-        super().close()
-
-
 class Kernel(Base):
-    """One launch, or a few for messages larger than the workspace, that stores into the memory of the other ranks."""
+    """One launch, or a few for messages larger than the workspace, over memory that ranks share."""
 
     def __init__(self, kernels: KernelCollectives, order: StreamOrder) -> None:
         self.kernels, self.order = kernels, order

@@ -57,7 +57,7 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Exchanges of rows of bytes, see `transports.process_group` and `transports.staging`."""
+    """Exchanges of rows of bytes, see `transports.process_group`."""
 
     rank: int
     world_size: int

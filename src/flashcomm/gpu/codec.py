@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flashcomm.gpu.compat import INTERPRETED, Start, launcher
-from flashcomm.gpu.indirect import Indirect
 from flashcomm.gpu.tile import (
     Step,
     expand,
@@ -72,8 +71,6 @@ class Groups(NamedTuple):
     CONTIGUOUS: bool  # rows are made of whole groups
     SHORT: bool  # n is no power of two, or less than 16
     TRANSFORM: bool  # values are not in the Hadamard domain, codes are
-    INDIRECT: bool  # the tensor's pointer points to its address, see `indirect`
-    DTYPE: Any  # of the tensor
     RANKS: int = 1  # wire buffers that are summed
     BF16: bool = False  # see `tile.narrow`
 
@@ -81,8 +78,6 @@ class Groups(NamedTuple):
 class Uncompressed(NamedTuple):
     """Constants of a kernel of uncompressed values."""
 
-    INDIRECT: bool
-    DTYPE: Any
     WIRE: Any  # the dtype of the wire buffer's values
     NUMEL: int  # values of a program
     RANKS: int = 1
@@ -161,18 +156,8 @@ def point(cells, source: tl.int64, target: tl.int64):
 
 
 @triton.jit
-def _base(x, at, how: tl.constexpr):
-    """Where values are: at x, or `at` values behind the address that x points to, see `indirect`."""
-    if how.INDIRECT:
-        return tl.multiple_of(tl.load(x).to(tl.pointer_type(how.DTYPE)) + at, 16)
-    else:
-        return x
-
-
-@triton.jit
-def encode_kernel(x, out, at, planes, place, step: tl.constexpr, how: tl.constexpr):
+def encode_kernel(x, out, planes, place, step: tl.constexpr, how: tl.constexpr):
     """Quantize groups of a message into its wire buffer."""
-    x = _base(x, at, how)
     tile, keep, r, inside, group = _groups_of(place, how, step)
     i, kept = _values_of(keep, r, inside, place, how, step)
     y = widen(tl.load(x + tile * (step.PIECES * step.LANES) + i, mask=kept, other=0.0))
@@ -196,9 +181,8 @@ def encode_kernel(x, out, at, planes, place, step: tl.constexpr, how: tl.constex
 
 
 @triton.jit
-def decode_sum_kernel(wires, out, at, stride, planes, place, step: tl.constexpr, how: tl.constexpr):
+def decode_sum_kernel(wires, out, stride, planes, place, step: tl.constexpr, how: tl.constexpr):
     """Sum groups of wire buffers, stride bytes apart, in rank order into a message."""
-    out = _base(out, at, how)
     tile, keep, r, inside, group = _groups_of(place, how, step)
     raws = ()
     for rank in tl.static_range(how.RANKS):  # all loads before any sum
@@ -235,20 +219,19 @@ def decode_sum_kernel(wires, out, at, stride, planes, place, step: tl.constexpr,
 
 
 @triton.jit
-def put_uncompressed_kernel(x, out, at, n, how: tl.constexpr):
+def put_uncompressed_kernel(x, out, n, how: tl.constexpr):
     """Copy n values into a wire buffer."""
     i = tl.program_id(0).to(tl.int64) * how.NUMEL + tl.arange(0, how.NUMEL)
-    source, wire = _base(x, at, how), tl.multiple_of(out.to(tl.pointer_type(how.WIRE)), 16)
+    wire = tl.multiple_of(out.to(tl.pointer_type(how.WIRE)), 16)
     for tail in tl.static_range(2):  # by eights, and what is left
         keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
-        tl.store(wire + i, tl.load(source + i, mask=keep), mask=keep)
+        tl.store(wire + i, tl.load(x + i, mask=keep), mask=keep)
 
 
 @triton.jit
-def sum_uncompressed_kernel(wires, out, at, stride, n, how: tl.constexpr):
+def sum_uncompressed_kernel(wires, out, stride, n, how: tl.constexpr):
     """Sum n values of wire buffers, stride bytes apart, in rank order into a message."""
     i = tl.program_id(0).to(tl.int64) * how.NUMEL + tl.arange(0, how.NUMEL)
-    target = _base(out, at, how)
     for tail in tl.static_range(2):
         keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
         total = tl.zeros((how.NUMEL,), tl.float32)
@@ -256,50 +239,42 @@ def sum_uncompressed_kernel(wires, out, at, stride, n, how: tl.constexpr):
             wire = tl.multiple_of((wires + stride.to(tl.int64) * rank).to(tl.pointer_type(how.WIRE)), 16)
             y = widen(tl.load(wire + i, mask=keep, other=0.0))
             total = y if rank == 0 else total + y
-        store(target, i, keep, total, how.BF16)
+        store(out, i, keep, total, how.BF16)
 
 
-def encode(x: Tensor | Indirect, layout: Layout, start: int, stop: int, out: Tensor) -> None:
+def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> None:
     """As `torch_codec.encode`, in up to two launches, and one for each gap between sections."""
     _hold(x, stop - start, "values")
     _hold(out, layout.nbytes(start, stop), "wire bytes")
     for a, b in _gaps(layout, start, stop):
         out[a:b].zero_()
-    source, at = (x.cell, x.start) if isinstance(x, Indirect) else (x, -1)
-    addresses = source.data_ptr(), out.data_ptr()
-    for launch in _encoders(layout, start, stop, x.dtype, at, *_target(out, addresses)):
+    addresses = x.data_ptr(), out.data_ptr()
+    for launch in _encoders(layout, start, stop, x.dtype, *_target(out, addresses)):
         launch(*addresses)
 
 
-def decode_sum(
-    wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor | Indirect, dtype: torch.dtype
-) -> None:
+def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor, dtype: torch.dtype) -> None:
     """As `torch_codec.decode_sum`, in up to two launches."""
     _hold(out, stop - start, "values")
     for wire in (wires[0], wires[-1]):
         _hold(wire, layout.nbytes(start, stop), "wire bytes")
-    target, at = (out.cell, out.start) if isinstance(out, Indirect) else (out, -1)
-    addresses, buffers = (wires.data_ptr(), target.data_ptr()), (wires.shape[0], wires.stride(0), dtype)
-    for launch in _decoders(layout, start, stop, out.dtype, at, *_target(wires, addresses), buffers):
+    addresses, buffers = (wires.data_ptr(), out.data_ptr()), (wires.shape[0], wires.stride(0), dtype)
+    for launch in _decoders(layout, start, stop, out.dtype, *_target(wires, addresses), buffers):
         launch(*addresses)
 
 
 @lru_cache(maxsize=4096)
-def _encoders(
-    layout: Layout, start: int, stop: int, dtype: torch.dtype, at: int, device: int, aligned: bool
-) -> list[Start]:
-    """The launches that encode a span. at: values from the address in a pointer cell, or -1 where there is no cell."""
-    step, indirect, out = layout.step, at >= 0, []
-    pointers, at = (torch.int64 if indirect else dtype, torch.uint8), max(at, 0)
+def _encoders(layout: Layout, start: int, stop: int, dtype: torch.dtype, device: int, aligned: bool) -> list[Start]:
+    """The launches that encode a span."""
+    step, out, pointers = layout.step, [], (dtype, torch.uint8)
     if step.uncompressed:
-        n, kind = stop - start, _TRITON[dtype]
-        how = Uncompressed(indirect, kind, kind, TILE_NUMEL)
+        n, how = stop - start, Uncompressed(_TRITON[dtype], TILE_NUMEL)
         grid = triton.cdiv(n, TILE_NUMEL)
-        return [launcher(put_uncompressed_kernel, grid, pointers, (at, n), (how,), num_warps=4, device=device, aligned=aligned)]  # fmt: skip
+        return [launcher(put_uncompressed_kernel, grid, pointers, (n,), (how,), num_warps=4, device=device, aligned=aligned)]  # fmt: skip
     for grid, planes, place, constants, short, num_warps in _launches(layout, start, stop):
         transform = step.transforms(place.n) and not step.in_hadamard_domain
-        groups = Groups(layout.row % step.group == 0, short, transform, indirect, _TRITON[dtype])
-        out.append(launcher(encode_kernel, grid, pointers, (at, planes, place), (constants, groups), num_warps=num_warps, device=device, aligned=aligned))  # fmt: skip
+        groups = Groups(layout.row % step.group == 0, short, transform)
+        out.append(launcher(encode_kernel, grid, pointers, (planes, place), (constants, groups), num_warps=num_warps, device=device, aligned=aligned))  # fmt: skip
     return out
 
 
@@ -309,25 +284,24 @@ def _decoders(
     start: int,
     stop: int,
     dtype: torch.dtype,
-    at: int,
     device: int,
     aligned: bool,
     buffers: tuple[int, int, torch.dtype],
 ) -> list[Start]:
     """The launches that sum a span. buffers: how many wire buffers, bytes from one to the next, their values' dtype."""
-    step, indirect, out, (n_ranks, stride, wire) = layout.step, at >= 0, [], buffers
+    step, out, (n_ranks, stride, wire) = layout.step, [], buffers
     by_hand = INTERPRETED and dtype == torch.bfloat16
     dtype = torch.int16 if by_hand else dtype
-    pointers, at = (torch.uint8, torch.int64 if indirect else dtype), max(at, 0)
+    pointers = torch.uint8, dtype
     if step.uncompressed:
         n = stop - start
-        how = Uncompressed(indirect, _TRITON[dtype], _TRITON[wire], TILE_NUMEL, n_ranks, by_hand)
+        how = Uncompressed(_TRITON[wire], TILE_NUMEL, n_ranks, by_hand)
         grid = triton.cdiv(n, TILE_NUMEL)
-        return [launcher(sum_uncompressed_kernel, grid, pointers, (at, stride, n), (how,), num_warps=4, device=device, aligned=aligned)]  # fmt: skip
+        return [launcher(sum_uncompressed_kernel, grid, pointers, (stride, n), (how,), num_warps=4, device=device, aligned=aligned)]  # fmt: skip
     for grid, planes, place, constants, short, num_warps in _launches(layout, start, stop):
         transform = step.transforms(place.n) and not step.in_hadamard_domain
-        groups = Groups(layout.row % step.group == 0, short, transform, indirect, _TRITON[dtype], n_ranks, by_hand)
-        out.append(launcher(decode_sum_kernel, grid, pointers, (at, stride, planes, place), (constants, groups), num_warps=num_warps, device=device, aligned=aligned))  # fmt: skip
+        groups = Groups(layout.row % step.group == 0, short, transform, n_ranks, by_hand)
+        out.append(launcher(decode_sum_kernel, grid, pointers, (stride, planes, place), (constants, groups), num_warps=num_warps, device=device, aligned=aligned))  # fmt: skip
     return out
 
 
@@ -342,11 +316,8 @@ def _target(tensor: Tensor, addresses: Sequence[int]) -> tuple[int, bool]:
     return tensor.get_device(), not any(address & 15 for address in addresses)
 
 
-def _hold(x: Tensor | Indirect, count: int, what: str) -> None:
+def _hold(x: Tensor, count: int, what: str) -> None:
     """Kernels get bare addresses: refuse a tensor that does not hold what they will touch."""
-    if isinstance(x, Indirect):
-        assert x.numel() >= count
-        return
     if (x.is_cpu and not INTERPRETED) or not x.is_contiguous() or x.numel() < count:
         raise ValueError(f"{count} contiguous {what} on a GPU are needed, got {tuple(x.shape)} on {x.device}")
 

@@ -63,6 +63,8 @@ class KernelCollectives:
         delay: polls between a wait and the read, for tests of a slow reader.
     """
 
+    ll_sent_bytes = LL_SENT_BYTES  # that a rank sends by the LL protocol in one launch, at most
+
     def __init__(self, region: PeerMemory, timeout_s: float, delay: int = 0) -> None:
         self.region, self.timeout_s, self.delay = region, timeout_s, delay
         data = region.n_bytes - sync.DATA
@@ -132,7 +134,7 @@ class KernelCollectives:
             n_units = -(-n_units // world_size)
         n_tiles = -(-n_units // (tiles.units * world_size if algorithm == "two_shot" else tiles.units))
         sent = max(_stage_bytes(ALGORITHMS.index(algorithm), tiles)) * n_tiles * (world_size - 1)
-        if sent <= LL_SENT_BYTES and n_units <= self.capacity(algorithm, fmt, itemsize, least):
+        if sent <= self.ll_sent_bytes and n_units <= self.capacity(algorithm, fmt, itemsize, least):
             return least
         return large if numel >= LARGE_NUMEL else small
 

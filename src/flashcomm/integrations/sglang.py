@@ -70,7 +70,7 @@ class QuickReduce:
         if self.disabled or not self.planned.is_low_bit(x):
             return False
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        return not captured or self.planned.route(x).executor in (Executor.KERNEL, Executor.COPY_ENGINES)
+        return not captured or self.planned.route(x).executor is Executor.KERNEL
 
     def quick_all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, as a new tensor."""

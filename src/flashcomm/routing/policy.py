@@ -27,8 +27,6 @@ from flashcomm.wire.format import UNCOMPRESSED, Layout, WireFormat, bounds
 AUTO = "auto"
 CANDIDATES = ("backend", "one_shot", "two_shot")  # what `auto` chooses from
 ALGORITHMS = (*CANDIDATES, "hierarchical")
-HOST_KERNEL_BYTES = 288 << 10  # wire bytes of a rank up to which host memory means the kernel, not copy engines
-HOST_CHUNK_BYTES = 8 << 20  # message bytes, at most, that copy engines move at a time
 ONE_SHOT_BYTES = 64 << 10  # wire bytes of a rank below which one hop beats fewer bytes
 SMALL_BYTES = 256 << 10  # message bytes up to which our kernel beats the backend without compression
 MIN_BYTES = {  # below which messages are not quantized where nothing was set or measured, by transport or device
@@ -96,8 +94,8 @@ def choose(
     if w == 1 or message.numel == 0:
         why = "one rank" if w == 1 else "no values"
         return _choice(message, fmt, machine, "copy", f"{why}: nothing travels")
-    if message.row % fmt.unit and machine.transport in ("symmetric", "cpu_shared"):
-        # Rows that end in a short group are rare: the kernel does without them.
+    if message.row % fmt.unit and machine.transport != "process_group":
+        # Rows that end in a short group are rare: the kernels do without them.
         tails = (machine.transport, f"rows of {message.row} values are no multiple of {fmt.unit}")
         machine = replace(machine, transport="process_group", timings=None, rejected=(*machine.rejected, tails))
     if op in ("reduce_scatter", "all_gather"):
@@ -212,11 +210,6 @@ def _placed(
         return "process_group", Executor.COPY, 0
     if algorithm == "backend":
         return "process_group", Executor.BACKEND, 0
-    if machine.transport == "host_memory":
-        if algorithm != "hierarchical" and n_bytes <= HOST_KERNEL_BYTES and message.row % fmt.unit == 0:
-            return "host_memory", Executor.KERNEL, 0
-        chunk_bytes = min(HOST_CHUNK_BYTES, max(HOST_CHUNK_BYTES // 8, message.n_bytes // 4))
-        return "host_memory", Executor.COPY_ENGINES, chunk_bytes
     if machine.transport == "process_group" or algorithm == "hierarchical":
         return "process_group", Executor.PIPELINED, machine.chunk_bytes
     return machine.transport, Executor.KERNEL, 0

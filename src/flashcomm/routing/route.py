@@ -25,8 +25,7 @@ class Executor(enum.Enum):
     COPY = "copy"  # nothing travels: one rank, or no values
     BACKEND = "backend"  # torch.distributed's own all-reduce
     PIPELINED = "pipelined"  # codec and exchanges, chunk by chunk, over a process group
-    COPY_ENGINES = "copy_engines"  # the same through pinned host memory, moved by the GPU's copy engines
-    KERNEL = "kernel"  # one kernel that stores into the memory of the other ranks
+    KERNEL = "kernel"  # one kernel, over memory that ranks share
 
 
 @dataclass(frozen=True)

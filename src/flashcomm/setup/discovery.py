@@ -27,7 +27,8 @@ from flashcomm.setup import consistency
 from flashcomm.transports import cpu_shared, host_memory, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 
-HOST_KERNEL_WORKSPACE = 32 << 20  # bytes of host memory for the kernel, which takes small messages only
+HOST_LL_WORKSPACE = 8 << 20  # bytes of host memory for small messages
+HOST_WORKSPACE = 64 << 20  # and, at most, for all others
 
 log = logging.getLogger("flashcomm")
 
@@ -45,7 +46,7 @@ def connect(
     device = transport.device
     local_world_size = _local_world_size(transport, settings)
     nodes = _nodes(transport, local_world_size) if settings.algorithm == "hierarchical" else ()
-    kind, region, rejected = _region(group, transport, settings, bool(nodes))
+    kind, region, rejected = _region(group, transport, settings)
     name = kind.NAME if kind else "process_group"
     if device.type == "cuda" and name == "process_group" and transport.world_size > 1 and not has_nccl(group):
         rejected += (("nccl", "the group has another backend, so that messages go by way of the CPU, slowly"),)
@@ -67,12 +68,12 @@ def _nodes(transport: ProcessGroupTransport, local_world_size: int) -> tuple[ran
 
 
 def _region(
-    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, nodes: bool
+    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
 ) -> tuple[ModuleType | None, Any, tuple[tuple[str, str], ...]]:
     """The best kind of memory that all ranks can write to, that memory, and why not the better kinds."""
     rejected: tuple[tuple[str, str], ...] = ()
     for kind in candidates(transport.device.type, settings.transport) if transport.world_size > 1 else ():
-        region, why = _rendezvous(group, transport, settings, kind, nodes)
+        region, why = _rendezvous(group, transport, settings, kind)
         if region is not None:
             return kind, region, rejected
         if settings.transport != "auto":
@@ -97,18 +98,14 @@ def _executors(
     }
     if region is None:
         return found
+    from flashcomm.gpu.host_launch import HostCollectives
     from flashcomm.gpu.launch import KernelCollectives
 
-    kernels = KernelCollectives(region, settings.timeout_s)
-    order = executors.StreamOrder(kernels, device)
     if isinstance(region, host_memory.HostRegion):
-        from flashcomm.transports.staging import StagedTransport
-
-        staged = StagedTransport(region, region.n_bytes, _slot_bytes(settings), settings.timeout_s)
-        if nodes:
-            across = staged.among(nodes[0], 1), staged.among(nodes[1], 2)
-        through = replace(context, transport=staged, workspace=Workspace(device), nodes=across)
-        found[Executor.COPY_ENGINES] = executors.CopyEngines(through, staged, order)
+        kernels: KernelCollectives = HostCollectives(region, _host_workspace(settings), settings.timeout_s)
+    else:
+        kernels = KernelCollectives(region, settings.timeout_s)
+    order = executors.StreamOrder(kernels, device)
     found[Executor.KERNEL] = executors.Kernel(kernels, order)
     return found
 
@@ -177,25 +174,23 @@ def machine_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _slot_bytes(settings: Settings) -> int:
-    """What one chunk takes on its way through host memory, with something over for scales and padding."""
-    return min(settings.workspace_bytes // 8, policy.HOST_CHUNK_BYTES * 9 // 8) // 64 * 64
+def _host_workspace(settings: Settings) -> int:
+    return min(settings.workspace_bytes, HOST_WORKSPACE)
 
 
-def _sizes(settings: Settings, kind: ModuleType, nodes: bool) -> tuple[int, ...]:
-    """Bytes of a region, and of what copy engines need besides: more of it with nodes."""
+def _sizes(settings: Settings, kind: ModuleType) -> tuple[int, ...]:
+    """Bytes of a region, and of what the kernel through host memory needs besides."""
     from flashcomm.gpu.launch import region_bytes
 
     if kind is not host_memory:
         return (region_bytes(settings.workspace_bytes),)
-    from flashcomm.transports.staging import PLACES, staging_bytes
+    from flashcomm.gpu.host_launch import shared_bytes
 
-    staging = (PLACES if nodes else 1) * staging_bytes(_slot_bytes(settings))
-    return region_bytes(min(settings.workspace_bytes, HOST_KERNEL_WORKSPACE)), staging
+    return region_bytes(min(settings.workspace_bytes, HOST_LL_WORKSPACE)), shared_bytes(_host_workspace(settings))
 
 
 def _rendezvous(
-    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType, nodes: bool
+    group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType
 ) -> tuple[Any, str]:
     """A region of this kind that all ranks have mapped, or why not."""
     probe = kind.probe(transport.device)
@@ -209,7 +204,7 @@ def _rendezvous(
 
         if transport.world_size > MAX_RANKS:
             raise UnavailableError(f"{transport.world_size} ranks; {MAX_RANKS} are supported")
-        region = kind.create(transport.device, *_sizes(settings, kind, nodes))
+        region = kind.create(transport.device, *_sizes(settings, kind))
         place = region.place
     except (UnavailableError, ImportError) as error:  # perhaps of this rank alone: the others are told
         mine = str(error)

@@ -1,0 +1,210 @@
+"""The kernel through host memory: on two GPUs where there are any, else in Triton's interpreter, in real processes."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import N_GPUS, same_bits, tough
+
+from flashcomm import WireFormat, reference
+from flashcomm.errors import CommunicationError
+from flashcomm.ranks.launch import RankContext, run
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from flashcomm.gpu import launch
+from flashcomm.gpu.host_kernel import MAX_WAVES
+from flashcomm.gpu.host_launch import HostCollectives, HostTuning, shared_bytes
+from flashcomm.gpu.launch import ALGORITHMS
+from flashcomm.transports import cpu_shared, host_memory
+
+ON_GPUS = N_GPUS >= 2
+DEVICE = "cuda" if ON_GPUS else "cpu"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+HOW = HostTuning(1024, stage_lag=2, n_workers=8)
+FORMATS = {
+    2: [("int4", BF16), ("int6-had/int7-had", BF16), ("int8/int5", FP32), ("bf16", BF16), ("bf16/int2-had", FP16)],
+    3: [("int4-g32/int8-g128", FP16), ("int3-g32-had/int4-g64-had", BF16), ("bf16", FP32)],
+    4: [("int4-had", BF16)],
+}
+
+
+def on_ranks(body: object, world_size: int, *args: object) -> object:
+    if ON_GPUS and world_size > N_GPUS:
+        pytest.skip(f"{N_GPUS} CUDA devices, {world_size} are needed")
+    return run(body, world_size, args, device=DEVICE, timeout_s=1000 if ON_GPUS else 250)  # type: ignore[arg-type]
+
+
+def make(ctx: RankContext, workspace: int = 1 << 20, timeout_s: float = 60, delay: int = 0) -> HostCollectives:
+    memory = host_memory if ON_GPUS else cpu_shared
+    region = memory.create(ctx.device, launch.region_bytes(4 << 20), shared_bytes(workspace))
+    places: list[str] = [""] * ctx.world_size
+    dist.all_gather_object(places, region.place)
+    region.join(dist.group.WORLD, places)
+    dist.barrier()
+    return HostCollectives(region, workspace, timeout_s, delay=delay)
+
+
+def call(
+    kernels: HostCollectives,
+    algorithm: str,
+    everybody: list[torch.Tensor],
+    fmt: WireFormat,
+    how: HostTuning | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's result, and what the reference says."""
+    rank, device = kernels.region.rank, kernels.region.device
+    want = getattr(reference, algorithm)(everybody, fmt)
+    want = want[rank] if algorithm == "reduce_scatter" else want
+    x = everybody[rank].to(device)
+    out = torch.full(want.shape, float("nan"), dtype=want.dtype, device=device)
+    kernels.plan(algorithm, x, x.shape[-1], fmt, how)(x.data_ptr(), out.data_ptr())
+    return out.cpu(), want
+
+
+def inputs(
+    ctx: RankContext, algorithm: str, shape: tuple[int, int], dtype: torch.dtype, seed: int
+) -> list[torch.Tensor]:
+    rows = shape[0] * ctx.world_size if algorithm == "reduce_scatter" else shape[0]
+    return [tough((rows, shape[1]), dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
+
+
+def all_kinds(ctx: RankContext, formats: list[tuple[str, torch.dtype]]) -> None:
+    """Also messages of less than a tile, of part of a wave, of several launches; alternating, in one memory."""
+    kernels = make(ctx, 1 << 20 if ON_GPUS else 40_000)
+    cases = [(1, (1, 256)), (2, (9, 512)), (3, (5, 1152))]
+    for seed, (name, dtype) in enumerate(formats):
+        fmt = WireFormat.parse(name)
+        for kind, algorithm in enumerate(ALGORITHMS):
+            for lag, shape in cases if ON_GPUS else [cases[(seed + kind) % 3]]:
+                everybody = inputs(ctx, algorithm, shape, dtype, seed)
+                if lag == 2:
+                    everybody[1].view(-1)[-1] = float("inf")
+                got, want = call(kernels, algorithm, everybody, fmt, HostTuning(1024, stage_lag=lag, n_workers=8))
+                assert same_bits(got, want), (name, algorithm, lag, shape)
+    kernels.check()
+    kernels.region.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_every_collective_equals_the_reference(world_size: int) -> None:
+    on_ranks(all_kinds, world_size, FORMATS[world_size])
+
+
+def in_place(ctx: RankContext) -> None:
+    kernels = make(ctx)
+    for algorithm in ("one_shot", "two_shot"):
+        for name in ("int4", "bf16"):
+            fmt = WireFormat.parse(name)
+            everybody = inputs(ctx, algorithm, (9, 512), BF16, 5)
+            x = everybody[ctx.rank].clone().to(ctx.device)
+            kernels.plan(algorithm, x, 512, fmt, HostTuning(1024, stage_lag=2, n_workers=3))(x.data_ptr(), x.data_ptr())
+            assert same_bits(x.cpu(), getattr(reference, algorithm)(everybody, fmt)), (algorithm, name)
+    kernels.check()
+    kernels.region.close()
+
+
+def test_the_result_may_take_the_place_of_the_message() -> None:
+    on_ranks(in_place, 2)
+
+
+def slow_reader(ctx: RankContext, delay: int) -> None:
+    """Rank 0 is slow between its wait and its read; nobody may overwrite what it is going to read."""
+    kernels = make(ctx, timeout_s=30, delay=delay if ctx.rank == 0 else 0)
+    for seed in range(8):
+        algorithm = ("one_shot", "two_shot", "all_gather")[seed % 3]
+        got, want = call(
+            kernels, algorithm, inputs(ctx, algorithm, (4, 512), BF16, seed), WireFormat.parse("int8"), HOW
+        )
+        assert same_bits(got, want), seed
+    kernels.check()
+    kernels.region.close()
+
+
+def test_a_slow_reader_reads_what_was_meant_for_it() -> None:
+    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 1500)
+
+
+def a_rank_is_gone(ctx: RankContext, algorithm: str) -> None:
+    gone = ctx.world_size - 1
+    kernels = make(ctx, timeout_s=2)
+    fmt, everybody = WireFormat.parse("int4"), inputs(ctx, algorithm, (4, 512), BF16, 1)
+    got, want = call(kernels, algorithm, everybody, fmt, HOW)
+    assert same_bits(got, want)
+    if ctx.rank == gone:
+        time.sleep(10)  # its memory stays; it makes no second call
+        return
+    begin = time.monotonic()
+    got, _ = call(kernels, algorithm, everybody, fmt, HOW)
+    assert got.isnan().all()
+    with pytest.raises(CommunicationError, match=rf"of rank {gone}: expected call 2, saw 1\. That rank died"):
+        kernels.check()
+    for _ in range(2):  # it disturbs nobody from now on, and does not wait again
+        got, _ = call(kernels, algorithm, everybody, fmt, HOW)
+        assert got.isnan().all()
+    assert time.monotonic() - begin < 20
+    flag = ctypes.c_int32.from_address(kernels.region.mappings[ctx.rank] + kernels.region.n_bytes).value
+    assert flag // MAX_WAVES <= 2  # the last call that it has told its peers of
+
+
+@pytest.mark.parametrize(("algorithm", "world_size"), [("one_shot", 2), ("two_shot", 3)])
+def test_a_rank_that_does_not_come_is_an_error_that_names_it(algorithm: str, world_size: int) -> None:
+    on_ranks(a_rank_is_gone, world_size, algorithm)
+
+
+def many_calls(ctx: RankContext, calls: int) -> None:
+    """Algorithms, shapes, formats and protocols alternate call by call without a pause; some results are compared."""
+    kernels = make(ctx, 1 << 22)
+    shapes = [(1, 256), (40, 512), (7, 1024), (300, 4096)]
+    cases = []
+    for i in range(24):
+        algorithm, fmt = ALGORITHMS[i % 4], WireFormat.parse(("int4", "bf16")[i % 2])
+        everybody = inputs(ctx, algorithm, shapes[(i * 5 // 3) % 4], BF16, i)
+        x, (_, want) = everybody[ctx.rank].to(ctx.device), call(kernels, algorithm, everybody, fmt)
+        out = torch.empty(want.shape, dtype=BF16, device=ctx.device)
+        cases.append((kernels.plan(algorithm, x, x.shape[-1], fmt), x, out, want.to(ctx.device)))
+    for number in range(calls):
+        plan, x, out, want = cases[(number * number + number // 3) % len(cases)]
+        plan(x.data_ptr(), out.data_ptr())
+        if number % 97 == 0:
+            assert same_bits(out, want), number
+    torch.cuda.synchronize()
+    kernels.check()
+    kernels.region.close()
+
+
+@pytest.mark.skipif(not ON_GPUS, reason=f"{N_GPUS} CUDA devices, 2 are needed")
+def test_many_calls_back_to_back() -> None:
+    on_ranks(many_calls, 2, 50_000)
+
+
+def in_graphs(ctx: RankContext) -> None:
+    """A graph of calls of several kinds, replayed with changing inputs."""
+    kernels = make(ctx, 1 << 22)
+    fmt, n = WireFormat.parse("int4"), 40
+    everybody = [[tough((64, 1024), BF16, i + 100 * rank) for rank in range(ctx.world_size)] for i in range(n)]
+    wants = [[reference.one_shot(xs, fmt), reference.two_shot(xs, fmt)] for xs in everybody]
+    x = everybody[0][ctx.rank].to(ctx.device)
+    outs = [torch.empty_like(x) for _ in range(2)]
+    plans = [kernels.plan(algorithm, x, 1024, fmt) for algorithm in ("one_shot", "two_shot")]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for plan, out in zip(plans, outs, strict=True):
+            plan(x.data_ptr(), out.data_ptr())
+    mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
+    for replay in range(1000):
+        x.copy_(mine[replay % n])
+        graph.replay()
+        if replay % 37 == 0:
+            assert all(same_bits(out.cpu(), want) for out, want in zip(outs, wants[replay % n], strict=True)), replay
+    kernels.check()
+    kernels.region.close()
+
+
+@pytest.mark.skipif(not ON_GPUS, reason=f"{N_GPUS} CUDA devices, 2 are needed")
+def test_a_graph_replayed_a_thousand_times_with_changing_inputs() -> None:
+    on_ranks(in_graphs, 2)
