@@ -134,7 +134,7 @@ def ttft(ctx: RankContext, request: Request) -> list[dict[str, Any]]:
         stack.forward = compiled if in_graph and compiled is not None else forwards[variant.overlap]
         none = variant.path == "none"
         off = integration.without_all_reduce(in_step=ctx.device.type == "cpu") if none else contextlib.nullcontext()
-        with off, integration.native_all_reduce() if variant.path == BACKEND else contextlib.nullcontext():
+        with off, integration.backend_all_reduce() if variant.path == BACKEND else contextlib.nullcontext():
             yield
 
     for batch, n_tokens in sizes:
