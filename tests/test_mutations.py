@@ -105,6 +105,18 @@ MUTATIONS = {
         "collectives/pipelined.py", "SLOTS = 3", "SLOTS = 1",
         "contract/test_02_same_bits_as_the_reference.py::test_the_size_of_chunks_changes_no_bit[2000]",
     ),
+    "a call that an exception left goes on": (
+        "setup/call_guard.py", "if kind is None or issubclass(kind, _CLEAN):", "if True:",
+        "setup/test_call_guard.py::TestLeft",
+    ),
+    "out may overlap x": (
+        "setup/consistency.py", "return begin < out.data_ptr()", "return False and begin < out.data_ptr()",
+        "setup/test_consistency.py::TestMemory",
+    ),
+    "quantize gradients": (
+        "integrations/process_group.py", "if torch._C._current_graph_task_id() != -1 and not self._gradients:", "if False:",
+        "integrations/test_c10d.py::TestAsGloo::test_gradients_are_exact_unless_asked_for",
+    ),
     "no agreement before a call": (
         "communicator.py", "if self.settings.check and self.world_size > 1:", "if False:",
         "contract/test_06_errors_on_all_ranks_or_none.py::test_a_bad_tensor_on_one_rank_is_an_error_on_all[True-int32]",

@@ -53,7 +53,7 @@ class TestSettings:
         begin = time.monotonic()
         results = run_ranks(3, lambda g, r: Communicator(g, "int4", **(bad if r == 1 else {})))
         assert "rank 1: " in same_error(results, SettingsError)
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 30
 
     @pytest.mark.parametrize("bad", ["int" + HUGE, "int4-g" + HUGE, "\\" * 1500, "int٤", "int4-g064"])
     def test_a_format_that_one_rank_cannot_have(self, bad: str) -> None:
@@ -354,7 +354,7 @@ class TestPeers:
                 begin = time.monotonic()
                 with pytest.raises(CommunicationError, match=r"the connection to rank 0 was lost after .* s"):
                     comm.all_reduce(torch.ones(64, 576))
-                assert time.monotonic() - begin < 10
+                assert time.monotonic() - begin < 30
 
         raise_first(run_ranks(2, body))
 
