@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from flashcomm.gpu import launch
 from flashcomm.gpu.host_kernel import MAX_WAVES
-from flashcomm.gpu.host_launch import HostCollectives, HostTuning, shared_bytes
+from flashcomm.gpu.host_launch import HostCollectives, HostTuning, most_workers, shared_bytes
 from flashcomm.gpu.launch import ALGORITHMS
 from flashcomm.transports import cpu_shared, host_memory
 
@@ -75,8 +76,8 @@ def inputs(
 
 def all_kinds(ctx: RankContext, formats: list[tuple[str, torch.dtype]]) -> None:
     """Also messages of less than a tile, of part of a wave, of several launches; alternating, in one memory."""
-    kernels = make(ctx, 1 << 20 if ON_GPUS else 40_000)
-    cases = [(1, (1, 256)), (2, (9, 512)), (3, (5, 1152))]
+    kernels = make(ctx, 16_000 if ctx.world_size == 2 else 40_000)
+    cases = [(1, (1, 256)), (2, (5, 512)), (3, (3, 1152))]
     for seed, (name, dtype) in enumerate(formats):
         fmt = WireFormat.parse(name)
         for kind, algorithm in enumerate(ALGORITHMS):
@@ -208,3 +209,11 @@ def in_graphs(ctx: RankContext) -> None:
 @pytest.mark.skipif(not ON_GPUS, reason=f"{N_GPUS} CUDA devices, 2 are needed")
 def test_a_graph_replayed_a_thousand_times_with_changing_inputs() -> None:
     on_ranks(in_graphs, 2)
+
+
+def test_a_grid_fits_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All programs must run at once: on a GPU of 20 multiprocessors 4 ranks leave 16 to workers."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=20))
+    assert most_workers(None, torch.device("cuda"), 4) == 16
+    assert most_workers(8, torch.device("cuda"), 4) == 8
+    assert most_workers(None, torch.device("cuda"), 40) == 1

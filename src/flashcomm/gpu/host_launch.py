@@ -57,6 +57,15 @@ def shared_bytes(workspace: int) -> int:
     return kernel.OUTBOX + workspace
 
 
+def most_workers(asked: int | None, device: torch.device, world_size: int) -> int:
+    """Workers of a launch, at most: so many that the whole grid, with a program per rank, is on the GPU at once.
+
+    A multiprocessor holds at least one program.
+    """
+    n_places = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1 << 10
+    return max(1, min(asked or kernel.MAX_WORKERS, kernel.MAX_WORKERS, n_places - world_size))
+
+
 class HostCollectives(KernelCollectives):
     """The collectives through host memory. Calls must come in the same order on all ranks, on one stream at a time.
 
@@ -81,7 +90,8 @@ class HostCollectives(KernelCollectives):
         delay: int = 0,
     ) -> None:
         super().__init__(region, timeout_s, delay)
-        self.epoch_bytes, self.n_workers, device = workspace // 2 // 16 * 16, n_workers, region.device
+        self.epoch_bytes, device = workspace // 2 // 16 * 16, region.device
+        self._most = most_workers(n_workers, device, region.world_size)
         self._table = torch.tensor([base + region.n_bytes for base in region.mappings], dtype=torch.int64).to(device)
         self._own = torch.empty(self.epoch_bytes, dtype=torch.uint8, device=device)
         self._state = torch.zeros(kernel.STATE_BYTES, dtype=torch.uint8, device=device)
@@ -115,8 +125,7 @@ class HostCollectives(KernelCollectives):
         return n_tiles * tiles.units * (world_size if algorithm == "two_shot" else 1)
 
     def _most_workers(self, tuning: HostTuning) -> int:
-        most = min(tuning.n_workers, self.n_workers or kernel.MAX_WORKERS, kernel.MAX_WORKERS)
-        return 1 if INTERPRETED else most
+        return 1 if INTERPRETED else min(tuning.n_workers, self._most)
 
     def _launches(self, kind: int, x: Tensor, fmt: WireFormat, tuning: Tuning) -> Iterator[Launch]:
         if not isinstance(tuning, HostTuning):
