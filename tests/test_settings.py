@@ -37,12 +37,22 @@ def test_argument_over_environment_over_default() -> None:
         ({"FLASHCOMM_TIMEOUT_S": "soon"}, "timeout_s='soon': give a number of seconds"),
         ({"FLASHCOMM_TIMEOUT_S": "0"}, "timeout_s='0'"),
         ({"FLASHCOMM_CHECK": "maybe"}, "check='maybe': allowed are 0, 1"),
+        ({"FLASHCOMM_HOST_WORKERS": "0"}, "host_workers='0': give a number from 1 to 128, or auto"),
+        ({"FLASHCOMM_HOST_WORKERS": "129"}, "host_workers='129': give a number from 1 to 128, or auto"),
         ({"FLASHCOMM_DEBUG": "loud"}, "debug='loud': allowed are off, info"),
     ],
 )
 def test_wrong_values_say_what_is_allowed(env: dict[str, str], message: str) -> None:
     with pytest.raises(SettingsError, match=message.replace("(", r"\(")):
         Settings.resolve("cpu", env)
+
+
+def test_workers_over_host_memory() -> None:
+    from flashcomm.settings import MOST_HOST_WORKERS
+
+    assert Settings.resolve("cuda", {}).host_workers == 0
+    assert Settings.resolve("cuda", {"FLASHCOMM_HOST_WORKERS": "24"}).host_workers == 24
+    assert Settings.resolve("cuda", {}, host_workers=MOST_HOST_WORKERS).host_workers == 128
 
 
 def test_a_plan_is_no_format() -> None:

@@ -11,6 +11,8 @@
                            cpu_shared (a test double for GPUs, on CPUs)
     FLASHCOMM_WORKSPACE_BYTES  memory that a rank offers to its peers;          256M (host_memory takes at most 72M of
                            larger messages go in parts                          it)
+    FLASHCOMM_HOST_WORKERS multiprocessors that quantize, send and sum a        auto: 32 or 48, by format and size
+                           message over host_memory, at most
     FLASHCOMM_CHUNK_BYTES  message bytes encoded and sent at a time             4M on CPUs, 32M on GPUs
                            (process_group)
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
@@ -40,8 +42,9 @@ ALGORITHMS = (policy.AUTO, *policy.ALGORITHMS)
 _RENAMED = {"native": "backend", "host": "host_memory", "shared": "cpu_shared"}  # values of flashcomm 0.1
 NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
-    *("DEBUG", "LOCAL_WORLD"),
+    *("DEBUG", "LOCAL_WORLD", "HOST_WORKERS"),
 )
+MOST_HOST_WORKERS = 128  # as `gpu.host_kernel.MAX_WORKERS`
 _ELSEWHERE = ("GRADIENTS",)  # read by integrations.process_group
 _ARGUMENTS = {name: name.lower() for name in NAMES} | {"LOCAL_WORLD": "local_world_size"}
 _PREFIX = "FLASHCOMM_"
@@ -60,6 +63,7 @@ class Arguments(TypedDict, total=False):
     check: bool | None
     debug: str | None
     local_world_size: int | None
+    host_workers: int | str | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Settings:
     check: bool
     debug: str
     local_world_size: int = 0  # 0: what is found
+    host_workers: int = 0  # 0: what was fastest
     plan: str = ""  # the digest of the plan that an integration follows with these settings
 
     @property
@@ -116,6 +121,7 @@ class Settings:
             check=_flag("check", value("CHECK", cpu)),
             debug=_one_of("debug", value("DEBUG", "off"), ("off", "info")),
             local_world_size=_ranks(value("LOCAL_WORLD", None)),
+            host_workers=_workers(value("HOST_WORKERS", "auto")),
         )
 
 
@@ -153,6 +159,13 @@ def _seconds(value: float | str) -> float:
     if not 1e-3 <= seconds < 1e7:  # torch.distributed counts milliseconds, and takes 0 of them for no time-out
         raise SettingsError(f"timeout_s={value!r}: give a number of seconds, at least 0.001")
     return seconds
+
+
+def _workers(value: int | str) -> int:
+    text = str(value).strip()
+    if text != "auto" and not (re.fullmatch(r"[0-9]{1,3}", text) and 0 < int(text) <= MOST_HOST_WORKERS):
+        raise SettingsError(f"host_workers={value!r}: give a number from 1 to {MOST_HOST_WORKERS}, or auto")
+    return 0 if text == "auto" else int(text)
 
 
 def _ranks(value: int | str | None) -> int:

@@ -91,7 +91,7 @@ def host_slices(ctx: RankContext) -> None:
                 assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank])
                 got = comm.all_gather(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.all_gather(whole, comm.format))
-        with over_cuda(fmt, transport="host_memory", algorithm="two_shot", timeout_s=20) as comm:
+        with over_cuda(fmt, transport="host_memory", algorithm="two_shot", timeout_s=20, host_workers=5) as comm:
             everybody = [tough((2500, 640), FP32, r) for r in range(ctx.world_size)]
             got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
             assert same_bits(got, reference.two_shot(everybody, comm.format))

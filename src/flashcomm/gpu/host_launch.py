@@ -57,13 +57,17 @@ def shared_bytes(workspace: int) -> int:
     return kernel.OUTBOX + workspace
 
 
-def most_workers(asked: int | None, device: torch.device, world_size: int) -> int:
+def most_workers(asked: int, n_multiprocessors: int, world_size: int) -> int:
     """Workers of a launch, at most: so many that the whole grid, with a program per rank, is on the GPU at once.
 
-    A multiprocessor holds at least one program.
+    A multiprocessor holds one program or more. All ranks need the same number, as wave i is the same tiles everywhere.
+
+    Args:
+        asked: The setting; 0 leaves it to `host_tuning`.
+        n_multiprocessors: Of the smallest GPU.
+        world_size: Ranks of the group.
     """
-    n_places = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1 << 10
-    return max(1, min(asked or kernel.MAX_WORKERS, kernel.MAX_WORKERS, n_places - world_size))
+    return max(1, min(asked or kernel.MAX_WORKERS, kernel.MAX_WORKERS, n_multiprocessors - world_size))
 
 
 class HostCollectives(KernelCollectives):
@@ -74,7 +78,7 @@ class HostCollectives(KernelCollectives):
             Behind its `n_bytes`, of `region_bytes(4 MiB)` or more, it has `shared_bytes(workspace)`.
         workspace: bytes of messages; larger ones take several launches.
         timeout_s: limit of every wait, in seconds.
-        n_workers: programs that quantize and sum, at most; None takes as many as were fastest.
+        n_workers: programs that quantize and sum, at most (`most_workers`); the same on all ranks.
         delay: polls between a wait and the read, for tests of a slow reader.
     """
 
@@ -86,15 +90,17 @@ class HostCollectives(KernelCollectives):
         region: HostMemory,
         workspace: int,
         timeout_s: float,
-        n_workers: int | None = None,
+        n_workers: int = kernel.MAX_WORKERS,
         delay: int = 0,
     ) -> None:
         super().__init__(region, timeout_s, delay)
         self.epoch_bytes, device = workspace // 2 // 16 * 16, region.device
-        self._most = most_workers(n_workers, device, region.world_size)
+        self._most = n_workers
         self._table = torch.tensor([base + region.n_bytes for base in region.mappings], dtype=torch.int64).to(device)
         self._own = torch.empty(self.epoch_bytes, dtype=torch.uint8, device=device)
         self._state = torch.zeros(kernel.STATE_BYTES, dtype=torch.uint8, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the state is zero, whatever stream the first call is on
 
     def plan(self, algorithm: str, x: Tensor, row: int, fmt: WireFormat, tuning: Tuning | None = None) -> Launch:
         """As `KernelCollectives.plan`."""

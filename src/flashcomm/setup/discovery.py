@@ -98,11 +98,14 @@ def _executors(
     }
     if region is None:
         return found
-    from flashcomm.gpu.host_launch import HostCollectives
+    from flashcomm.gpu.host_launch import HostCollectives, most_workers
     from flashcomm.gpu.launch import KernelCollectives
 
     if isinstance(region, host_memory.HostRegion):
-        kernels: KernelCollectives = HostCollectives(region, _host_workspace(settings), settings.timeout_s)
+        smallest = min(consistency.tell(transport, _multiprocessors(device), "counting multiprocessors"))
+        most = most_workers(settings.host_workers, smallest, transport.world_size)
+        workspace = _host_workspace(settings)
+        kernels: KernelCollectives = HostCollectives(region, workspace, settings.timeout_s, most)
     else:
         kernels = KernelCollectives(region, settings.timeout_s)
     order = executors.StreamOrder(kernels, device)
@@ -172,6 +175,10 @@ def candidates(device_type: str, asked: str) -> list[ModuleType]:
 def machine_name(device: torch.device) -> str:
     """What timings call a machine of this kind."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _host_workspace(settings: Settings) -> int:
