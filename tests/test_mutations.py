@@ -236,7 +236,7 @@ MUTATIONS = {
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "outboxes of even and odd calls in one place": (
-        "gpu/host_kernel.py", "    data = _data(epoch, message)\n    given_up", "    data = message.inbox\n    given_up",
+        "gpu/host_kernel.py", "    data = inbox_of(epoch, message)\n    given_up", "    data = message.inbox\n    given_up",
         "gpu/test_host_kernel.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "a wave of the last call is taken for this one's": (

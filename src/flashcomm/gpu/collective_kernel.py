@@ -77,7 +77,7 @@ class Collective(NamedTuple):
 
 
 @triton.jit
-def _values_at(left, UNIT: tl.constexpr, step: tl.constexpr):
+def values_at(left, UNIT: tl.constexpr, step: tl.constexpr):
     """Where a tile's values are in the message: offsets (GROUPS, PIECES, LANES) from its first, and which exist.
 
     left: units of the shard from there on.
@@ -89,7 +89,7 @@ def _values_at(left, UNIT: tl.constexpr, step: tl.constexpr):
 
 
 @triton.jit
-def _tile_at(tile, shard, message, call: tl.constexpr):
+def tile_at(tile, shard, message, call: tl.constexpr):
     """The unit of the message at which a tile of a shard begins, and how many units of the shard there are from it on."""
     unit = tile.to(tl.int64) * call.UNITS
     first = shard.to(tl.int64) * message.shard_stride
@@ -97,16 +97,16 @@ def _tile_at(tile, shard, message, call: tl.constexpr):
 
 
 @triton.jit
-def _data(epoch, message):
+def inbox_of(epoch, message):
     """Bytes into a region at which an epoch's data begins."""
     return message.inbox + (epoch & 1).to(tl.int64) * message.epoch_bytes
 
 
 @triton.jit
-def _load(x, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
+def load_tile(x, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
     """A tile of x, float32, 0 where there are no values."""
-    unit, left = _tile_at(tile, shard, message, call)
-    at, keep = _values_at(left, call.UNIT, step)
+    unit, left = tile_at(tile, shard, message, call)
+    at, keep = values_at(left, call.UNIT, step)
     return widen(tl.load(x + unit * call.UNIT + at, mask=keep, other=0.0))
 
 
@@ -131,21 +131,23 @@ def _encode(x, out, block, shard, region, message, call: tl.constexpr, ranks: tl
     TILES: tl.constexpr = call.TILES_PER_PROGRAM
     offset = message.stage2_offset if STAGE == 1 else scalar(0, like=message.stage2_offset)
     if TILES == 1:  # of small messages: the values are on their way while the epoch is
-        y = _load(x, block, shard, message, call, step)
+        y = load_tile(x, block, shard, message, call, step)
         epoch = arrive(region)
         if step.HADAMARD:
             y = hadamard(y, step)
-        _send(y, out, block, shard, _data(epoch, message) + offset, epoch, region, message, call, ranks, step, TO_ALL)
+        _send(
+            y, out, block, shard, inbox_of(epoch, message) + offset, epoch, region, message, call, ranks, step, TO_ALL
+        )
     else:
         epoch = arrive(region)
-        data = _data(epoch, message) + offset
+        data = inbox_of(epoch, message) + offset
         last = tl.minimum(block * TILES + TILES, message.n_tiles) - 1
-        after = _load(x, block * TILES, shard, message, call, step)
+        after = load_tile(x, block * TILES, shard, message, call, step)
         for k in tl.static_range(TILES):  # the next tile is on its way while this one is quantized
             tile = block * TILES + k
             y = after
             if k + 1 < TILES:
-                after = _load(x, tl.minimum(tile + 1, last), shard, message, call, step)
+                after = load_tile(x, tl.minimum(tile + 1, last), shard, message, call, step)
             if tile <= last:
                 if step.HADAMARD:
                     y = hadamard(y, step)
@@ -184,7 +186,7 @@ def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.conste
     """The role reduce, for a block of the own shard."""
     TILES: tl.constexpr = call.TILES_PER_PROGRAM
     epoch = arrive(region)
-    data = _data(epoch, message)
+    data = inbox_of(epoch, message)
     if (block >= 0) & (block * TILES < message.n_tiles):
         shard = scalar(0, like=region.rank) if call.ALGORITHM == _ONE_SHOT else region.rank
         ok = scalar(1, like=region.rank)
@@ -205,8 +207,8 @@ def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.conste
                     ok &= came
                 else:
                     total = _sum(raws, ok, ranks, reduce)
-                unit, left = _tile_at(tile, shard, message, call)
-                at, keep = _values_at(left, call.UNIT, reduce)
+                unit, left = tile_at(tile, shard, message, call)
+                at, keep = values_at(left, call.UNIT, reduce)
                 if call.ALGORITHM == _TWO_SHOT:  # loads nothing; gives the tile the layout of x, which packs best
                     never = message.stage_lag < 0
                     like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
@@ -236,7 +238,7 @@ def _gather(x, out, block, owner, region, message, call: tl.constexpr, ranks: tl
     TILES: tl.constexpr = call.TILES_PER_PROGRAM
     epoch = arrive(region)
     if (block >= 0) & (block * TILES < message.n_tiles):
-        first = arrives_at(owner, region) + _data(epoch, message) + message.stage2_offset
+        first = arrives_at(owner, region) + inbox_of(epoch, message) + message.stage2_offset
         if not call.LL:
             came = wait(owner, block, epoch, region, ranks, 1)
         for k in range(TILES):
@@ -251,8 +253,8 @@ def _gather(x, out, block, owner, region, message, call: tl.constexpr, ranks: tl
                     steps, scale = expand(fetch(bytes_at(base), x, step), step)
                     scale = tl.where(came != 0, scale, float("nan"))
                 y = steps * scale[:, None, None]
-                unit, left = _tile_at(tile, owner, message, call)
-                at, keep = _values_at(left, call.UNIT, step)
+                unit, left = tile_at(tile, owner, message, call)
+                at, keep = values_at(left, call.UNIT, step)
                 if step.HADAMARD:
                     y = from_hadamard(y, step)
                 store(out + unit * call.UNIT, at, keep, y, call.BF16)

@@ -48,8 +48,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashcomm.gpu.collective_kernel import ALL_GATHER, REDUCE_SCATTER, TWO_SHOT, _data, _load, _tile_at, _values_at
-from flashcomm.gpu.sync import ABORT, _clock, _set, arrive, bytes_at, give_up, ints_at
+from flashcomm.gpu.collective_kernel import (
+    ALL_GATHER,
+    REDUCE_SCATTER,
+    TWO_SHOT,
+    inbox_of,
+    load_tile,
+    tile_at,
+    values_at,
+)
+from flashcomm.gpu.sync import ABORT, arrive, bytes_at, clock, give_up, ints_at, set_flag
 from flashcomm.gpu.tile import (
     Step,
     expand,
@@ -143,7 +151,7 @@ def _watch(peer, bases, want1, want2, epoch, region, outbox, ranks: tl.constexpr
     abort = ints_at(region.local + _ABORT)
     got1, got2, last = scalar(-1, like=base1), scalar(-1, like=base1), scalar(0, like=base1)
     polls, given_up = scalar(0, like=base1).to(tl.int64), tl.atomic_or(abort, 0, sem="relaxed", scope="gpu")
-    begin = _clock(polls, ranks)
+    begin = clock(polls, ranks)
     while ((got1 < want1) | (got2 < want2)) & (given_up == 0):
         got1 = _relay(ints_at(flag), seen1, ranks) - base1
         got2 = want2
@@ -151,9 +159,9 @@ def _watch(peer, bases, want1, want2, epoch, region, outbox, ranks: tl.constexpr
             got2 = _relay(ints_at(flag + _FLAG_STAGE), seen2, ranks) - base2
         polls += 1
         if got1 + got2 != last:
-            begin, last = _clock(polls, ranks), got1 + got2
+            begin, last = clock(polls, ranks), got1 + got2
         elif polls % 32 == 0:
-            over = (_clock(polls, ranks) - begin >= region.limit).to(tl.int32)
+            over = (clock(polls, ranks) - begin >= region.limit).to(tl.int32)
             given_up = over | tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
     if given_up != 0:
         in_stage1 = got1 < want1
@@ -174,7 +182,7 @@ def _publish(waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
     """Set this rank's flag in host memory behind all that is visible here, unless the rank has given up."""
     if tl.atomic_or(ints_at(region.local + _ABORT), 0, sem="relaxed", scope="gpu") == 0:
         tl.debug_barrier()
-        _set(ints_at(tl.load(outbox.table + region.rank) + _FLAG_STAGE * STAGE), waves, ranks.CLOCK)
+        set_flag(ints_at(tl.load(outbox.table + region.rank) + _FLAG_STAGE * STAGE), waves, ranks.CLOCK)
 
 
 @triton.jit
@@ -291,7 +299,7 @@ def _encode(x, out, y, tile, outbox_address, region, outbox, message, call: tl.c
     if call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER:
         for target in range(ranks.WORLD_SIZE):
             shard = scalar(0, like=region.rank) + target
-            y = _load(x, tile, shard, message, call, step)
+            y = load_tile(x, tile, shard, message, call, step)
             if step.HADAMARD:
                 y = hadamard(y, step)
             sent = outbox_address + (shard * message.n_tiles + tile).to(tl.int64) * step.BYTES
@@ -314,7 +322,7 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
     gather: tl.constexpr = steps.gather
     first: tl.constexpr = gather if GATHERS_FIRST else reduce
     lag = message.stage_lag
-    data = _data(epoch, message)
+    data = inbox_of(epoch, message)
     given_up = tl.atomic_or(ints_at(region.local + _ABORT), 0, sem="relaxed", scope="gpu") != 0
     sent = tl.where(given_up, outbox.own, tl.load(outbox.table + region.rank) + data)
     none = scalar(0, like=region.rank)
@@ -325,7 +333,7 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
         has1, has2 = (i >= lag) & (tile1 < message.n_tiles), (i >= 2 * lag) & (tile2 < message.n_tiles)
         y = tl.zeros((first.GROUPS, first.PIECES, first.LANES), tl.float32)
         if not SHARDED:
-            y = _load(x, tl.minimum(tile, message.n_tiles - 1), none, message, call, first)
+            y = load_tile(x, tl.minimum(tile, message.n_tiles - 1), none, message, call, first)
 
         if has1:
             reached1 = _wait(reached1, i - lag + 1, bases, epoch, region, outbox, ranks, 0)
@@ -359,8 +367,8 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
                     at = message.stage2_offset + tile1.to(tl.int64) * gather.BYTES
                     _send(total, at, sent, outbox.own, out, call, gather, True)
                 else:
-                    unit, left = _tile_at(tile1, region.rank if SHARDED else none, message, call)
-                    at, keep = _values_at(left, call.UNIT, reduce)
+                    unit, left = tile_at(tile1, region.rank if SHARDED else none, message, call)
+                    at, keep = values_at(left, call.UNIT, reduce)
                     if SHARDED:  # out is the shard alone
                         unit -= region.rank.to(tl.int64) * message.shard_stride
                     store(out + unit * call.UNIT, at, keep, total, call.BF16)
@@ -381,8 +389,8 @@ def _store_all(out, raws, reached, tile, place, x, region, outbox, message, call
         y = steps * tl.where(reached < _GAVE_UP // 2, scale, float("nan"))[:, None, None]
         if step.HADAMARD:
             y = from_hadamard(y, step)
-        unit, left = _tile_at(tile, scalar(0, like=region.rank) + i, message, call)
-        at, keep = _values_at(left, call.UNIT, step)
+        unit, left = tile_at(tile, scalar(0, like=region.rank) + i, message, call)
+        at, keep = values_at(left, call.UNIT, step)
         store(out + unit * call.UNIT, at, keep, y, call.BF16)
 
 

@@ -17,7 +17,7 @@ from flashcomm.gpu import host_kernel as kernel
 from flashcomm.gpu import sync
 from flashcomm.gpu.collective_kernel import ALL_GATHER, ONE_SHOT, REDUCE_SCATTER, TWO_SHOT, Collective
 from flashcomm.gpu.compat import INTERPRETED, Int64, launcher
-from flashcomm.gpu.launch import ALGORITHMS, POLLS_PER_SECOND, KernelCollectives, Launch, PeerMemory, _at_offset
+from flashcomm.gpu.launch import ALGORITHMS, POLLS_PER_SECOND, KernelCollectives, Launch, PeerMemory, at_offset
 from flashcomm.gpu.tile import pieces, step_of, tile_bytes
 from flashcomm.gpu.tuning import LL, Tiles, Tuning, cut
 from flashcomm.wire.format import StepFormat, WireFormat
@@ -165,7 +165,7 @@ class HostCollectives(KernelCollectives):
                 device=region.device.index,
                 may_capture=False,
             )
-            yield _at_offset(start, first * unit * itemsize) if first else start
+            yield at_offset(start, first * unit * itemsize) if first else start
 
 
 @lru_cache(maxsize=256)

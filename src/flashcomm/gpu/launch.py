@@ -172,7 +172,7 @@ class KernelCollectives:
                 device=region.device.index,
                 may_capture=False,
             )
-            yield _at_offset(start, first * unit * itemsize) if first else start
+            yield at_offset(start, first * unit * itemsize) if first else start
 
     def _message(self, kind: int, n_units: int, count: int, tiles: Tiles, tuning: Tuning) -> Message:
         """`count` units (reduce_scatter, all_gather: of each shard of n_units) as one launch."""
@@ -201,7 +201,7 @@ def _stage_bytes(kind: int, tiles: Tiles) -> tuple[int, ...]:
     return stages.get(kind, (tiles.reduce.BYTES,))
 
 
-def _at_offset(start: Callable[..., None], offset: int) -> Launch:
+def at_offset(start: Callable[..., None], offset: int) -> Launch:
     """A launch for a part of a message that begins `offset` bytes into it and into its result."""
 
     def launch(source: int, target: int) -> None:

@@ -78,7 +78,7 @@ def arrives_at(source, region):
 
 
 @triton.jit
-def _clock(polls, ranks: tl.constexpr):
+def clock(polls, ranks: tl.constexpr):
     if ranks.CLOCK:
         return tl.extra.cuda.globaltimer()
     else:
@@ -108,7 +108,7 @@ def _look_at_flag(flag, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _set(flag, value, HOST_MEMORY: tl.constexpr):
+def set_flag(flag, value, HOST_MEMORY: tl.constexpr):
     """Store a flag behind all of this program's stores."""
     if HOST_MEMORY:
         tl.inline_asm_elementwise("""{
@@ -134,12 +134,12 @@ def poll(LOOK: tl.constexpr, place, epoch, seen, late, region, ranks: tl.constex
     polls, state = scalar(0, like=late).to(tl.int64), scalar(0, like=late)
     begin = polls
     if late != 0:
-        begin = _clock(polls, ranks)
+        begin = clock(polls, ranks)
     while (late != 0) & (state == 0):
         seen, late = LOOK(place, epoch, ranks, step)
         polls += 1
         if (late != 0) & (polls % 32 == 0):
-            over = (_clock(polls, ranks) - begin >= region.limit).to(tl.int32)
+            over = (clock(polls, ranks) - begin >= region.limit).to(tl.int32)
             state = tl.atomic_or(ints_at(region.local + _ABORT), over, sem="relaxed", scope="gpu")
     return seen, late
 
@@ -158,7 +158,7 @@ def give_up(phase, source, epoch, seen, region, ranks: tl.constexpr):
         tl.store(region.status + 4, seen)
         for i in tl.static_range(ranks.WORLD_SIZE):
             tl.store(region.peers + i, region.local)
-        _set(region.status, scalar(1, like=epoch), ranks.CLOCK)  # host memory, whatever peers write to
+        set_flag(region.status, scalar(1, like=epoch), ranks.CLOCK)  # host memory, whatever peers write to
 
 
 @triton.jit
@@ -193,4 +193,4 @@ def publish(to, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr, 
     tl.debug_barrier()
     at = _FLAGS + STAGE * _STAGE + 4 * (region.rank * _MAX_BLOCKS + block)
     for i in tl.static_range(ranks.WORLD_SIZE if TO_ALL else 1):
-        _set(ints_at(tl.load(region.peers + (i if TO_ALL else to)) + at), epoch, ranks.HOST_MEMORY)
+        set_flag(ints_at(tl.load(region.peers + (i if TO_ALL else to)) + at), epoch, ranks.HOST_MEMORY)
