@@ -106,8 +106,8 @@ def test_a_new_length_is_no_new_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for row, classes in ((4096, 1), (600, 2)):  # rows of whole groups; rows with tails
         layout = Layout(StepFormat.parse("int6-had"), row, 2)
         for rows in (1, 7, 64, 1000, 100_000):
-            gpu_codec._encoders(layout, 0, rows * row, torch.bfloat16, -1, 0, True)
-            gpu_codec._decoders(layout, 0, rows * row, torch.bfloat16, -1, 0, True, (2, 1 << 20, torch.bfloat16))
+            gpu_codec._encoders(layout, 0, rows * row, torch.bfloat16, -1, True)
+            gpu_codec._decoders(layout, 0, rows * row, torch.bfloat16, -1, True, (2, 1 << 20, torch.bfloat16))
         assert len(kernels) == 2 * classes
         kernels.clear()
     region = SimpleNamespace(
