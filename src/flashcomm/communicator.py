@@ -66,11 +66,11 @@ class Communicator:
         self.group, self.device, self.transport = started.group, started.device, started.transport
         self.settings, self.machine, self.format = started.settings, started.machine, started.settings.format
         self._guard, self._executors = started.guard, started.executors
-        self._counts = Counts(self, self.settings.debug == "info")
-        self.calls, self.sent = self._counts.calls, self._counts.sent
         self._recent = RecentCalls(self.device)
         self._n_calls, self.closed = 0, False
         self.rank, self.world_size = self.transport.rank, self.transport.world_size
+        self._counts = Counts(repr(self), self.settings.debug == "info")
+        self.calls, self.sent = self._counts.calls, self._counts.sent
 
     @property
     def world(self) -> int:

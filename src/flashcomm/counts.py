@@ -18,7 +18,7 @@ class Counts:
         sent: Payload bytes to other ranks, by the same names.
     """
 
-    def __init__(self, who: object, verbose: bool) -> None:
+    def __init__(self, who: str, verbose: bool) -> None:
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self._who, self._verbose = who, verbose
@@ -36,6 +36,6 @@ class Counts:
         n = self.calls[name]
         if n == 1:
             what = f"shape {tuple(x.shape)} {x.dtype}, {n_bytes} bytes sent"
-            log.info("%r: first %s goes %s, %s", self._who, *name.split("/"), what)
+            log.info("%s: first %s goes %s, %s", self._who, *name.split("/"), what)
         elif str(n).strip("0") == "1":
-            log.info("%r: %d calls of %s, %d bytes sent", self._who, n, name, self.sent[name])
+            log.info("%s: %d calls of %s, %d bytes sent", self._who, n, name, self.sent[name])
