@@ -41,6 +41,26 @@ THOROUGH = (
     "integrations/*test_real_text_on_three_ranks",
     "ranks",  # a hundred processes; all other tests start theirs by it
     "test_docs.py::test_the_example_prints_what_the_page_says[compile]",
+    "cli/*test_a_real_model",  # 35
+    "cli/*test_a_plan_with_a_format_for_decoding",  # 25
+    "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[two_shot-3]",  # 20
+    "gpu/test_host_kernel.py::test_every_collective_equals_the_reference[4]",  # 20
+    "gpu/test_kernels.py::test_a_slow_reader_reads_what_was_meant_for_it[ll]",  # 30
+    "integrations/test_dtensor.py::test_lengths_that_do_not_divide",  # 30
+    "integrations/test_dtensor.py::test_the_block_of_the_how_to",  # 50
+    "integrations/*test_uncompressed_is_transformers_own_and_formats_switch",  # 20
+    "integrations/test_transformers.py::TestTransformers::test_what_is_not_low_bit_is_not_scaled",  # 15
+    "integrations/test_two_batch_overlap.py::TestTransformers::test_bits[8192]",  # 30
+    "integrations/test_two_batch_overlap.py::TestTransformers::test_a_filled_cache_and_the_whole_message",  # 25
+    "integrations/test_two_batch_overlap.py::TestTransformers::test_dense_models_only",  # 20
+    "integrations/test_vllm.py::TestInRanks::test_plans_that_cannot_be_followed",  # 30
+    "integrations/test_vllm.py::TestInRanks::test_workers_that_differ",  # 25
+    "setup/test_call_guard.py::test_a_survivor_exits_as_it_wants[leave]",  # 15
+    "test_docs.py::test_the_example_prints_what_the_page_says[dtensor]",  # 20
+    "test_docs.py::test_the_example_prints_what_the_page_says[transformers]",  # 25
+    "test_ops.py::test_reduce_scatter_and_all_gather_compile_to_one_graph_for_all_lengths",  # 15
+    "test_readme.py::test_commands_exist",  # 20
+    "transports/test_process_group_interrupts.py::test_right_or_an_error_on_every_rank[4-cases1-5]",  # 30
 )
 
 CONTRACT: dict[int, tuple[str, ...]] = {

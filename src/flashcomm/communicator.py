@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 import torch.distributed as dist
@@ -211,11 +211,11 @@ class Communicator:
         x: Tensor,
         out: Tensor | None,
         format: Format,
-        same: int | float | None = None,
+        same: Any = None,
         problem: consistency.Problem | None = None,
     ) -> Tensor:
         """Validate, route, run, count. same: What else must be equal on all ranks: `whole`, or eps."""
-        whole = same if op == "all_reduce" and isinstance(same, int) else None
+        whole = same if op == "all_reduce" else None
         with self._guard.call(op):
             if problem is None:
                 problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole)
