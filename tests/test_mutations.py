@@ -125,9 +125,9 @@ MUTATIONS = {
         "setup/consistency.py", "if differing or not isinstance(mine, Settings):", "if not isinstance(mine, Settings):",
         "contract/test_05_decisions_from_equal_facts.py::test_formats_that_differ_are_an_error_on_all_ranks",
     ),
-    "compress integers in the c10d backend": (
-        "integrations/process_group.py", "if x.dtype not in DTYPES or x.layout", "if x.layout",
-        "integrations/test_c10d_backend.py::TestProcessGroup::test_everything_else_is_passed_through",
+    "integers count as low-bit": (
+        "integrations/planned.py", "x.dtype in DTYPES and x.layout", "x.layout",
+        "integrations/test_planned.py",
     ),
     "compress a MAX in the c10d backend": (
         "integrations/process_group.py", "options.reduceOp != _SUM or", "",

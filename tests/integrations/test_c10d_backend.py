@@ -112,7 +112,7 @@ def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
         got = torch.empty(1)
         dist.recv(got, 0)
         assert got.item() == 5.0
-    assert not any(c.calls for c in group._communicators.values()), "nothing of this was low-bit"
+    assert not any(planned.comm.calls for planned in group._planned.values()), "nothing of this was low-bit"
 
 
 def c10d_settings_differ(ctx: RankContext, path: str) -> None:

@@ -5,7 +5,7 @@
 
 or for one dimension of a mesh: `init_device_mesh(..., backend_override={"tp": "flashcomm"})`. Under it lie gloo for CPU
 tensors and NCCL for CUDA tensors. They carry, bit for bit as without us, everything that is not a SUM all-reduce of one
-dense bf16, fp16 or fp32 tensor of at least FLASHCOMM_MIN_BYTES.
+dense bf16, fp16 or fp32 tensor, and every sum that the Communicator of the same ranks would not quantize.
 
 Gradients are left alone: a sum that the autograd engine makes during a backward pass (DDP's buckets, tensor-parallel
 layers, DTensor) goes to gloo or NCCL unless FLASHCOMM_GRADIENTS=1. A program that averages gradients itself, after the
@@ -43,11 +43,10 @@ from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, St
 
 from flashcomm.communicator import Communicator
 from flashcomm.errors import CommunicationError, FlashcommError, FormatError, PlanError, SettingsError
-from flashcomm.plan import Plan, is_decode
-from flashcomm.routing.policy import MIN_BYTES
+from flashcomm.integrations.planned import PlannedAllReduce
+from flashcomm.plan import Plan
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import Lane
-from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES
 
 NAME = "flashcomm"
@@ -125,10 +124,10 @@ class FlashProcessGroup(dist.ProcessGroup):
                 "backend 'flashcomm' sees no layers: %s for all sums, the plan's layers are ignored", self._plan.format
             )
         self._gradients = os.environ.get(GRADIENTS) == "1"
-        self._communicators: dict[str, Communicator] = {}
+        self._planned: dict[str, PlannedAllReduce] = {}
         self._lane = Lane()
         if size > 1 and not self._settings["cpu"].format.uncompressed:
-            self._communicator("cpu")  # now, when all ranks are here: the first sum may be asynchronous
+            self._planned_on("cpu")  # now, when all ranks are here: the first sum may be asynchronous
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
         """Called for every all-reduce on this group; the result is written in place, as torch.distributed wants it."""
@@ -136,55 +135,42 @@ class FlashProcessGroup(dist.ProcessGroup):
         if opts is not None and options is not opts:
             options.reduceOp = opts
         many = tensors if isinstance(tensors, (list, tuple)) else [tensors]
-        if len(many) != 1 or options.reduceOp != _SUM or not self._takes(many[0]):
+        if len(many) != 1 or options.reduceOp != _SUM or not self._is_low_bit(many[0]):
             return self._inner.allreduce(list(many), options)
         (x,) = many
-        fmt = self._format(x)
+        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        work = _Sum(x, future)
         if x.device.type != "cpu":
-            self._sum(x, fmt)
-            finish = _done
-        elif self._communicator("cpu").explain(x.shape, x.dtype, fmt).route.low_bit:
-            future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-            work = _Sum(x, future)
-            work.finish = self._lane.start(lambda: work.run(lambda: self._sum(x, fmt)))
-            if not options.asyncOp:
-                work.wait()
+            work.run(lambda: self._sum(x))
             return work
-        else:  # in the order of the backend's own collectives
-            return self._inner.allreduce([x], options)
-        future = torch.futures.Future()
-        work = _Sum(x, future, finish)
-        future.set_result([x])
+        work.finish = self._lane.start(lambda: work.run(lambda: self._sum(x)))
+        if not options.asyncOp:
+            work.wait()
         return work
 
-    def _sum(self, x: Tensor, fmt: WireFormat | None) -> None:
+    def _sum(self, x: Tensor) -> None:
         """The low-bit sum of x over the ranks, in place."""
-        comm, x = self._communicator(x.device.type), x.detach()
+        planned, x = self._planned_on(x.device.type), x.detach()
         if x.is_contiguous() and not x.is_neg() and (torch.is_inference_mode_enabled() or not x.is_inference()):
-            comm.all_reduce(x, out=x, format=fmt)
+            planned(x, out=x)
         else:
-            x.copy_(comm.all_reduce(x, format=fmt))
+            x.copy_(planned(x))
 
-    def _format(self, x: Tensor) -> WireFormat | None:
-        decodes = self._plan is not None and self._plan.decode is not None and is_decode(x)
-        return self._plan.decode if self._plan is not None and decodes else None
-
-    def _takes(self, x: Tensor) -> bool:
-        """Whether this sum is low-bit: a fact about the program and about dtype and size, equal on every rank."""
+    def _is_low_bit(self, x: Tensor) -> bool:
+        """Whether this sum is low-bit, as the Communicator's route for it says: equal on every rank."""
         if torch._C._current_graph_task_id() != -1 and not self._gradients:
             return False  # the autograd engine is in a backward pass on this thread
-        if x.dtype not in DTYPES or x.layout != torch.strided or x.device.type not in self._settings or x.dim() > 8:
+        device = x.device.type
+        if x.dtype not in DTYPES or device not in self._settings or self._settings[device].format.uncompressed:
             return False
-        settings = self._settings[x.device.type]
-        least = MIN_BYTES[x.device.type] if isinstance(settings.min_bytes, str) else settings.min_bytes
-        return not (self._format(x) or settings.format).uncompressed and x.numel() * x.element_size() >= least
+        return self._planned_on(device).is_low_bit(x)
 
-    def _communicator(self, device_type: str) -> Communicator:
-        if device_type not in self._communicators:
-            timeout_s = self._settings[device_type].timeout_s
-            fmt = self._settings[device_type].format
-            self._communicators[device_type] = Communicator(self._inner, fmt, device=device_type, timeout_s=timeout_s)
-        return self._communicators[device_type]
+    def _planned_on(self, device: str) -> PlannedAllReduce:
+        if device not in self._planned:
+            settings = self._settings[device]
+            comm = Communicator(self._inner, settings.format, device=device, timeout_s=settings.timeout_s)
+            self._planned[device] = PlannedAllReduce(comm, self._plan)
+        return self._planned[device]
 
     def _get_sequence_number_for_group(self) -> int:
         gloo: Any = self._inner._get_backend(torch.device("cpu"))
