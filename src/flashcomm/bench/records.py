@@ -76,7 +76,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     except OSError as why:
         raise InputError(f"{path} cannot be read: {why.strerror}") from why
     renamed = [{_OLD_COLUMNS.get(key, key): value for key, value in row.items()} for row in rows]
-    return [{key: _OLD_VALUES.get(key, {}).get(value, value) for key, value in row.items()} for row in renamed]
+    return [
+        {key: _OLD_VALUES[key].get(value, value) if key in _OLD_VALUES else value for key, value in row.items()}
+        for row in renamed
+    ]
 
 
 def human_bytes(n_bytes: float) -> str:
