@@ -251,6 +251,14 @@ MUTATIONS = {
         "gpu/host_kernel.py", "sem=\"relaxed\", scope=\"gpu\") == 0:\n        tl.debug_barrier()", "sem=\"relaxed\", scope=\"gpu\") >= 0:\n        tl.debug_barrier()",
         "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[one_shot-2]",
     ),
+    "a peer that gave up is overlooked if another one did not": (
+        "gpu/host_kernel.py", "tl.where(gave_up != 0, _GAVE_UP, least)", "least",
+        "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[one_shot-3]",
+    ),
+    "words of unused workers stay behind": (
+        "gpu/host_kernel.py", "tl.store(progress1 + at, at * 0 + base1, mask=at >= outbox.n_workers)", "pass",
+        "gpu/test_host_kernel.py::test_words_of_workers_that_a_launch_does_not_have_follow_the_calls",
+    ),
     "nodes' sums rounded early": (
         "collectives/hierarchical.py", "dtype = x.dtype if sent.step.uncompressed else torch.float32", "dtype = x.dtype",
         "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference[int4-dtype0-4-2]",

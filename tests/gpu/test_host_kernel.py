@@ -14,10 +14,13 @@ from flashcomm import WireFormat, reference
 from flashcomm.errors import CommunicationError
 from flashcomm.ranks.launch import RankContext, run
 
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from flashcomm.gpu import launch
-from flashcomm.gpu.host_kernel import MAX_WAVES, MAX_WORKERS
+import triton.language as tl
+
+from flashcomm.gpu import host_kernel, launch, sync
+from flashcomm.gpu.compat import Int64
+from flashcomm.gpu.host_kernel import MAX_WAVES, MAX_WORKERS, STATE_BYTES
 from flashcomm.gpu.host_launch import HostCollectives, HostTuning, most_workers, shared_bytes
 from flashcomm.gpu.launch import ALGORITHMS
 from flashcomm.transports import cpu_shared, host_memory
@@ -151,7 +154,9 @@ def a_rank_is_gone(ctx: RankContext, algorithm: str) -> None:
     assert flag // MAX_WAVES <= 2  # the last call that it has told its peers of
 
 
-@pytest.mark.parametrize(("algorithm", "world_size"), [("one_shot", 2), ("two_shot", 3)])
+@pytest.mark.parametrize(
+    ("algorithm", "world_size"), [("one_shot", 2), ("one_shot", 3), ("all_gather", 3), ("two_shot", 3)]
+)
 def test_a_rank_that_does_not_come_is_an_error_that_names_it(algorithm: str, world_size: int) -> None:
     on_ranks(a_rank_is_gone, world_size, algorithm)
 
@@ -208,6 +213,31 @@ def in_graphs(ctx: RankContext) -> None:
 @pytest.mark.skipif(not ON_GPUS, reason=f"{N_GPUS} CUDA devices, 2 are needed")
 def test_a_graph_replayed_a_thousand_times_with_changing_inputs() -> None:
     on_ranks(in_graphs, 2)
+
+
+@triton.jit
+def _publisher(progress, region, outbox, ranks: tl.constexpr):
+    """The publisher of a call of 3 waves in epoch 5, in both stages."""
+    base = tl.load(progress) * 0 + 5 * MAX_WAVES
+    host_kernel._publish_all(base * 0 + 3, (base, base), region, outbox, ranks, 2)
+
+
+@pytest.mark.skipif(ON_GPUS, reason="kernels are not interpreted where there are GPUs")
+def test_words_of_workers_that_a_launch_does_not_have_follow_the_calls() -> None:
+    """So no word is ever 2^19 calls old, which would look like progress of this call once the word is used again."""
+    n_workers, base = 2, 5 * MAX_WAVES
+    state, memory = torch.zeros(STATE_BYTES // 4, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    progress = state[256:].view(2, MAX_WORKERS)
+    progress[:, :n_workers], progress[:, n_workers:] = base + 3, base - (1 << 31)
+    local = torch.zeros(4, dtype=torch.int32)
+    where = sync.Region(Int64(0), Int64(local.data_ptr()), 0, Int64(0), memory, memory)
+    table = torch.tensor([memory.data_ptr()])
+    counter = host_kernel.Counter(Int64(0))
+    outbox = host_kernel.Outbox(table, Int64(0), Int64(state.data_ptr()), counter, counter, n_workers)
+    _publisher[(1,)](progress, where, outbox, sync.Ranks(2, False, False, 0))
+    assert (progress[:, :n_workers] == base + 3).all()
+    assert (progress[:, n_workers:] == base).all()
+    assert memory[[0, 32]].tolist() == [base + 3, base + 3]
 
 
 def test_a_grid_fits_the_gpu() -> None:

@@ -108,14 +108,22 @@ class Outbox(NamedTuple):
 
 
 @triton.jit
-def _least(counts, n, base, N: tl.constexpr):
-    """The least of n <= N words in GPU memory, less base. What came before any of them was released is visible."""
+def _least(words, n, base, N: tl.constexpr, MAY_GIVE_UP: tl.constexpr):
+    """Return the least of n <= N words in GPU memory, minus base.
+
+    The read is an acquire: all that the writers stored before they released their words is visible afterwards. With
+    MAY_GIVE_UP the result is _GAVE_UP as soon as one of the words says so, whatever the others are.
+    """
     if N == 1:
-        return tl.atomic_add(counts, 0, sem="acquire", scope="gpu") - base
+        return tl.atomic_add(words, 0, sem="acquire", scope="gpu") - base
     else:
         at = tl.arange(0, N)
-        count = tl.atomic_add(counts + at, at * 0, mask=at < n, sem="acquire", scope="gpu")
-        return tl.min(tl.where(at < n, count - base, 0x7FFFFFFF))
+        waves = tl.atomic_add(words + at, at * 0, mask=at < n, sem="acquire", scope="gpu") - base
+        least = tl.min(tl.where(at < n, waves, 0x7FFFFFFF))
+        if MAY_GIVE_UP:
+            gave_up = tl.max(((at < n) & (waves >= _GAVE_UP // 2)).to(tl.int32))
+            least = tl.where(gave_up != 0, _GAVE_UP, least)
+        return least
 
 
 @triton.jit
@@ -164,15 +172,14 @@ def _watch(peer, bases, want1, want2, epoch, region, outbox, ranks: tl.constexpr
             over = (clock(polls, ranks) - begin >= region.limit).to(tl.int32)
             given_up = over | tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
     if given_up != 0:
-        in_stage1 = got1 < want1
-        least = tl.where(in_stage1, got1, got2)
-        if ranks.CLOCK:  # a peer that waits for another one is late, too: report the one that is behind most
+        in_stage1 = (got1 < want1).to(tl.int32)
+        least = tl.where(in_stage1 != 0, got1, got2)
+        if ranks.CLOCK:  # a peer that itself waits for another one is late, too: report the one that is furthest behind
             for other in tl.static_range(ranks.WORLD_SIZE - 1):
                 got = tl.load(ints_at(outbox.state + _SEEN + 4 * other), volatile=True) - base1
-                if in_stage1 & (got < least):
-                    least = got
-                    source = _rank_of(other, region)
-        give_up(tl.where(in_stage1, 1, 2), source, epoch, epoch + (least >> 12), region, ranks)
+                if (got < want1) & ((in_stage1 == 0) | (got < least)):
+                    least, source, in_stage1 = got, _rank_of(other, region), scalar(1, like=in_stage1)
+        give_up(tl.where(in_stage1 != 0, 1, 2), source, epoch, epoch + (least >> 12), region, ranks)
         tl.atomic_xchg(seen1, base1 + _GAVE_UP, sem="release", scope="gpu")
         tl.atomic_xchg(seen2, base2 + _GAVE_UP, sem="release", scope="gpu")
 
@@ -187,20 +194,30 @@ def _publish(waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
 
 @triton.jit
 def _publish_all(n_waves, bases, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
-    """The role publisher."""
-    told1, told2 = scalar(0, like=n_waves), n_waves * (2 - STAGES)
+    """The role publisher: publish every wave of both stages once all workers have stored it.
+
+    First it moves the words of workers that this launch does not have to the current call. Left alone, such a word
+    would fall behind by half of what 32 bits count after 2^19 calls, and then look like a worker that is far ahead.
+    """
     base1, base2 = bases[0], bases[1]
-    while (told1 < n_waves) | (told2 < n_waves):
-        if told1 < n_waves:
-            done1 = _least(ints_at(outbox.state + _PROGRESS), outbox.n_workers, base1, _MAX_WORKERS)
-            if done1 > told1:
+    progress1 = ints_at(outbox.state + _PROGRESS)
+    progress2 = ints_at(outbox.state + _PROGRESS + 4 * _MAX_WORKERS)
+    at = tl.arange(0, _MAX_WORKERS)
+    tl.store(progress1 + at, at * 0 + base1, mask=at >= outbox.n_workers)
+    if STAGES == 2:
+        tl.store(progress2 + at, at * 0 + base2, mask=at >= outbox.n_workers)
+    published1, published2 = scalar(0, like=n_waves), n_waves * (2 - STAGES)
+    while (published1 < n_waves) | (published2 < n_waves):
+        if published1 < n_waves:
+            done1 = _least(progress1, outbox.n_workers, base1, _MAX_WORKERS, False)
+            if done1 > published1:
                 _publish(base1 + done1, region, outbox, ranks, 0)
-                told1 = done1
+                published1 = done1
         if STAGES == 2:
-            done2 = _least(ints_at(outbox.state + _PROGRESS + 4 * _MAX_WORKERS), outbox.n_workers, base2, _MAX_WORKERS)
-            if done2 > told2:
+            done2 = _least(progress2, outbox.n_workers, base2, _MAX_WORKERS, False)
+            if done2 > published2:
                 _publish(base2 + done2, region, outbox, ranks, 1)
-                told2 = done2
+                published2 = done2
 
 
 @triton.jit
@@ -229,9 +246,9 @@ def _wait(reached, want, bases, epoch, region, outbox, ranks: tl.constexpr, STAG
             want1, want2 = want if STAGE == 0 else none, want if STAGE == 1 else none
             _watch(peer, bases, want1, want2, epoch, region, outbox, ranks, 2)
     while reached < want:
-        reached = _least(seen, ranks.WORLD_SIZE - 1, base, N)
+        reached = _least(seen, ranks.WORLD_SIZE - 1, base, N, True)
     for _ in range(ranks.DELAY):
-        reached = tl.maximum(reached, _least(seen, ranks.WORLD_SIZE - 1, base, N))
+        reached = tl.maximum(reached, _least(seen, ranks.WORLD_SIZE - 1, base, N, True))
     tl.debug_barrier()
     return reached
 
