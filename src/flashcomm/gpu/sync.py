@@ -132,13 +132,13 @@ def poll(LOOK: tl.constexpr, place, epoch, seen, late, region, ranks: tl.constex
     Args:
         LOOK: a kernel function (place, epoch, ranks, step) -> (content, late). late is 0 if the content is of this
             epoch and 1 otherwise, the same for all threads.
-        place: the argument of that name.
+        place: passed to LOOK.
         epoch: the epoch of this call.
         seen: the content that LOOK has returned before.
         late: the `late` that LOOK has returned with it.
         region: a `Region`.
         ranks: a `Ranks`.
-        step: the argument of that name.
+        step: passed to LOOK.
 
     Returns:
         The last content, and its `late`.
