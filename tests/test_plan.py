@@ -139,7 +139,7 @@ def test_the_vectors_must_fit_the_row() -> None:
 def test_check_compares_layers_and_model() -> None:
     plan = Plan(INT6, layers={"*.down_proj": LayerPlan(INT4)}, model={"hidden_size": 64})
     plan.check(["m.0.down_proj", "m.0.o_proj"], SimpleNamespace(hidden_size=64))
-    with pytest.raises(PlanError, match="hidden_size=64, this one has 128: run `flashcomm tune` on it"):
+    with pytest.raises(PlanError, match="hidden_size=64, this one has 128: run `flashcomm tune`"):
         plan.check(["m.0.down_proj"], SimpleNamespace(hidden_size=128))
     with pytest.raises(PlanError, match=r"layers that the model does not have \(\*\.down_proj\); it has h\.0\.c_proj"):
         plan.check(["h.0.c_proj"])

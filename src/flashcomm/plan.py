@@ -194,7 +194,7 @@ class Plan:
             found = getattr(config, key, wanted)
             if found != wanted:
                 raise PlanError(
-                    f"the plan was made for a model with {key}={wanted}, this one has {found}: run `flashcomm tune` on it"
+                    f"the plan was made for a model with {key}={wanted}, this one has {found}: run `flashcomm tune`"
                 )
         unmatched = [p for p in self.layers if not any(fnmatchcase(name, p) for name in names)]
         if unmatched:

@@ -19,10 +19,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 
-from flashcomm.gpu import host_kernel, launch, sync
+from flashcomm.gpu import host_sync, launch, sync
 from flashcomm.gpu.compat import Int64
-from flashcomm.gpu.host_kernel import MAX_WAVES, MAX_WORKERS, STATE_BYTES
 from flashcomm.gpu.host_launch import HostCollectives, HostTuning, most_workers, shared_bytes
+from flashcomm.gpu.host_sync import MAX_WAVES, MAX_WORKERS, STATE_BYTES
 from flashcomm.gpu.launch import ALGORITHMS
 from flashcomm.transports import cpu_shared, host_memory
 
@@ -220,7 +220,7 @@ def test_a_graph_replayed_a_thousand_times_with_changing_inputs() -> None:
 def _publisher(progress, region, outbox, ranks: tl.constexpr):
     """The publisher of a call of 3 waves in epoch 5, in both stages."""
     base = tl.load(progress) * 0 + 5 * MAX_WAVES
-    host_kernel._publish_all(base * 0 + 3, (base, base), region, outbox, ranks, 2)
+    host_sync.publish_all(base * 0 + 3, (base, base), region, outbox, ranks, 2)
 
 
 @pytest.mark.skipif(ON_GPUS, reason="kernels are not interpreted where there are GPUs")
@@ -233,8 +233,8 @@ def test_words_of_workers_that_a_launch_does_not_have_follow_the_calls() -> None
     local = torch.zeros(4, dtype=torch.int32)
     where = sync.Region(Int64(0), Int64(local.data_ptr()), 0, Int64(0), memory, memory)
     table = torch.tensor([memory.data_ptr()])
-    counter = host_kernel.Counter(Int64(0))
-    outbox = host_kernel.Outbox(table, Int64(0), Int64(state.data_ptr()), counter, counter, n_workers)
+    counter = host_sync.Counter(Int64(0))
+    outbox = host_sync.Outbox(table, Int64(0), Int64(state.data_ptr()), counter, counter, n_workers)
     _publisher[(1,)](progress, where, outbox, sync.Ranks(2, False, False, 0))
     assert (progress[:, :n_workers] == base + 3).all()
     assert (progress[:, n_workers:] == base).all()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.gpu import host_kernel as kernel
-from flashcomm.gpu import sync
+from flashcomm.gpu import host_sync, sync
 from flashcomm.gpu.collective_kernel import ALL_GATHER, ONE_SHOT, REDUCE_SCATTER, TWO_SHOT, Collective
 from flashcomm.gpu.compat import INTERPRETED, Int64, launcher
 from flashcomm.gpu.launch import ALGORITHMS, POLLS_PER_SECOND, KernelCollectives, Launch, PeerMemory, at_offset
@@ -56,7 +56,7 @@ def host_tuning(fmt: WireFormat, numel: int) -> HostTuning:
 
 def shared_bytes(workspace: int) -> int:
     """Return the bytes of a rank's shared memory for `workspace` bytes of messages, half of them for odd epochs."""
-    return kernel.OUTBOX + workspace
+    return host_sync.OUTBOX + workspace
 
 
 def most_workers(asked: int, n_multiprocessors: int, world_size: int) -> int:
@@ -70,7 +70,7 @@ def most_workers(asked: int, n_multiprocessors: int, world_size: int) -> int:
         n_multiprocessors: those of the smallest GPU.
         world_size: the number of ranks.
     """
-    return max(1, min(asked or kernel.MAX_WORKERS, kernel.MAX_WORKERS, n_multiprocessors - world_size))
+    return max(1, min(asked or host_sync.MAX_WORKERS, host_sync.MAX_WORKERS, n_multiprocessors - world_size))
 
 
 class HostCollectives(KernelCollectives):
@@ -93,7 +93,7 @@ class HostCollectives(KernelCollectives):
         region: HostMemory,
         workspace: int,
         timeout_s: float,
-        n_workers: int = kernel.MAX_WORKERS,
+        n_workers: int = host_sync.MAX_WORKERS,
         delay: int = 0,
     ) -> None:
         super().__init__(region, timeout_s, delay)
@@ -101,7 +101,7 @@ class HostCollectives(KernelCollectives):
         self._most = n_workers
         self._table = torch.tensor([base + region.n_bytes for base in region.mappings], dtype=torch.int64).to(device)
         self._own = torch.empty(self.epoch_bytes, dtype=torch.uint8, device=device)
-        self._state = torch.zeros(kernel.STATE_BYTES, dtype=torch.uint8, device=device)
+        self._state = torch.zeros(host_sync.STATE_BYTES, dtype=torch.uint8, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that the state is zero on whatever stream the first call is
 
@@ -130,7 +130,7 @@ class HostCollectives(KernelCollectives):
             REDUCE_SCATTER: world_size * tiles.reduce.BYTES,
             ALL_GATHER: tiles.gather.BYTES,
         }[ALGORITHMS.index(algorithm)]
-        n_tiles = min(self.epoch_bytes // need, (kernel.MAX_WAVES - 1) * self._most_workers(tuning))
+        n_tiles = min(self.epoch_bytes // need, (host_sync.MAX_WAVES - 1) * self._most_workers(tuning))
         return n_tiles * tiles.units * (world_size if algorithm == "two_shot" else 1)
 
     def _most_workers(self, tuning: HostTuning) -> int:
@@ -145,7 +145,7 @@ class HostCollectives(KernelCollectives):
         limit = int(self.timeout_s * (POLLS_PER_SECOND[0] if INTERPRETED else 1e9))
         where = sync.Region(Int64(0), Int64(self.local), region.rank, Int64(limit), region.peers, region.status)
         state = self._state.data_ptr()
-        counters = kernel.Counter(Int64(state)), kernel.Counter(Int64(state + 64))
+        counters = host_sync.Counter(Int64(state)), host_sync.Counter(Int64(state + 64))
         by_hand = INTERPRETED and x.dtype == torch.bfloat16
         in_hadamard = kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain
         n_units = x.numel() // unit // (world_size if kind == REDUCE_SCATTER else 1)
@@ -153,12 +153,12 @@ class HostCollectives(KernelCollectives):
             message = self._message(kind, n_units, count, tiles, tuning)
             n_waves = -(-message.n_tiles // self._most_workers(tuning))
             n_workers = -(-message.n_tiles // n_waves)  # the fewest that need no more waves
-            outbox = kernel.Outbox(self._table, Int64(self._own.data_ptr()), Int64(state), *counters, n_workers)
+            outbox = host_sync.Outbox(self._table, Int64(self._own.data_ptr()), Int64(state), *counters, n_workers)
             start = launcher(
                 kernel.host_collective,
                 grid=1 if INTERPRETED else world_size + n_workers,
                 pointers=(x.dtype, torch.int16 if by_hand else x.dtype),
-                numbers=(where, outbox, message._replace(inbox=Int64(kernel.OUTBOX))),
+                numbers=(where, outbox, message._replace(inbox=Int64(host_sync.OUTBOX))),
                 bundles=(
                     Collective(kind, 1, unit, tiles.units, in_hadamard, False, by_hand),
                     sync.Ranks(world_size, not INTERPRETED, not INTERPRETED, self.delay),

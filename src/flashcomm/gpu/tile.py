@@ -26,8 +26,7 @@ from flashcomm.wire.format import LIMIT, StepFormat
 MAGIC = tl.constexpr(1.5 * 2.0**23)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 TWO_23_BITS = tl.constexpr(0x4B000000)  # the bits of 2^23; plus a code they are the bits of 2^23 + code
-# The bits of 2^126, see StepFormat.limit. In the Hadamard domain the limit is smaller by log2(n) << 23.
-LIMIT_BITS = tl.constexpr(0x7E800000)
+LIMIT_BITS = tl.constexpr(0x7E800000)  # of 2^126, see StepFormat.limit; in the Hadamard domain minus log2(n) << 23
 SCALE_MIN = tl.constexpr(torch_codec.SCALE_MIN)
 SCALE_NAN = tl.constexpr(torch_codec.SCALE_NAN)
 assert LIMIT == 2.0**126
@@ -52,10 +51,6 @@ def step_of(
     """Return the constants of a step whose tiles have this shape.
 
     Args:
-        step: the format.
-        n_pieces: PIECES.
-        n_groups: GROUPS.
-        lanes: LANES.
         n: the values of a group; 0 stands for `step.group`.
         words: whether 4 bytes of a plane may be loaded or stored at once. They are if LANES is a multiple of 4.
         n_bytes: BYTES.
@@ -198,7 +193,6 @@ def quantize(y, n, step: tl.constexpr):
     Args:
         y: float32 (GROUPS, PIECES, LANES), in the Hadamard domain if HADAMARD, and 0 behind the end of a short group.
         n: int32 (GROUPS,), the number of values in each group.
-        step: a `Step`.
 
     Returns:
         Codes: int32 (GROUPS, PIECES, LANES).
@@ -246,13 +240,8 @@ def quads(codes, step: tl.constexpr):
 def plane_words(begin, STRIDE: tl.constexpr, WIDTH: tl.constexpr, step: tl.constexpr):
     """Return the offsets of a plane's words, in words: (GROUPS, WIDTH * PIECES / 8, LANES / WORD_BYTES).
 
-    A group has WIDTH * PIECES / 8 runs of LANES bytes in the plane. They are STRIDE bytes apart.
-
-    Args:
-        begin: (GROUPS,), the offset of each group's first run, in bytes.
-        STRIDE: bytes from one run of a group to the next.
-        WIDTH: bits of the plane.
-        step: a `Step`.
+    A group has WIDTH * PIECES / 8 runs of LANES bytes in the plane. The first one is begin (GROUPS,) bytes into the
+    plane, and runs are STRIDE bytes apart.
     """
     RUNS: tl.constexpr = WIDTH * step.PIECES // 8
     runs = (tl.arange(0, RUNS) * (STRIDE // step.WORD_BYTES))[None, :, None]
@@ -285,16 +274,11 @@ def pack_plane(codes, WIDTH: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def put_plane(plane, begin, keep, codes, STRIDE: tl.constexpr, WIDTH: tl.constexpr, step: tl.constexpr):
-    """Store the plane of WIDTH bits.
+    """Store the plane of WIDTH bits at plane (uint8 pointer), with the groups in keep (GROUPS,).
 
     Args:
-        plane: uint8 pointer to the plane.
-        begin: (GROUPS,), the offset of each group in it, in bytes.
-        keep: (GROUPS,), which groups to store.
-        codes: `quads`, if WORD_BYTES is 4. Then plane and begin are multiples of 4. Otherwise codes.
-        STRIDE: see `plane_words`.
-        WIDTH: bits of the plane.
-        step: a `Step`.
+        begin, STRIDE: see `plane_words`.
+        codes: codes if WORD_BYTES is 1. If it is 4, `quads`, and plane and begin must be multiples of 4.
     """
     part = pack_plane(codes, WIDTH, step)
     at = _plane_pointers(plane, begin, STRIDE, WIDTH, step)
@@ -359,10 +343,8 @@ def put(base, y, n, out, step: tl.constexpr, BF16: tl.constexpr):
 
     Args:
         base: uint8 pointer, 16-byte aligned: where the tile is stored.
-        y: float32 (GROUPS, PIECES, LANES), see `quantize`.
-        n: int32 (GROUPS,), see `quantize`.
+        y, n: see `quantize`.
         out: a pointer to the dtype in which values travel uncompressed.
-        step: a `Step`.
         BF16: see `narrow`.
     """
     if step.BITS == 16:
@@ -411,7 +393,6 @@ def values(codes, word, zero_point, step: tl.constexpr):
         codes: the results of `unpack_plane` for all planes, combined by OR.
         word: (GROUPS,), the scale words.
         zero_point: (GROUPS,), the zero points; not used up to 5 bits, where the scale words hold them.
-        step: a `Step`.
 
     Returns:
         code - zero_point, float32 (GROUPS, PIECES, LANES), and scale, float32 (GROUPS,).
@@ -451,7 +432,6 @@ def expand(raw, step: tl.constexpr):
 
     Args:
         raw: the result of `fetch`, or planes, scale words and, from 6 bits on, zero points.
-        step: a `Step`.
 
     Returns:
         code - zero_point, float32 (GROUPS, PIECES, LANES), and scale, float32 (GROUPS,).
