@@ -147,8 +147,8 @@ def _publish(waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
 def publish_all(n_waves, bases, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
     """The role publisher: publish every wave of both stages once all workers have stored it.
 
-    First it moves the words of workers that this launch does not have to the current call. Left alone, such a word
-    would fall behind by half of what 32 bits count after 2^19 calls, and then look like a worker that is far ahead.
+    First it moves the words of workers that this launch does not have to the current call. Otherwise such a word could
+    be 2^19 calls old in a launch that has the worker again. It would then look like a worker that is far ahead.
     """
     base1, base2 = bases[0], bases[1]
     progress1 = ints_at(outbox.state + _PROGRESS)
