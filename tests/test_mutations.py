@@ -240,16 +240,24 @@ MUTATIONS = {
         "gpu/test_host_kernel.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "a wave of the last call is taken for this one's": (
-        "gpu/host_kernel.py", "_wait(reached1, i - lag + 1, bases", "_wait(reached1, i - lag + 1 - _MAX_WAVES, bases",
+        "gpu/host_kernel.py", "wait(reached1, i - lag + 1, bases", "wait(reached1, i - lag + 1 - _MAX_WAVES, bases",
         "gpu/test_host_kernel.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "tiles that did not come are taken": (
-        "gpu/host_kernel.py", "scale = tl.where(reached < _GAVE_UP // 2, scale, float(\"nan\"))", "scale = tl.where(reached > -9, scale, 0.0)",
+        "gpu/host_kernel.py", "scale = tl.where(reached < GAVE_UP // 2, scale, float(\"nan\"))", "scale = tl.where(reached > -9, scale, 0.0)",
         "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[one_shot-2]",
     ),
     "a rank that gave up goes on publishing": (
-        "gpu/host_kernel.py", "sem=\"relaxed\", scope=\"gpu\") == 0:\n        tl.debug_barrier()", "sem=\"relaxed\", scope=\"gpu\") >= 0:\n        tl.debug_barrier()",
+        "gpu/host_sync.py", "sem=\"relaxed\", scope=\"gpu\") == 0:\n        tl.debug_barrier()", "sem=\"relaxed\", scope=\"gpu\") >= 0:\n        tl.debug_barrier()",
         "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[one_shot-2]",
+    ),
+    "a peer that gave up is overlooked if another one did not": (
+        "gpu/host_sync.py", "tl.where(gave_up != 0, GAVE_UP, least)", "least",
+        "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[one_shot-3]",
+    ),
+    "words of unused workers stay behind": (
+        "gpu/host_sync.py", "tl.store(progress1 + at, at * 0 + base1, mask=at >= outbox.n_workers)", "pass",
+        "gpu/test_host_kernel.py::test_words_of_workers_that_a_launch_does_not_have_follow_the_calls",
     ),
     "nodes' sums rounded early": (
         "collectives/hierarchical.py", "dtype = x.dtype if sent.step.uncompressed else torch.float32", "dtype = x.dtype",

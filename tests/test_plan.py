@@ -139,7 +139,7 @@ def test_the_vectors_must_fit_the_row() -> None:
 def test_check_compares_layers_and_model() -> None:
     plan = Plan(INT6, layers={"*.down_proj": LayerPlan(INT4)}, model={"hidden_size": 64})
     plan.check(["m.0.down_proj", "m.0.o_proj"], SimpleNamespace(hidden_size=64))
-    with pytest.raises(PlanError, match="hidden_size=64, this one has 128: tune anew"):
+    with pytest.raises(PlanError, match="hidden_size=64, this one has 128: run `flashcomm tune`"):
         plan.check(["m.0.down_proj"], SimpleNamespace(hidden_size=128))
     with pytest.raises(PlanError, match=r"layers that the model does not have \(\*\.down_proj\); it has h\.0\.c_proj"):
         plan.check(["h.0.c_proj"])
@@ -158,10 +158,10 @@ GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
         (GOOD | {"color": 1}, "unknown keys color"),
         (GOOD | {"format": "int1"}, "1 bits asked for"),
         (GOOD | {"decode": "int4-g7"}, "a group of 7"),
-        (GOOD | {"layers": ["int8"]}, "are objects"),
+        (GOOD | {"layers": ["int8"]}, "must be JSON objects"),
         (GOOD | {"layers": {"a": 4}}, "layer a: give a format"),
         (GOOD | {"layers": {"a": {"format": "int4", "color": 1}}}, "layer a: give a format"),
-        (GOOD | {"layers": {"a": {"format": "int4", "shift": "AAAA"}}}, "go together"),
+        (GOOD | {"layers": {"a": {"format": "int4", "shift": "AAAA"}}}, "give both"),
         (GOOD | {"layers": {"a": {"format": "int4", "shift": "!", "offset": "AAA="}}}, "shift is not base64"),
         (GOOD | {"layers": {"a": {"format": "int4", "shift": "AA==", "offset": "AA=="}}}, "offset is not base64"),
         (
@@ -186,5 +186,5 @@ def test_files_that_are_not_plans(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"no plan at .*`flashcomm tune` writes one"):
         Plan.of(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("int4")
-    with pytest.raises(PlanError, match="is no JSON"):
+    with pytest.raises(PlanError, match="is not valid JSON"):
         Plan.of(str(tmp_path / "text.json"))

@@ -1,4 +1,4 @@
-"""The fastest codec of a device: compiled for CPUs, Triton kernels for GPUs, plain torch where neither can run."""
+"""Choose the fastest codec for a device: compiled for CPUs, Triton for GPUs, plain torch if neither can be imported."""
 
 from __future__ import annotations
 

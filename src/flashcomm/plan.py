@@ -3,20 +3,21 @@
 A plan is a JSON file, written by hand or by `flashcomm tune`. It is accepted wherever a format is:
 
     {"flashcomm_plan": 1,
-     "format": "int6-had",                                  layers that no pattern names
-     "decode": "int8",                                      optional: all layers, when decoding one token a sequence
+     "format": "int6-had",                                  for layers that no pattern matches
+     "decode": "int8",                                      optional: for all layers, at one token per sequence
      "layers": {"model.layers.29.mlp.down_proj": {"format": "int7-had/int6-had", "shift": "...", "offset": "..."},
-                "*.mlp.down_proj": "int4-had"},             the first pattern that matches counts
-     "model": {"model_type": "llama", "hidden_size": 576},  optional: the model it was made for
-     "made": {...}}                                         optional: how it was made, for people
+                "*.mlp.down_proj": "int4-had"},             the first pattern that matches is used
+     "model": {"model_type": "llama", "hidden_size": 576},  optional: the model that the plan was made for
+     "made": {...}}                                         optional: how it was made, for human readers
 
 Conditioning is per-channel scaling (as in SmoothQuant, here by powers of two) and mean removal. Each rank sends
 
     (x - channel_mean / world_size) * 2^scale_exponents          instead of x
 
-and the sum is scaled back and the mean added. What is the same for all tokens, a channel's mean, need not travel, and
-channels whose errors the model feels most get more of the precision. The number of bytes on the wire stays the same.
-In JSON, "shift" holds the exponents (int8) and "offset" the means (bfloat16), one per channel, both in base64.
+The sum is scaled back, and the mean is added to it. The mean of a channel is the same for all tokens, so it need not
+travel. Scaling gives more precision to channels whose errors affect the model most. The number of bytes on the wire
+stays the same. In JSON, "shift" holds the exponents (int8) and "offset" the means (bfloat16), one per channel, both in
+base64.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MAX_EXPONENT = 60  # of a channel's scale; 2^60 times any usual activation stays
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The format of one layer, and its conditioning vectors: both or neither.
+    """The format of one layer and, optionally, its two conditioning vectors.
 
     Args:
         format: The wire format of the layer's all-reduce.
@@ -75,10 +76,10 @@ class Plan:
 
     Args:
         format: The format of layers that no pattern matches.
-        decode: The format of all layers for messages of the decode phase (see `is_decode`), or None for no exception.
-        layers: Maps patterns of module names (as in `fnmatch`) to what those layers take. The first match counts.
+        decode: The format of all layers in the decode phase (see `is_decode`), or None to use each layer's own.
+        layers: Maps patterns of module names (see `fnmatch`) to the plans of those layers. The first match is used.
         model: Fields of the model's configuration that `check` compares.
-        made: How the plan was made. For people; nothing reads it.
+        made: How the plan was made, for human readers only.
     """
 
     format: WireFormat
@@ -91,7 +92,7 @@ class Plan:
 
     @classmethod
     def of(cls, given: str | WireFormat | Plan | Path) -> Plan:
-        """Return a plan made of whatever names one.
+        """Return the plan that `given` stands for.
 
         Args:
             given: A plan, the path of a plan (a Path, or a string that ends in `.json`), or a format for every layer.
@@ -111,7 +112,7 @@ class Plan:
         """Read a plan from a JSON file.
 
         Raises:
-            PlanError: The file cannot be read, or is not a plan. The message names the wrong entry.
+            PlanError: The file cannot be read, or is not a plan. The message names the invalid entry.
         """
         try:
             content = json.loads(path.read_text(), object_pairs_hook=_unique)
@@ -120,7 +121,7 @@ class Plan:
         except PlanError as why:
             raise PlanError(f"{path}: {why}") from why
         except (ValueError, RecursionError) as why:
-            raise PlanError(f"{path} is no JSON that can be read: {why}") from why
+            raise PlanError(f"{path} is not valid JSON: {why}") from why
         try:
             return cls.from_dict(content)
         except (PlanError, FormatError) as why:
@@ -138,10 +139,12 @@ class Plan:
             raise PlanError(f'not a plan: a JSON object with "flashcomm_plan": {VERSION} is needed')
         unknown = sorted(set(content) - {"flashcomm_plan", "format", "decode", "layers", "model", "made"})
         if unknown or "format" not in content:
-            wrong = f"unknown keys {', '.join(unknown)}" if unknown else 'no "format" for the layers not named'
+            wrong = (
+                f"unknown keys {', '.join(unknown)}" if unknown else 'no "format" for layers that no pattern matches'
+            )
             raise PlanError(f"{wrong}; a plan has format, layers and optionally decode, model and made")
         if not all(isinstance(content.get(key, {}), Mapping) for key in ("layers", "model", "made")):
-            raise PlanError('"layers", "model" and "made" are objects')
+            raise PlanError('"layers", "model" and "made" must be JSON objects')
         return cls(
             WireFormat.parse(content["format"]),
             WireFormat.parse(content["decode"]) if content.get("decode") is not None else None,
@@ -160,13 +163,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """16 hex digits that differ between plans that act differently; ranks compare them."""
+        """A hash of 16 hex digits, by which ranks check that their plans have the same effect."""
         content = self.as_dict()
         acts = {key: content.get(key) for key in ("format", "decode", "layers")}
         return hashlib.sha256(json.dumps(acts).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write the plan to a JSON file; its folder is created if need be."""
+        """Write the plan to a JSON file. Its folder is created if it does not exist."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
@@ -190,7 +193,9 @@ class Plan:
         for key, wanted in self.model.items():
             found = getattr(config, key, wanted)
             if found != wanted:
-                raise PlanError(f"the plan was made for a model with {key}={wanted}, this one has {found}: tune anew")
+                raise PlanError(
+                    f"the plan was made for a model with {key}={wanted}, this one has {found}: run `flashcomm tune`"
+                )
         unmatched = [p for p in self.layers if not any(fnmatchcase(name, p) for name in names)]
         if unmatched:
             some = ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
@@ -203,7 +208,7 @@ class Plan:
         return self.decode if self.decode is not None and is_decode(x) else self.layer(name).format
 
     def before_reduce(self, name: str, x: Tensor, world_size: int) -> Tensor:
-        """Condition what a rank gives to a layer's all-reduce, if that is a low-bit one.
+        """Condition a rank's input of a layer's low-bit all-reduce.
 
         Args:
             name: The layer's module name.
@@ -211,11 +216,11 @@ class Plan:
             world_size: The number of ranks that take part.
 
         Returns:
-            (x - channel_mean / world_size) * 2^scale_exponents, in x's dtype (float32 for float16, whose range the
-            scaling can leave), or x itself where the layer has no conditioning.
+            (x - channel_mean / world_size) * 2^scale_exponents, or x itself if the layer has no conditioning. It has
+            x's dtype, but float32 for float16, because scaled values may exceed the range of float16.
 
         Raises:
-            PlanError: The vectors have another length than the row.
+            PlanError: The length of the vectors is not the number of channels.
         """
         layer = self.layer(name)
         if layer.scale_exponents is None or (self.decode is not None and is_decode(x)):
@@ -226,7 +231,7 @@ class Plan:
         return (x - mean_share) * scale
 
     def after_reduce(self, name: str, total: Tensor, world_size: int, dtype: torch.dtype) -> Tensor:
-        """Undo the conditioning of a sum.
+        """Undo the conditioning after the all-reduce.
 
         Args:
             name: The layer's module name.
@@ -235,7 +240,7 @@ class Plan:
             dtype: The dtype of the layer's output.
 
         Returns:
-            total * 2^-scale_exponents + channel_mean, or total itself where the layer has no conditioning.
+            total * 2^-scale_exponents + channel_mean, or total itself if the layer has no conditioning.
         """
         layer = self.layer(name)
         if layer.scale_exponents is None or (self.decode is not None and is_decode(total)):
@@ -269,23 +274,23 @@ class Plan:
             with torch.inference_mode(False):  # a cached inference tensor could not be used outside inference mode
                 exponents = layer.scale_exponents.to(x.device, torch.float32)
                 share = (layer.channel_mean.to(x.device, torch.float32) / world_size).to(x.dtype)
-                mean = (share.float() * world_size).to(x.dtype)  # exactly what the ranks took away together
+                mean = (share.float() * world_size).to(x.dtype)  # exactly what all ranks together subtracted
                 self._vectors[key] = exponents.exp2().to(x.dtype), (-exponents).exp2().to(x.dtype), share, mean
         return self._vectors[key]
 
 
 def is_decode(x: Tensor) -> bool:
-    """Return whether x is of the decode phase: one token of each sequence, (batch, 1, channels), or a single row."""
+    """Return whether x is from the decode phase: one token per sequence, (batch, 1, channels), or a single row."""
     return x.dim() >= 2 and x.shape[-2] == 1
 
 
 def _layer_from_json(pattern: str, entry: Any) -> LayerPlan:
-    """The plan of a layer: from a format, or an object with one and, optionally, the vectors."""
+    """The plan of a layer. entry: a format, or an object with a format and, optionally, the two vectors."""
     entry = {"format": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping) or "format" not in entry or set(entry) - {"format", "shift", "offset"}:
         raise PlanError(f'layer {pattern}: give a format, or an object with "format" and optionally "shift", "offset"')
     if ("shift" in entry) != ("offset" in entry):
-        raise PlanError(f'layer {pattern}: "shift" and "offset" go together')
+        raise PlanError(f'layer {pattern}: give both "shift" and "offset", or neither')
     fmt = WireFormat.parse(entry["format"])
     if "shift" not in entry:
         return LayerPlan(fmt)
@@ -321,9 +326,9 @@ def _deprecated(old: str, new: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises PlanError if a key comes twice, of which Python would keep the last."""
+    """A JSON object. Raises PlanError if a key occurs twice: Python would silently keep the last one."""
     content = dict(pairs)
     if len(content) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise PlanError(f"the key {twice!r} comes twice in one object")
+        raise PlanError(f"the key {twice!r} occurs twice in one object")
     return content

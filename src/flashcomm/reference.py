@@ -1,14 +1,13 @@
-"""What each collective returns, computed in one process from one tensor per rank: the definition of results.
+"""The definition of what each collective returns, computed in one process from one tensor per rank.
 
 There are no shards and no chunks here. Each group of values is quantized by itself, so how a message is cut cannot
-change the result. In `fmt`, `fmt.reduce` is the format of what goes into a sum and `fmt.gather` that of a sum on its
-way back.
+change the result. Values that are summed travel in the format `fmt.reduce`, and sums travel back in `fmt.gather`.
 
 Sums run in float32 in the order of ranks, or of nodes. They are rounded to the tensors' dtype at the end, and wherever
-a step sends them uncompressed. With one rank nothing travels and nothing is quantized.
+a step sends them uncompressed. With one rank nothing is sent, so nothing is quantized.
 
-Every function takes as `codec` another module with `encode` and `decode_sum` (see `wire.torch_codec`). All codecs give
-the same bits; some are faster.
+The argument `codec` is a module with the functions `encode` and `decode_sum` of `wire.torch_codec`. All codecs give the
+same bits, but some are faster.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def hierarchical(
 
     Args:
         tensors: One message per rank, of equal shape and dtype.
-        fmt: The format: values and the sums of nodes travel as `fmt.reduce`, the sum of all as `fmt.gather`.
+        fmt: The format: values and the sums of nodes travel as `fmt.reduce`, the total sum as `fmt.gather`.
         local_world_size: The number of ranks of a node. A node is that many consecutive ranks.
         codec: See the module docstring.
 
@@ -94,9 +93,17 @@ def all_reduce(
     local_world_size: int = 0,
     codec: ModuleType = torch_codec,
 ) -> Tensor:
-    """Return the all-reduce by the algorithm of that name: "one_shot", "two_shot" or "hierarchical".
+    """Return the all-reduce by the algorithm of that name.
 
-    local_world_size is for "hierarchical" only. See the function of that name for the other arguments.
+    Args:
+        algorithm: "one_shot", "two_shot" or "hierarchical".
+        tensors: One message per rank, of equal shape and dtype.
+        fmt: The format.
+        local_world_size: The number of ranks of a node, for "hierarchical" only.
+        codec: See the module docstring.
+
+    Returns:
+        The sum, of the tensors' shape and dtype.
     """
     if algorithm == "hierarchical":
         return hierarchical(tensors, fmt, local_world_size, codec)
@@ -104,7 +111,7 @@ def all_reduce(
 
 
 def reduce_scatter(tensors: Sequence[Tensor], fmt: WireFormat) -> list[Tensor]:
-    """Return for each rank its shard of the sum along dimension 0.
+    """Return each rank's shard of the sum, along dimension 0.
 
     Each shard is a message of its own, quantized as `fmt.reduce`.
 
@@ -119,18 +126,23 @@ def reduce_scatter(tensors: Sequence[Tensor], fmt: WireFormat) -> list[Tensor]:
 
 
 def all_gather(tensors: Sequence[Tensor], fmt: WireFormat) -> Tensor:
-    """Return all tensors, concatenated along dimension 0. Each is a message of its own, quantized as `fmt.gather`."""
+    """Return all tensors, quantized and concatenated along dimension 0.
+
+    Args:
+        tensors: One tensor per rank, of equal shape and dtype. Each is a message of its own.
+        fmt: The format; only `fmt.gather` is used.
+    """
     if len(tensors) == 1:
         return tensors[0].clone()
     return torch.cat([quantized_sum([t], fmt.gather).to(t.dtype).view(t.shape) for t in tensors])
 
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return what follows an all-reduce in a layer: the RMS norm of total + residual, and that sum.
+    """Return the RMS norm of total + residual, and that sum, as they follow an all-reduce in a layer.
 
-    With every operation in float32 and rounded once, `to` being the rounding to the dtype:
+    Every operation is in float32 and rounded once. `to` rounds to the dtype:
 
-        sum = to(total + residual)                           the new residual: what is stored is what is normalized
+        sum = to(total + residual)                           the new residual, normalized as it is stored
         inverse = 1 / sqrt(pair_sum(sum * sum) / hidden + eps)
         normed = to(to(sum * inverse) * weight)
 
@@ -147,16 +159,16 @@ def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     new_residual = (total.to(torch.float32) + residual.to(torch.float32)).to(dtype)
     y = new_residual.to(torch.float32)
     squares = pair_sum(y * y)
-    mean = squares / torch.full_like(squares, hidden)  # by a tensor: by a number CUDA multiplies
+    mean = squares / torch.full_like(squares, hidden)  # by a number CUDA would not divide but multiply
     shifted = mean + torch.tensor(eps, dtype=torch.float32, device=y.device)
-    inverse = 1.0 / shifted.to(torch.float64).sqrt().to(torch.float32)  # in float32 MKL's root is off by a bit at times
+    inverse = 1.0 / shifted.to(torch.float64).sqrt().to(torch.float32)  # in float32 MKL is off by a bit at times
     return (y * inverse).to(dtype) * weight, new_residual
 
 
 def pair_sum(q: Tensor) -> Tensor:
     """Return the sum of each row of q (..., n), float32 and not negative, as (..., 1).
 
-    Neighbors are added, then neighboring sums, and so on. One without a neighbor is carried over as it is. Vectors and
+    Neighbors are added, then neighboring sums, and so on. A number without a neighbor is kept as it is. Vectors and
     tiles of any width can follow this order.
     """
     while q.shape[-1] > 1:
@@ -172,13 +184,13 @@ def quantized_sum(
     codec: ModuleType = torch_codec,
     decode_step: StepFormat | None = None,
 ) -> Tensor:
-    """Return the sum of the tensors after each was quantized.
+    """Return the sum of the tensors, each of which is quantized first.
 
     Args:
         tensors: Messages of equal shape and dtype.
-        step: The format they are encoded in.
+        step: The format in which they are encoded.
         codec: See the module docstring.
-        decode_step: The format they are decoded in, if that is another: `step` in the Hadamard domain.
+        decode_step: The format in which they are decoded, if that differs: `step` in the Hadamard domain.
 
     Returns:
         float32, flat.
@@ -187,7 +199,10 @@ def quantized_sum(
 
 
 def _gathered(total: Tensor, message: Tensor, fmt: WireFormat, codec: ModuleType) -> Tensor:
-    """What comes back of a sum (float32, flat, decoded as `fmt.between_steps[0]`) of messages like this one."""
+    """The result of the gather step.
+
+    total: float32, flat, the sum of messages like `message`, decoded as `fmt.between_steps[0]`.
+    """
     resend = fmt.between_steps[1]
     wire = _encoded(total.to(message.dtype) if resend.uncompressed else total, message, resend, codec)
     return _decoded([wire], message, fmt.gather, codec).to(message.dtype).view(message.shape)
@@ -196,7 +211,7 @@ def _gathered(total: Tensor, message: Tensor, fmt: WireFormat, codec: ModuleType
 def _encoded(values: Tensor, message: Tensor, step: StepFormat, codec: ModuleType) -> Tensor:
     """The wire buffer of `values`, with the layout of `message`."""
     layout, n = _layout(message, step), values.numel()
-    if n == 0:  # also rows of no values
+    if n == 0:  # also if rows have no values
         return torch.empty(0, dtype=torch.uint8, device=values.device)
     wire = torch.empty(layout.nbytes(0, n), dtype=torch.uint8, device=values.device)
     codec.encode(values.contiguous().view(-1), layout, 0, n, wire)

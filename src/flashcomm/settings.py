@@ -44,7 +44,7 @@ NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
     *("DEBUG", "LOCAL_WORLD", "HOST_WORKERS"),
 )
-MOST_HOST_WORKERS = 128  # as `gpu.host_kernel.MAX_WORKERS`
+MOST_HOST_WORKERS = 128  # as `gpu.host_sync.MAX_WORKERS`
 _ELSEWHERE = ("GRADIENTS",)  # read by integrations.process_group
 _ARGUMENTS = {name: name.lower() for name in NAMES} | {"LOCAL_WORLD": "local_world_size"}
 _PREFIX = "FLASHCOMM_"

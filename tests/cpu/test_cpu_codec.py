@@ -20,7 +20,7 @@ from flashcomm.wire.format import Layout, StepFormat, bounds
 
 IN_DOMAIN = [step for step in IN_HADAMARD_DOMAIN if step.group == 64]
 KERNELS = [(s, DTYPES[i % 3], i % 3) for i, s in enumerate([*FORMATS, *IN_DOMAIN, *[StepFormat.parse("none")] * 3])]
-"""Every format of the grid, in one dtype each, on a third of the shapes each: kernels differ in all of these."""
+"""Each format with one dtype and a third of the shapes, because every combination compiles a kernel of its own."""
 
 
 @pytest.mark.parametrize(("step", "dtype", "third"), KERNELS, ids=name)
@@ -74,7 +74,7 @@ NOT_FINITE = [float("nan"), float("inf"), -float("inf"), 2.0**126, -(2.0**126), 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_message_gives_the_same_bits(data: st.DataObject) -> None:
-    """Random formats, rows, dtypes, ranks, ranges of messages and corners: the bytes and sums of the definition."""
+    """Random formats, rows, dtypes, ranks, ranges of messages and corner cases."""
     step, dtype = data.draw(st.sampled_from([*ALL, *IN_HADAMARD_DOMAIN])), data.draw(st.sampled_from(DTYPES))
     row, n_rows = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 5))
     world_size, kind = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(sorted(CORNERS)))
@@ -101,7 +101,7 @@ def test_any_message_gives_the_same_bits(data: st.DataObject) -> None:
 
 
 def test_wires_may_be_strided_and_values_unaligned() -> None:
-    """Rank buffers further apart than their size, at odd addresses, as workspaces of collectives hand them over."""
+    """Buffers of ranks may be further apart than their size, and at odd addresses, as in workspaces of collectives."""
     step, x = StepFormat.parse("int3-g32-had"), tough((3, 100), torch.bfloat16)
     layout, n = Layout(step, 100, 2), x.numel()
     size = layout.nbytes(0, n)
@@ -121,7 +121,7 @@ def test_wires_may_be_strided_and_values_unaligned() -> None:
 
 @pytest.mark.parametrize("text", ["int4", "int4-had"])
 def test_compiled_codec_on_many_threads_and_many_callers(text: str) -> None:
-    """Large messages split over threads give the same bytes, also when several callers do it at once."""
+    """Large messages are split over threads. That changes no byte, even if several callers do it at the same time."""
     step, x = StepFormat.parse(text), tough((700, 1088), torch.bfloat16)
     layout, n = Layout(step, 1088, 2), x.numel()
     want = torch.zeros(layout.nbytes(0, n), dtype=torch.uint8)

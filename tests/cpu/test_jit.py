@@ -1,4 +1,4 @@
-"""Kernels are kept, and not for ever."""
+"""Compiled kernels are cached, and the cache is bounded."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_the_last_kernels_are_kept_and_the_others_go() -> None:
     first = build(0)
     for i in range(jit.MAX_KERNELS + 10):
         build(i)
-        assert build(0) is first, "used again and again, and so kept"
+        assert build(0) is first, "it is used all the time, so it must stay cached"
         build(i)
     gc.collect()
     assert sum(ref() is not None for ref in built) == jit.MAX_KERNELS
     n = len(built)
     build(1)
-    assert len(built) == n + 1, "gone, and built anew"
+    assert len(built) == n + 1, "it was dropped, so it must be built again"
 
 
 def test_kernels_that_come_and_go_are_right(monkeypatch: pytest.MonkeyPatch) -> None:

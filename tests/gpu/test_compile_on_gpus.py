@@ -1,4 +1,4 @@
-"""On two GPUs: torch.compile(mode="reduce-overhead"), whose CUDA graphs hold the low-bit collectives."""
+"""On two GPUs: low-bit collectives inside the CUDA graphs of torch.compile(mode="reduce-overhead")."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FMT = WireFormat.parse("int4")
 
 
 @pytest.fixture(autouse=True)
-def _code_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quantize_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHCOMM_MIN_BYTES", "0")
 
 
@@ -32,7 +32,7 @@ def n_calls() -> int:
 
 
 def recorded(ctx: RankContext) -> None:
-    """The reference's bits for every length and input; replays that no Communicator sees; one compilation."""
+    """Every length and input gives the bits of the reference. Graphs are replayed, and compiled only once."""
     from torch._dynamo.utils import counters
 
     @torch.compile(mode="reduce-overhead", fullgraph=True, dynamic=True)
@@ -43,13 +43,13 @@ def recorded(ctx: RankContext) -> None:
     flashcomm.all_reduce(torch.ones(4096, 4096, dtype=torch.bfloat16, device=ctx.device), "int4")
     for rows in (64, 65, 700, 3000):
         for turn in range(8):
-            everybody = [tough((rows, 4096), torch.bfloat16, 10 * turn + r) for r in range(ctx.world_size)]
-            want = reference.one_shot([x * 2 for x in everybody], FMT) + 1
+            messages = [tough((rows, 4096), torch.bfloat16, 10 * turn + r) for r in range(ctx.world_size)]
+            want = reference.one_shot([x * 2 for x in messages], FMT) + 1
             before = n_calls()
             torch.compiler.cudagraph_mark_step_begin()
-            got = block(everybody[ctx.rank].to(ctx.device)).clone()
+            got = block(messages[ctx.rank].to(ctx.device)).clone()
             assert same_bits(got.cpu(), want), (rows, turn)
-            assert turn < 3 or n_calls() == before, f"{rows} rows, turn {turn}: run again, not replayed"
+            assert turn < 3 or n_calls() == before, f"{rows} rows, turn {turn}: called again instead of replayed"
     assert counters["stats"]["unique_graphs"] == 1, "a length compiled again"
     assert counters["inductor"]["cudagraph_skips"] == 0
 
@@ -70,7 +70,7 @@ class Mlp(nn.Module):
 
 
 def tensor_parallel(ctx: RankContext, sequence: bool) -> None:
-    """A parallelized block, eager and in CUDA graphs: close to the unsharded one, equal ranks, replayed."""
+    """A parallelized block, eager and in CUDA graphs, is close to the unsharded one, and equal on all ranks."""
     mesh = init_device_mesh("cuda", (ctx.world_size,))
     torch.manual_seed(0)
     model = Mlp().to(ctx.device, torch.bfloat16).requires_grad_(False)
@@ -95,7 +95,7 @@ def tensor_parallel(ctx: RankContext, sequence: bool) -> None:
                 for result in (eager, got):
                     assert result.shape == want.shape
                     assert ((result - want).norm() / want.norm()).item() < 0.02
-                assert turn < 3 or n_calls() == before, f"{n} tokens, turn {turn}: run again, not replayed"
+                assert turn < 3 or n_calls() == before, f"{n} tokens, turn {turn}: called again instead of replayed"
                 if not sequence:
                     others = [torch.empty_like(got) for _ in range(ctx.world_size)]
                     torch.distributed.all_gather(others, got)

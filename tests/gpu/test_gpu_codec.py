@@ -1,4 +1,4 @@
-"""The Triton codec writes and reads the bytes of the torch codec: in the interpreter; on GPUs see test_on_gpus.py."""
+"""The Triton codec writes and reads the bytes of the torch codec. Here in the interpreter; test_on_gpus.py has GPUs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_bytes_of_the_torch_codec(name: str) -> None:
-    """Rows of whole groups, with tails, shorter than a group; a span of the message; codes of 3 ranks summed."""
+    """Rows of whole groups, with tails, and shorter than a group; a range of a message; sums of 3 ranks."""
     from flashcomm.gpu import codec as gpu_codec
 
     step = StepFormat.parse(name)
@@ -56,7 +56,7 @@ def test_the_bytes_of_the_torch_codec(name: str) -> None:
 
 
 def test_sums_run_in_rank_order() -> None:
-    """Float32 sums of ranks whose values are of very different size: another order gives other bits."""
+    """The ranks' values differ in size so much that float32 sums in another order give other bits."""
     from flashcomm.gpu import codec as gpu_codec
 
     layout, n = Layout(StepFormat.parse("int8"), 192, 4), 4 * 192
@@ -72,7 +72,7 @@ def test_sums_run_in_rank_order() -> None:
 
 
 def test_transforms_have_a_smaller_limit() -> None:
-    """Between 2^126 / n and 2^126 a value is too large for a -had group of n, and fine for a plain one."""
+    """A value between 2^126 / n and 2^126 is too large for a -had group of n values, but not for a plain group."""
     from flashcomm.gpu import codec as gpu_codec
 
     x = torch.randn(3, 64)
@@ -88,7 +88,7 @@ def test_transforms_have_a_smaller_limit() -> None:
 
 
 def test_a_new_length_is_no_new_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows from a message's length is a run-time number, and no number's type follows from the length."""
+    """All that depends on a message's length is a run-time number, whose type does not depend on the length."""
     from flashcomm.gpu import codec as gpu_codec
     from flashcomm.gpu import launch, tuning
     from flashcomm.gpu.compat import types_of

@@ -1,6 +1,6 @@
-"""The collectives' kernel over peers' memory: on GPUs where there are two, else in Triton's interpreter, in processes.
+"""Collectives over the memory of peers: on GPUs if there are two, else in Triton's interpreter, in real processes.
 
-One body serves both. What the interpreter cannot show (graphs, streams, thousands of calls) is in test_on_gpus.py.
+Both run the same tests. What the interpreter cannot show (graphs, streams, thousands of calls) is in test_on_gpus.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def on_ranks(body: object, world_size: int, *args: object) -> object:
     if ON_GPUS and world_size > N_GPUS:
         pytest.skip(f"{N_GPUS} CUDA devices, {world_size} are needed")
-    limit_s = 1000 if ON_GPUS else 250  # there kernels are compiled, some 40 for the longest of these
+    limit_s = 1000 if ON_GPUS else 250  # on GPUs the longest test compiles some 40 kernels
     return run(body, world_size, args, device=DEVICE, timeout_s=limit_s)  # type: ignore[arg-type]
 
 
@@ -47,13 +47,13 @@ def make(fmt: str, algorithm: str = "auto", **more: object) -> Communicator:
 
 
 def use_protocol(comm: Communicator, ll: bool) -> None:
-    """Send messages by the LL protocol from now on, or with flags."""
+    """From now on send messages by the LL protocol, or else with flags."""
     comm._executors[Executor.KERNEL].kernels.tuning = lambda *_: tuning.LL if ll else tuning.SMALL  # type: ignore[method-assign]
 
 
-def same_as_reference(comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device) -> None:
-    got = comm.all_reduce(everybody[comm.rank].to(device)).cpu()
-    want = getattr(reference, algorithm)(everybody, comm.format)
+def same_as_reference(comm: Communicator, messages: list[torch.Tensor], algorithm: str, device: torch.device) -> None:
+    got = comm.all_reduce(messages[comm.rank].to(device)).cpu()
+    want = getattr(reference, algorithm)(messages, comm.format)
     assert same_bits(got, want), (str(comm.format), algorithm, tuple(want.shape), want.dtype, comm.rank)
 
 
@@ -63,17 +63,17 @@ def all_reduces(ctx: RankContext, formats: list[tuple[str, torch.dtype]], shapes
             with make(fmt, algorithm) as comm:
                 for seed, shape in enumerate(shapes):
                     use_protocol(comm, (seed % 2 == 0) == (algorithm == "one_shot"))
-                    everybody = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
-                    if seed % 2 and everybody[1].numel():
-                        everybody[1].view(-1)[-1] = float("inf")
-                    same_as_reference(comm, everybody, algorithm, ctx.device)
+                    messages = [tough(shape, dtype, seed + 100 * rank) for rank in range(ctx.world_size)]
+                    if seed % 2 and messages[1].numel():
+                        messages[1].view(-1)[-1] = float("inf")
+                    same_as_reference(comm, messages, algorithm, ctx.device)
                 assert set(comm.calls) <= {f"all_reduce/{algorithm}"}
                 assert comm.machine.transport == TRANSPORT
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_all_reduce_equals_the_reference(world_size: int) -> None:
-    """Widths, both metadata layouts, Hadamard or not, mixed groups, uncompressed steps; a tail, a scalar, nothing."""
+    """Many formats, and messages of whole groups, with a tail, of one value and of none."""
     formats = {
         2: [("int4", BF16), ("int8/int5", FP32), ("int6-had/int7-had", BF16), ("none", BF16), ("none/int2-had", FP16)],
         3: [("int4-g32/int8-g128", FP16), ("int3-g32-had/int4-g64-had", BF16), ("none", FP32)],
@@ -113,17 +113,17 @@ def make_kernels(ctx: RankContext, workspace: int) -> launch.KernelCollectives:
 
 
 def cut_up(ctx: RankContext, tunings: list[tuning.Tuning], workspace: int) -> None:
-    """However a message is cut into tiles, blocks, launches: the same bits. A workspace of a few tiles only."""
+    """All ways to cut a message into tiles, blocks and launches give the same bits. The workspace has a few tiles."""
     kernels = make_kernels(ctx, workspace)
     for fmt in (WireFormat.parse("int4"), WireFormat.parse("int6-had/int7-had")):
         for how in tunings if str(fmt) == "int4" else tunings[1:2]:
             for shape in ((12, 512), (3, 640), (1, 4032)):
-                everybody = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
-                x = everybody[ctx.rank].to(ctx.device)
+                messages = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
+                x = messages[ctx.rank].to(ctx.device)
                 for algorithm in ("one_shot", "two_shot"):
                     buffer = torch.full((x.numel() + 8192,), 7, dtype=BF16, device=ctx.device)
                     kernels.plan(algorithm, x, shape[-1], fmt, how)(x.data_ptr(), buffer.data_ptr())
-                    want = getattr(reference, algorithm)(everybody, fmt)
+                    want = getattr(reference, algorithm)(messages, fmt)
                     assert same_bits(buffer[: x.numel()].view(shape).cpu(), want), (str(fmt), how, shape, algorithm)
                     assert (buffer[x.numel() :] == 7).all(), "stored behind the end of the message"
     kernels.check()
@@ -138,7 +138,7 @@ def test_how_a_message_is_cut_changes_no_bit(ll: bool) -> None:
 
 
 def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
-    """Kinds, sizes, dtypes and both protocols follow each other in one region, every second rank being slow."""
+    """Kinds, sizes, dtypes and both protocols alternate in one region. Every second rank is slow."""
     kernels, fmts = make_kernels(ctx, 1 << 20), [WireFormat.parse(f) for f in ("int4", "none", "int8-g128/int5-g16")]
     kernels.delay = delay if ctx.rank % 2 else 0
     for call in range(calls):
@@ -147,8 +147,8 @@ def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
         shape = ((2, 256), (6, 512), (4, 384))[call * 5 // 3 % 3]
         if algorithm == "reduce_scatter":
             shape = (shape[0] * ctx.world_size, shape[1])
-        everybody = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world_size)]
-        x, want = everybody[ctx.rank].to(ctx.device), getattr(reference, algorithm)(everybody, fmt)
+        messages = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world_size)]
+        x, want = messages[ctx.rank].to(ctx.device), getattr(reference, algorithm)(messages, fmt)
         want = want[ctx.rank] if algorithm == "reduce_scatter" else want
         out = torch.empty(want.shape, dtype=dtype, device=ctx.device)
         how = tuning.LL if call * 3 // 2 % 2 else tuning.SMALL
@@ -163,14 +163,14 @@ def test_calls_of_all_kinds_with_and_without_flags_take_turns() -> None:
 
 
 def in_turn(ctx: RankContext, calls: int) -> None:
-    """Shapes, dtypes and kinds alternate call by call, without a pause; each result is looked at."""
+    """Shapes and dtypes change from call to call without a pause. In short runs each result is compared."""
     shapes, seen = [(1, 64), (9, 576), (2, 640), (1, 2048), (3, 128)], 0
     with make("int4-had", "one_shot") as comm:
-        everybody = [
+        messages = [
             [tough(s, (BF16, FP32)[i % 2], i + 50 * r) for r in range(ctx.world_size)] for i, s in enumerate(shapes)
         ]
-        want = [reference.one_shot(xs, comm.format) for xs in everybody]
-        mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
+        want = [reference.one_shot(xs, comm.format) for xs in messages]
+        mine = [xs[ctx.rank].to(ctx.device) for xs in messages]
         want = [w.to(ctx.device) for w in want]
         for call in range(calls):
             i = (call * call + call // 3) % len(shapes)
@@ -187,25 +187,25 @@ def test_calls_of_alternating_shapes() -> None:
 
 
 def slow_reader(ctx: RankContext, delay: int, how: tuning.Tuning) -> None:
-    """Rank 0 is slow between its wait and its read; nobody may overwrite what it is going to read."""
+    """Rank 0 is slow between its wait and its read. No peer may overwrite what it is going to read."""
     with make("int8", timeout_s=15) as comm:
         assert comm._executors
         comm._executors[Executor.KERNEL].kernels.delay = delay if ctx.rank == 0 else 0
         for call in range(8):
-            everybody = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world_size)]
+            messages = [tough((4, 512), BF16, call + 100 * rank) for rank in range(ctx.world_size)]
             algorithm = ("one_shot", "two_shot")[call % 2]
-            same_as_reference_by(comm, everybody, algorithm, ctx.device, how)
+            same_as_reference_by(comm, messages, algorithm, ctx.device, how)
 
 
 def same_as_reference_by(
-    comm: Communicator, everybody: list[torch.Tensor], algorithm: str, device: torch.device, how: tuning.Tuning
+    comm: Communicator, messages: list[torch.Tensor], algorithm: str, device: torch.device, how: tuning.Tuning
 ) -> None:
-    x = everybody[comm.rank].to(device)
+    x = messages[comm.rank].to(device)
     out = torch.empty_like(x)
     comm._executors[Executor.KERNEL].kernels.plan(algorithm, x, x.shape[-1], comm.format, how)(
         x.data_ptr(), out.data_ptr()
     )
-    assert same_bits(out.cpu(), getattr(reference, algorithm)(everybody, comm.format)), algorithm
+    assert same_bits(out.cpu(), getattr(reference, algorithm)(messages, comm.format)), algorithm
 
 
 @pytest.mark.parametrize("how", [tuning.SMALL, tuning.LL], ids=["flags", "ll"])
@@ -214,7 +214,7 @@ def test_a_slow_reader_reads_what_was_meant_for_it(how: tuning.Tuning) -> None:
 
 
 def _calls(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
-    for _ in range(2):  # the second one, if not the first, finds that the first one waited in vain
+    for _ in range(2):  # the second call reports that the first one timed out, if that has not done so itself
         comm.all_reduce(x, out)
         comm.synchronize()
 
@@ -226,7 +226,7 @@ def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
         comm.all_reduce(x)
         if ctx.rank == ctx.world_size - 1:
             if ON_GPUS:
-                time.sleep(8)  # its memory must stay; on CPUs it goes with the last that maps it
+                time.sleep(8)  # its memory must stay mapped; on CPUs it exists as long as a process maps it
             return
         out = torch.zeros_like(x)
         begin = time.monotonic()
@@ -237,7 +237,7 @@ def a_rank_is_gone(ctx: RankContext, fmt: str, ll: bool) -> None:
         assert comm._executors
         assert set(comm._executors[Executor.KERNEL].kernels.region.peers.tolist()) == {
             comm._executors[Executor.KERNEL].kernels.local
-        }  # it disturbs nobody from now on
+        }  # from now on it writes only to its own memory
         assert time.monotonic() - begin < 30
         with pytest.raises(CommunicationError, match="Make a new Communicator"):
             comm.all_reduce(x)
@@ -265,7 +265,7 @@ def test_small_messages_take_the_ll_protocol_and_fit() -> None:
 
 
 def killed(ctx: RankContext) -> None:
-    """The last rank is killed between two calls; the others hear of it, and go on in a group of their own."""
+    """The last rank is killed between two calls. The others raise an error, and go on in a group of their own."""
     with make("int4", "one_shot", check=False, timeout_s=2) as comm:
         x = tough((4, 512), BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
@@ -279,14 +279,14 @@ def killed(ctx: RankContext) -> None:
     if not ON_GPUS:
         survivors = dist.new_group(list(range(ctx.world_size - 1)), use_local_synchronization=True)
         with Communicator(survivors, "int4", algorithm="one_shot", device=DEVICE, transport=TRANSPORT) as fresh:
-            everybody = [tough((4, 512), BF16, rank) for rank in range(ctx.world_size - 1)]
-            same_as_reference(fresh, everybody, "one_shot", ctx.device)
+            messages = [tough((4, 512), BF16, rank) for rank in range(ctx.world_size - 1)]
+            same_as_reference(fresh, messages, "one_shot", ctx.device)
     ctx.emit(("fine", ctx.rank))
 
 
 def test_a_killed_peer_and_a_fresh_communicator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs, where NCCL's groups do not survive a rank, the fresh one is in fresh processes."""
-    monkeypatch.setattr(processes, "GRACE_S", 60.0)  # for what the others do afterwards
+    """On GPUs the fresh Communicator is in fresh processes, as NCCL's groups do not survive the death of a rank."""
+    monkeypatch.setattr(processes, "GRACE_S", 60.0)  # time for what the other ranks do afterwards
     world_size, events = 2 if ON_GPUS else 3, []
     with pytest.raises(FlashcommError, match=f"rank {world_size - 1} was killed by SIGKILL"):
         run(killed, world_size, device=DEVICE, timeout_s=120, on_event=events.append)
@@ -296,7 +296,7 @@ def test_a_killed_peer_and_a_fresh_communicator(monkeypatch: pytest.MonkeyPatch)
 
 
 def only_aligned(plan: Callable[..., launch.Launch]) -> Callable[..., launch.Launch]:
-    """The same, of launches that insist on addresses as kernels on GPUs do."""
+    """Return the same plan, whose launches check that addresses are aligned, as kernels on GPUs require."""
 
     def checked(*args: object) -> launch.Launch:
         launch = plan(*args)
@@ -314,12 +314,12 @@ def odd_tensors(ctx: RankContext) -> None:
     with make("int4", "one_shot") as comm:
         comm._executors[Executor.KERNEL].kernels.plan = only_aligned(comm._executors[Executor.KERNEL].kernels.plan)  # type: ignore[method-assign]
         wide = [tough((6, 577), BF16, rank) for rank in range(ctx.world_size)]
-        everybody = [x[:, 1:].contiguous() for x in wide]
-        want = reference.one_shot(everybody, comm.format)
+        messages = [x[:, 1:].contiguous() for x in wide]
+        want = reference.one_shot(messages, comm.format)
         assert same_bits(
             comm.all_reduce(wide[ctx.rank].to(ctx.device)[:, 1:]).cpu(), want
         )  # neither contiguous nor aligned
-        x = everybody[ctx.rank].to(ctx.device)
+        x = messages[ctx.rank].to(ctx.device)
         flat = torch.cat((torch.zeros(1, dtype=BF16, device=ctx.device), x.reshape(-1)))[1:].view(6, 576)
         assert flat.data_ptr() % 16
         assert same_bits(comm.all_reduce(flat).cpu(), want)  # contiguous, not aligned
@@ -344,7 +344,7 @@ def test_strided_misaligned_and_refused_tensors() -> None:
 
 
 def subgroups(ctx: RankContext) -> None:
-    """Groups of ranks {0, 1} and {0, 2}, several Communicators of each, calls interleaved."""
+    """Two Communicators for each of the groups of ranks {0, 1} and {0, 2} make calls in turn."""
     pairs = [dist.new_group([0, 1]), dist.new_group([0, 2])]
     members = [[0, 1], [0, 2]]
     mine = [i for i, ranks in enumerate(members) if ctx.rank in ranks]
@@ -352,9 +352,9 @@ def subgroups(ctx: RankContext) -> None:
     comms = {(i, f): Communicator(pairs[i], f, device=DEVICE, **settings) for i in mine for f in ("int4", "int8")}  # type: ignore[arg-type]
     for turn in range(3):
         for (i, fmt), comm in comms.items():
-            everybody = [tough((3, 192), BF16, turn + 10 * rank) for rank in members[i]]
-            want = reference.one_shot(everybody, WireFormat.parse(fmt))
-            assert same_bits(comm.all_reduce(everybody[comm.rank].to(ctx.device)).cpu(), want)
+            messages = [tough((3, 192), BF16, turn + 10 * rank) for rank in members[i]]
+            want = reference.one_shot(messages, WireFormat.parse(fmt))
+            assert same_bits(comm.all_reduce(messages[comm.rank].to(ctx.device)).cpu(), want)
     for comm in comms.values():
         comm.close()
 
@@ -375,7 +375,7 @@ def test_a_transport_that_cannot_be_had_is_an_error_on_all_ranks(monkeypatch: py
         assert isinstance(got, UnavailableError)
         assert "rank 0: it is for Triton's interpreter" in str(got)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with monkeypatch.context() as without:  # a Triton that is there and cannot be imported
+    with monkeypatch.context() as without:  # Triton is installed but cannot be imported
         without.delattr("flashcomm.gpu.launch")
         without.setitem(sys.modules, "flashcomm.gpu.launch", None)
         for got in body("cpu_shared"):

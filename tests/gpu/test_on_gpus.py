@@ -1,6 +1,6 @@
-"""On GPUs: both codecs give the CPU's bytes, collectives over NCCL the reference's bits.
+"""On GPUs: both codecs give the bytes of the CPU, and collectives over NCCL give the bits of the reference.
 
-And what the interpreter cannot show of the collectives' kernel: graphs, streams, no compilation after the first calls.
+Also what the interpreter cannot show of kernels: graphs, streams, and that nothing is compiled after the first calls.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def nccl_collectives(ctx: RankContext) -> None:
                 with Communicator(None, fmt, algorithm=algorithm, chunk_bytes=20000, transport="process_group") as comm:
                     assert comm.device.type == "cuda"
                     for seed, shape in enumerate([(33, 576), (2, 7), (), (0, 64), (1, 2880), (64, 1152)]):
-                        everybody = [tough(shape, dtype, seed + 100 * r) for r in range(ctx.world_size)]
-                        got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
-                        assert same_bits(got, getattr(reference, algorithm)(everybody, WireFormat.parse(fmt)))
+                        messages = [tough(shape, dtype, seed + 100 * r) for r in range(ctx.world_size)]
+                        got = comm.all_reduce(messages[ctx.rank].to(ctx.device)).cpu()
+                        assert same_bits(got, getattr(reference, algorithm)(messages, WireFormat.parse(fmt)))
     with Communicator(None, "int4/int8", transport="process_group") as comm:
-        everybody = [tough((2 * ctx.world_size, 576), torch.bfloat16, r) for r in range(ctx.world_size)]
-        mine = everybody[ctx.rank].to(ctx.device)
-        assert same_bits(comm.reduce_scatter(mine).cpu(), reference.reduce_scatter(everybody, comm.format)[ctx.rank])
-        assert same_bits(comm.all_gather(mine).cpu(), reference.all_gather(everybody, comm.format))
+        messages = [tough((2 * ctx.world_size, 576), torch.bfloat16, r) for r in range(ctx.world_size)]
+        mine = messages[ctx.rank].to(ctx.device)
+        assert same_bits(comm.reduce_scatter(mine).cpu(), reference.reduce_scatter(messages, comm.format)[ctx.rank])
+        assert same_bits(comm.all_gather(mine).cpu(), reference.all_gather(messages, comm.format))
     with pytest.raises(ValueError, match="settings differ"):
         Communicator(None, "int4" if ctx.rank else "int5")
     with Communicator(None, "int4", check=True) as comm, pytest.raises(ValueError, match="same valid call"):
@@ -75,13 +75,13 @@ def c10d_on_cuda(ctx: RankContext, path: str) -> None:
     dist.init_process_group(
         "flashcomm", store=dist.FileStore(path, ctx.world_size), rank=ctx.rank, world_size=ctx.world_size
     )
-    everybody = [tough((1024, 1152), torch.bfloat16, r) for r in range(ctx.world_size)]
-    x = everybody[ctx.rank].to(ctx.device)
+    messages = [tough((1024, 1152), torch.bfloat16, r) for r in range(ctx.world_size)]
+    x = messages[ctx.rank].to(ctx.device)
     dist.all_reduce(x)
-    assert same_bits(x.cpu(), reference.one_shot(everybody, WireFormat.parse("int4")))
-    host = everybody[ctx.rank].clone()
+    assert same_bits(x.cpu(), reference.one_shot(messages, WireFormat.parse("int4")))
+    host = messages[ctx.rank].clone()
     dist.all_reduce(host)
-    assert same_bits(host, reference.one_shot(everybody, WireFormat.parse("int4")))
+    assert same_bits(host, reference.one_shot(messages, WireFormat.parse("int4")))
     small = torch.ones(5, device=ctx.device)
     dist.all_reduce(small)
     assert small.tolist() == [float(ctx.world_size)] * 5
@@ -90,12 +90,12 @@ def c10d_on_cuda(ctx: RankContext, path: str) -> None:
 @needs_nccl
 def test_the_c10d_backend_on_cuda(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
-    monkeypatch.setenv("FLASHCOMM_MIN_BYTES", "64K")  # on CUDA the default is to code nothing
+    monkeypatch.setenv("FLASHCOMM_MIN_BYTES", "64K")  # on CUDA nothing is quantized by default
     run(c10d_on_cuda, 2, (f"{tmp_path}/store",), device="cuda")
 
 
 def graphs(ctx: RankContext) -> None:
-    """One graph of several calls, replayed with inputs that change, eager calls in between."""
+    """A graph of several calls is replayed with changing inputs, with eager calls in between."""
     shapes = [(1, 4096), (64, 4096), (700, 4096), (3, 640)]
     with over_cuda("int4", min_bytes=0) as comm:
         static = [torch.empty(shape, dtype=torch.bfloat16, device=ctx.device) for shape in shapes]
@@ -144,7 +144,7 @@ def test_capturing_what_was_never_run_is_an_error() -> None:
 
 
 def new_lengths(ctx: RankContext) -> None:
-    """After one call no length compiles, allocates device memory beyond the result, or waits for the device."""
+    """After the first call, a new length compiles nothing, allocates only the result, and does not wait for the GPU."""
     from flashcomm.gpu import compat
 
     with over_cuda("int6-had/int7-had", min_bytes=0) as comm:
@@ -157,7 +157,7 @@ def new_lengths(ctx: RankContext) -> None:
             dist.barrier()
             torch.cuda.synchronize()
             held = torch.cuda.memory_allocated()
-            torch.cuda._sleep(100_000_000)  # 50 ms: who waits for the device shows
+            torch.cuda._sleep(100_000_000)  # 50 ms, by which a call that waits for the device would take longer
             begin = time.perf_counter()
             comm.all_reduce(x, out)
             took = time.perf_counter() - begin
@@ -176,9 +176,9 @@ def streams(ctx: RankContext) -> None:
     """Calls of one Communicator from two streams, and of two Communicators on two streams at once."""
     others = [torch.cuda.Stream(), torch.cuda.Stream()]
     one, two = (over_cuda(fmt, min_bytes=0) for fmt in ("int4", "int8"))
-    everybody = [[tough((200, 4096), torch.bfloat16, 10 * i + r) for r in range(ctx.world_size)] for i in range(4)]
-    want = {c: [reference.one_shot(xs, c.format) for xs in everybody] for c in (one, two)}
-    mine = [xs[ctx.rank].to(ctx.device) for xs in everybody]
+    messages = [[tough((200, 4096), torch.bfloat16, 10 * i + r) for r in range(ctx.world_size)] for i in range(4)]
+    want = {c: [reference.one_shot(xs, c.format) for xs in messages] for c in (one, two)}
+    mine = [xs[ctx.rank].to(ctx.device) for xs in messages]
     torch.cuda.synchronize()
     got: dict[Communicator, list[torch.Tensor]] = {one: [], two: []}
     for turn in range(40):

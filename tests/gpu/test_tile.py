@@ -1,4 +1,4 @@
-"""What kernels do to one tile, function by function: as the torch codec or plain torch, in Triton's interpreter."""
+"""The functions of gpu/tile.py and of LL tiles, compared with the torch codec, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def step_for(fmt: StepFormat, n_pieces: int = 0, words: bool = True) -> tile.Ste
 
 
 class Kept(NamedTuple):
-    """A constant that is no step: what a test's kernel is told besides."""
+    """Constants of a test's kernel besides its step."""
 
     BF16: bool = False
 
 
 @triton.jit
 def _order(step: tl.constexpr):
-    """Offsets of a tile's values where groups lie one after the other."""
+    """Offsets of a tile's values in a tensor of contiguous groups."""
     group = (tl.arange(0, step.GROUPS) * (step.PIECES * step.LANES))[:, None, None]
     return group + (tl.arange(0, step.PIECES) * step.LANES)[None, :, None] + tl.arange(0, step.LANES)[None, None, :]
 
@@ -121,13 +121,13 @@ def _integer(x, out, wide, bf16):
 def _scalar(counts, out):
     n = tl.load(counts)
     total = tile.scalar(3, like=n)
-    for _ in range(4):  # a plain 3 would be no value that a loop may change
+    for _ in range(4):  # the loop could not change a plain 3
         total += n
     tl.store(out, total)
 
 
 def groups(fmt: StepFormat, seed: int = 0) -> Tensor:
-    """Groups of very different size, one of them not finite, one constant."""
+    """Groups with values of very different size. One group is not finite, one is constant."""
     x = tough((N_GROUPS, fmt.group), torch.float32, seed)
     x[1, fmt.group // 2] = float("inf") if seed % 2 else float("nan")
     x[2] = 1.7 * (seed + 1)
@@ -135,13 +135,13 @@ def groups(fmt: StepFormat, seed: int = 0) -> Tensor:
 
 
 def quantized(x: Tensor, fmt: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, the scales' words and zero points as the torch codec has them, int32."""
+    """Codes, scale words and zero points of the torch codec, int32."""
     codes, scale, zero_point = torch_codec.quantize(x, fmt)
     return codes.int(), torch_codec.pack_scales(scale, zero_point, fmt).int() & 0xFFFF, zero_point.int()
 
 
 def dequantized(x: Tensor, fmt: StepFormat) -> Tensor:
-    """y^ of the torch codec: in -had formats in the Hadamard domain."""
+    """The decoded values y^ of the torch codec, which are in the Hadamard domain in -had formats."""
     return torch_codec.dequantize(*torch_codec.quantize(x, fmt))
 
 
@@ -201,7 +201,7 @@ def test_planes_are_those_of_the_torch_codec_and_unpack(name: str, words: bool) 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_tile_comes_back_as_what_the_torch_codec_makes_of_it(name: str) -> None:
-    """In the layouts in which the collectives' kernel sends it, as many bytes as it is given."""
+    """In the layouts of the collectives' kernels. No byte behind the tile is written."""
     fmt = StepFormat.parse(name)
     step = step_for(fmt, tuning._pieces(fmt))
     n_bytes = tile.tile_bytes(fmt, N_GROUPS, 4)
@@ -227,7 +227,7 @@ def test_an_uncompressed_tile_holds_the_messages_dtype() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", [*FORMATS, "none"])
 def test_a_tile_by_the_ll_protocol(name: str, dtype: torch.dtype) -> None:
-    """Every word carries the epoch, none is written behind the tile, and the values are those of a tile with flags."""
+    """All words carry the epoch, no word behind the tile is written, and the values are those of a tile with flags."""
     fmt = StepFormat.parse(name)
     step, by_hand = step_for(fmt, tuning._pieces(fmt)), dtype == torch.bfloat16
     n_words = low_latency.tile_bytes(fmt, N_GROUPS, dtype.itemsize, step.PIECES) // 8

@@ -125,7 +125,7 @@ def test_the_old_name_still_works_and_warns() -> None:
 
 
 def test_bytes_of_a_real_message() -> None:
-    """512 tokens of hidden size 600: 9 groups of 64 and one of 24 a row, as int4 and as int6."""
+    """512 tokens of hidden size 600, as int4 and as int6: a row has 9 groups of 64 values and one of 24."""
     at = Layout(StepFormat.parse("int4"), 600, 2).sections(0, 512 * 600)
     assert at.planes == (0,)
     assert at.scale == 512 * 300
@@ -143,7 +143,7 @@ def test_bytes_of_a_real_message() -> None:
      ("int4-g32", 4.5), ("int4-had", 4.25), ("int6-g256-had", 6.09375), ("none", 16.0)],
 )  # fmt: skip
 def test_bits_per_value(text: str, bits: float) -> None:
-    """Up to 5 bits 16 more a group, beyond it 24, of 64 values unless told."""
+    """A group has 16 bits more than its codes in formats of up to 5 bits, else 24 bits."""
     fmt = WireFormat.parse(text)
     assert Layout(fmt.reduce, 4096, 2).nbytes(0, 4096 * 64) * 8 == bits * 4096 * 64
     assert fmt.bits == bits
@@ -157,7 +157,7 @@ rows = st.integers(1, 700)
 def test_ranges_make_up_the_message_and_split_no_group(
     step: StepFormat, row: int, n_rows: int, count: int, data: st.DataObject
 ) -> None:
-    """Ranges are in order, complete, cut on units, equal to within one unit, and their sizes add up."""
+    """Ranges are in order and complete, start at units, and differ by at most one unit. Their groups add up."""
     unit = data.draw(st.sampled_from([g for g in GROUPS if g >= step.group] or [step.group]))
     ends = bounds(0, row * n_rows, row, unit, count)
     assert len(ends) == count + 1

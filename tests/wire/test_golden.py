@@ -1,4 +1,4 @@
-"""Wire bytes written down by hand from docs/wire-format.md: whoever changes one of them changes the format."""
+"""Wire bytes, written by hand from docs/wire-format.md. A change of any of them is a change of the format."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ RAMP_CODES = bytes([i | (i + 8) << 4 for i in range(8)])
 
 @pytest.mark.parametrize("codec", CODECS)
 class TestGolden:
-    """Up to 5 bits scale and zero point share 16 bits. Scale 1.0 is 0x3F80, shifted left by one bit 0x7F00."""
+    """Formats and their bytes. Up to 5 bits, scale and zero point share 16 bits: scale 1.0 is 0x3F80 << 1 = 0x7F00."""
 
     def test_int4(self, codec: object) -> None:
         """Codes 0..15; byte i holds codes i (low nibble) and i + 8 (high). Scale 1, zero point 5: 0x7F05."""
@@ -110,7 +110,7 @@ class TestGolden:
         assert wire(codec, "int4-g16", [100.0 + i for i in range(16)], 16) == pad(packed, b"\xf0\x81")
 
     def test_scale_is_rounded_up(self, codec: object) -> None:
-        """To 5 significant bits beside a zero point of 4 bits, to 8 where the zero point is a byte of its own.
+        """To 5 significant bits with int4, whose zero point takes 4 bits; to 8 if the zero point is a byte of its own.
 
         1/15 = 0x3D888889: up to 0x3D90 = 0.0703, shifted 0x7B20; 1 / 0.0703 = 14.2.
         1/255 = 0x3B808081: up to 0x3B81 = 0.003937; 1 / 0.003937 = 254.01.
@@ -140,7 +140,7 @@ class TestGolden:
 
 
 def had(a: float, b: float, c: float, n: int = 16) -> list[float]:
-    """n values, the first three not 0, so that the transform is a+b+c, a-b+c, a+b-c, a-b-c, and again."""
+    """n values, of which only the first three are not 0. The transform repeats a+b+c, a-b+c, a+b-c, a-b-c."""
     return [a, b, c] + [0.0] * (n - 3)
 
 
@@ -185,7 +185,7 @@ class TestGoldenHadamard:
         assert wire(codec, "int4-g16-had", [4.625 + mean] + [mean] * 15, 16) == pad(b"\x5f" + b"\x55" * 7, b"\x00\x7f")
 
     def test_tails(self, codec: object) -> None:
-        """The last 4 of a row of 20 are transformed, the last 5 of a row of 21 are quantized as they are."""
+        """The last 4 values of a row of 20 are transformed. The last 5 of a row of 21 are quantized as they are."""
         row, full = had(2.5, 4.5, 3.0), b"\xff\x66\x99\x00" * 2
         got = wire(codec, "int4-g16-had", row + had(2.5, 4.5, 3.0, 4), 20)
         assert got == pad(full + b"\x9f\x06", b"\x05\x7f\x05\x7f")

@@ -24,7 +24,7 @@ def encoded(x: torch.Tensor, step: StepFormat) -> tuple[torch.Tensor, Layout]:
 
 
 def roundtrip(x: torch.Tensor, step: StepFormat) -> torch.Tensor:
-    """float32, as x after encoding and decoding."""
+    """x after encoding and decoding, float32."""
     wire, layout = encoded(x, step)
     out = torch.full((x.numel(),), 123.0)
     torch_codec.decode_sum(wire[None], layout, 0, x.numel(), out, x.dtype)
@@ -39,7 +39,7 @@ def bound(x: torch.Tensor, step: StepFormat) -> torch.Tensor:
 @pytest.mark.parametrize("step", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_within_the_bound_and_the_bound_is_tight(step: StepFormat, dtype: torch.dtype) -> None:
-    """Tight where values are coded; the errors of a transform add up to its bound only if all of them agree (below)."""
+    """It is tight for plain formats. A transform comes near its bound only if all errors agree: see the next test."""
     worst = 0.0
     for seed, shape in enumerate([(7, 576), (64, 256), (3, 7)]):
         x = tough(shape, dtype, seed)
@@ -51,8 +51,10 @@ def test_error_is_within_the_bound_and_the_bound_is_tight(step: StepFormat, dtyp
 
 @pytest.mark.parametrize("step", [s for s in HADAMARD if s.bits > 4], ids=str)
 def test_the_bound_of_a_transform_is_tight(step: StepFormat) -> None:
-    """y is 0.484 above a step everywhere, but for the largest, which makes the step 1. So the first value of x, their
-    mean, is off by nearly as much."""
+    """All y are 0.484 above a multiple of the scale, except the largest, which makes the scale 1.
+
+    So the first value of x, the mean of all y, is off by nearly as much.
+    """
     y = torch.arange(step.group) % step.levels + 31 / 64
     y[3] = step.levels
     x = torch_codec.hadamard(y[None]) / step.group
@@ -63,7 +65,7 @@ def test_the_bound_of_a_transform_is_tight(step: StepFormat) -> None:
 
 @pytest.mark.parametrize("step", FORMATS, ids=str)
 def test_the_stored_scale_is_as_needed(step: StepFormat) -> None:
-    """The range of the values and 0 in 2^bits - 1 steps, rounded up to the bits there are; or in the clipped range."""
+    """It is the range of the values and 0, or the clipped range, divided by 2^bits - 1 and rounded up."""
     x = tough((16, 512), torch.float32)
     wire, layout = encoded(x, step)
     at, groups = layout.sections(0, x.numel()), x.view(-1, step.group)
@@ -116,7 +118,7 @@ def test_not_finite_poisons_its_group_and_nothing_else(bad: float, text: str) ->
 
 
 def test_large_values_are_not_large() -> None:
-    """Above float16's 65504 and up to 2^126 values are ordinary; of a transform up to 2^126 / n."""
+    """Values above 65504, the limit of float16, are ordinary up to 2^126, or in a transform up to 2^126 / n."""
     for text, size in (("int8", 2.0**123), ("int8-had", 2.0**114)):
         x, step = torch.randn(4, 128) * size, StepFormat.parse(text)
         assert ((roundtrip(x, step) - x).abs() <= bound(x, step)).all()
@@ -127,7 +129,7 @@ def test_large_values_are_not_large() -> None:
 @given(st.lists(st.floats(width=32), min_size=1, max_size=70), st.sampled_from(ALL))
 @settings(max_examples=400, deadline=None)
 def test_any_floats(values: list[float], step: StepFormat) -> None:
-    """Finite groups keep the bound; those with NaN, Inf or 2^126 (in a transform 2^126 / n) are NaN throughout."""
+    """Finite groups stay within the bound. Groups with NaN, Inf or 2^126 (in a transform, 2^126 / n) become all NaN."""
     x = torch.tensor([values])
     got, limit = roundtrip(x, step), bound(x, step)
     for begin in range(0, len(values), step.group):
@@ -152,7 +154,7 @@ def test_decoded_values_are_exact(mantissa: int, code: int, zero: int) -> None:
 
 @pytest.mark.parametrize("n", [16, 256])
 def test_transforms_of_decoded_values_are_exact(n: int) -> None:
-    """Also of the worst, 8 bits and 255 steps off all of them: so the order of the transform's sums does not matter."""
+    """The order of additions does not matter, even in the worst case: 8 bits, and all codes 255 from the zero point."""
     steps = torch.cat([torch.randint(-255, 256, (50, n)), 255 * torch.ones(1, n, dtype=torch.int64)])
     y = steps * 1.9921875
     assert torch.equal(torch_codec.hadamard(y.float()).double(), torch_codec.hadamard(y.double()))

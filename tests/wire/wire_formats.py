@@ -1,4 +1,4 @@
-"""The formats that tests of codecs go through."""
+"""The formats and shapes with which codecs are tested."""
 
 import itertools
 from dataclasses import replace
@@ -7,7 +7,10 @@ from flashcomm.wire.format import GROUPS, WIDTHS, StepFormat
 
 ALL = [StepFormat(b, g, h) for b, g, h in itertools.product(WIDTHS, GROUPS, (False, True))]
 FORMATS = [s for s in ALL if s.group == 64 or (s.bits > 3 and (s.hadamard or s.group in (32, 128)))]
-"""The grid: less those that nobody should choose, 2 and 3 bits and plain groups of 16 and 256. ALL is for samples."""
+"""The formats that are tested one by one. Left out are 2 and 3 bits with groups other than 64,
+and plain groups of 16 and 256.
+
+Randomized tests draw from ALL."""
 
 HADAMARD = [step for step in FORMATS if step.hadamard]
 IN_HADAMARD_DOMAIN = [replace(step, in_hadamard_domain=True) for step in ALL if step.hadamard]

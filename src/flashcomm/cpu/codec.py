@@ -22,11 +22,11 @@ from flashcomm.cpu.jit import has_half
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout, bounds
 
-VALUES_PER_THREAD = 1 << 17  # at least: a thread costs more than it brings for fewer
+VALUES_PER_THREAD = 1 << 17  # the fewest: for less work a thread costs more time than it saves
 
 
 def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> None:
-    """`torch_codec.encode` for CPU tensors."""
+    """Do what `torch_codec.encode` does, for CPU tensors."""
     step = layout.step
     if step.uncompressed or not _supported(x.dtype):
         torch_codec.encode(x, layout, start, stop, out)
@@ -49,7 +49,7 @@ def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> Non
 
 
 def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor, dtype: torch.dtype) -> None:
-    """`torch_codec.decode_sum` for CPU tensors."""
+    """Do what `torch_codec.decode_sum` does, for CPU tensors."""
     if not (_supported(out.dtype) and _supported(dtype)):
         torch_codec.decode_sum(wires, layout, start, stop, out, dtype)
         return
@@ -71,7 +71,7 @@ def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor
 
 
 def _check_holds(x: Tensor, count: int, what: str) -> None:
-    """Raise ValueError unless x holds what a kernel will touch: kernels get bare addresses."""
+    """Raise ValueError unless x holds the memory that a kernel will access: kernels get bare addresses."""
     if x.device.type != "cpu" or not x.is_contiguous() or x.numel() < count:
         raise ValueError(f"{count} contiguous {what} on the CPU are needed, got {tuple(x.shape)} on {x.device}")
 
@@ -81,7 +81,10 @@ def _supported(dtype: torch.dtype) -> bool:
 
 
 def _on_threads(run: Callable[[int, int], None], layout: Layout, start: int, stop: int) -> None:
-    """Call run(a, b) for ranges that make up [start, stop), cut on group boundaries, on as many threads as pay."""
+    """Call run(a, b) for ranges that make up [start, stop), on several threads if the message is large enough.
+
+    Ranges are cut on group boundaries.
+    """
     n_threads = min(torch.get_num_threads(), (stop - start) // VALUES_PER_THREAD)
     if n_threads < 2:
         if stop > start:
@@ -96,14 +99,14 @@ def _on_threads(run: Callable[[int, int], None], layout: Layout, start: int, sto
 
 @lru_cache(maxsize=1)
 def _pool(pid: int) -> ThreadPoolExecutor:
-    """The threads of process `pid`: a forked child must not wait for its parent's."""
+    """The threads of process `pid`. A forked child needs its own: its parent's do not run in it."""
     return ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="flashcomm-codec")
 
 
 def _addresses(wire: int, layout: Layout, start: int, stop: int, a: int) -> list[int]:
-    """The addresses of the first group from value `a` on in the wire buffer of [start, stop).
+    """The addresses of the group that starts at value `a`, in the wire buffer of [start, stop).
 
-    Of its scale, its zero point and its bytes in three planes, 0 for planes that the format lacks.
+    They are those of its scale, its zero point and its bytes in three planes: 0 for planes that the format lacks.
     """
     at, group = layout.sections(start, stop), layout.groups_before(a) - layout.groups_before(start)
     planes = [
@@ -114,9 +117,9 @@ def _addresses(wire: int, layout: Layout, start: int, stop: int, a: int) -> list
 
 
 def _group_counts(layout: Layout, a: int, b: int) -> tuple[int, int, int]:
-    """The numbers of groups to the end of the first row, in every other row, and in [a, b) altogether.
+    """The numbers of groups to the end of the first row, in every other row, and in all of [a, b).
 
-    Where all groups are full, rows make no difference: it is all one row.
+    If all groups are full, they count as one row.
     """
     n_groups, per_row = layout.groups_before(b) - layout.groups_before(a), layout.groups_per_row
     if layout.row % layout.step.group == 0:

@@ -1,9 +1,9 @@
 """The decoder of one format, as vector code: `torch_codec.decode_sum` over the wire buffers of all ranks, bit for bit.
 
-The sum of a group stays in registers while the ranks are added to it. Two facts keep that short. A code becomes the
-float code - zero_point by one OR and one subtraction, both exact (see `MAGIC`). And scale * (code - zero_point) is
-exact in float32, so that `fmuladd` gives the same bits whether the machine fuses it or not. Sums start at -0.0, the
-neutral element of addition: 0.0 would turn a -0.0 into 0.0.
+The sum of a group stays in registers while the ranks are added to it. Two facts save instructions. First, one OR and
+one subtraction turn a code into the float code - zero_point, and both are exact (see `MAGIC`). Second, the product
+scale * (code - zero_point) is exact in float32. So `fmuladd` gives the same bits whether the machine fuses it or not.
+Sums start at -0.0, the neutral element of addition: 0.0 would turn a -0.0 into 0.0.
 
 Four codes are one int32. The codes 0, 4, 8, ... are taken from the lowest bytes of such integers, 1, 5, 9, ... from the
 next. So no byte has to be widened, and the sums are put in order once, after the last rank. Several small groups are
@@ -33,16 +33,21 @@ from flashcomm.cpu.vector import F16, F32, I8, I16, I32, I64, Function, Variable
 from flashcomm.wire.format import StepFormat
 from flashcomm.wire.torch_codec import SCALE_NAN
 
-_TILE_VALUES = 256 if cpu()[1].get("avx512f", False) else 128  # as many as have their sums in registers
-_MIN_FOR_QUARTERS = 64  # values; with fewer (ends of rows) a quarter fills no register, and codes are widened
+_TILE_VALUES = 256 if cpu()[1].get("avx512f", False) else 128  # as many sums as fit the registers
+_MIN_FOR_QUARTERS = 64  # values; in shorter groups a quarter would not fill a register, so codes are widened instead
 
 
 @once
 def decoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., None]:
     """Return kernel(out, scale, zero_point, plane, plane, plane, stride, ranks, then groups as for `encoder`).
 
-    The first six are addresses of the first group, in rank 0's buffer; each next rank's are `stride` bytes further.
-    dtype: of out. tail: row % group.
+    The first six are the addresses of the first group, in the buffer of rank 0. Those of each next rank are `stride`
+    bytes further.
+
+    Args:
+        dtype: The dtype of out.
+        step: The format.
+        tail: The size of a short group at the end of a row: row % group.
     """
     f = Function("decode_sum", pointers=6, integers=5)
     stride, ranks = f.integers[:2]
@@ -107,7 +112,7 @@ def _unpack(planes: list[Vec], step: StepFormat, n: int, values: list[tuple[int,
 
 
 def _in_order(totals: list[Vec], dtype: torch.dtype) -> Vec:
-    """The totals as bit patterns of dtype, in order. Of four vectors the i-th holds the values i, i+4, ..."""
+    """The totals as bit patterns of dtype, in order. If there are four vectors, vector i has the values i, i+4, ..."""
     if len(totals) == 1:
         return _bits(totals[0], dtype)
     first, second = (_pairs(totals[i], totals[i + 1], dtype) for i in (0, 2))

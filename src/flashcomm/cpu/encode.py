@@ -23,7 +23,12 @@ from flashcomm.wire.format import StepFormat
 def encoder(dtype: torch.dtype, step: StepFormat, tail: int) -> Callable[..., None]:
     """Return kernel(values, scale, zero_point, plane, plane, plane, groups to the end of the row, per row, in all).
 
-    The first six are addresses of the first group; what the format lacks is not looked at. tail: row % group.
+    The first six are the addresses of the first group. Addresses that the format has no use for are ignored.
+
+    Args:
+        dtype: The dtype of the values.
+        step: The format.
+        tail: The size of a short group at the end of a row: row % group.
     """
     f, most = Function("encode", pointers=6, integers=3), _block_size(step.group)
     groups = {n: _Groups(f, dtype, step, n, count) for n, count in ((step.group, most), (tail, 1)) if n}
@@ -55,7 +60,7 @@ def _block_size(group: int) -> int:
 
 
 class _Groups:
-    """The groups of n values of a block of at most `most`: their quantizer, and their transforms between its stages."""
+    """Groups of n values, at most `most` in a block: their quantizer, and memory for their transforms."""
 
     def __init__(self, f: Function, dtype: torch.dtype, step: StepFormat, n: int, most: int) -> None:
         self._f, self._dtype, self._n = f, dtype, n
@@ -64,7 +69,10 @@ class _Groups:
         self._transforms = f.scratch(ir.ArrayType(F32, padded(n) * most)) if transforms else None
 
     def load_bits(self, j: Vec, address: Vec) -> list[Vec]:
-        """Return the bit patterns of what is quantized of group j: its values, at that address, or their transform."""
+        """Return the bit patterns of the numbers that are quantized in group j: its values, or their transform.
+
+        address: that of the group's values.
+        """
         bits = self._load(address)
         if self._transforms is None:
             return [bits]
@@ -74,7 +82,7 @@ class _Groups:
         return [vector.view(I32) for vector in vectors]
 
     def values(self, j: Vec, address: Vec) -> list[Vec]:
-        """Return, after `load_bits`, the same as float32 in one or two vectors (see `spread`)."""
+        """Return the same numbers as float32 in one or two vectors (see `spread`). Call `load_bits` before."""
         if self._transforms is None:
             return spread(self._load(address), self._dtype)
         count = 2 if self._dtype == torch.bfloat16 else 1

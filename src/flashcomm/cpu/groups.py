@@ -11,15 +11,16 @@ from flashcomm.cpu.vector import F16, F32, I16, I32, I64, Function, Variable, Ve
 from flashcomm.wire.format import StepFormat
 
 INTEGER = {torch.bfloat16: I16, torch.float16: I16, torch.float32: I32}
-"""Per dtype: the LLVM integer that holds its bit pattern."""
+"""Maps each dtype to the LLVM integer that holds its bit pattern."""
 
 MAGIC_BITS = 0x4B400000
 MAGIC = 1.5 * 2.0**23
-"""The float32 with the bits MAGIC_BITS. Around it floats are integers: MAGIC + i has the bits MAGIC_BITS + i for
-|i| < 2^22. Adding it rounds to an integer, half to even, and leaves that integer in the low bits. The other way round,
-a small integer becomes a float by an OR with MAGIC_BITS. Neither needs a conversion, or lanes of another width."""
+"""The float32 with the bits MAGIC_BITS. Floats near it are integers: MAGIC + i has the bits MAGIC_BITS + i for
+|i| < 2^22. Adding MAGIC to a float rounds it to an integer, half to even, and leaves that integer in the low bits.
+Conversely, an OR with MAGIC_BITS turns a small integer into a float. Neither needs a conversion or lanes of another
+width."""
 
-_LANES = 16  # vectors are multiples of so many lanes, at the odd ends of rows too
+_LANES = 16  # the number of lanes of a vector is a multiple of this, also for short groups
 
 
 def padded(n: int) -> int:
@@ -68,7 +69,7 @@ def round_to_bf16(x: Vec) -> Vec:
 
 
 class BlockAddresses(NamedTuple):
-    """Where a block of groups begins: its values, its scales and zero points, its bytes in each plane."""
+    """The addresses at which a block of groups begins: of values, scales, zero points and bytes in each plane."""
 
     values: Vec
     scale: Vec
@@ -89,8 +90,8 @@ def for_each_block(
     Full groups and shorter last groups of rows ("tails") are different code, each generated for its size.
 
     Args:
-        f: Its pointers are those of `BlockAddresses`, with three planes. Its last three integers are the number of
-            groups to the end of the first row, in every other row, and altogether.
+        f: The function. Its pointers are those of `BlockAddresses`, with three planes. Its last three integers are the
+            numbers of groups to the end of the first row, in every other row, and in all.
         step: The format.
         dtype: The dtype of the values.
         tail: The size of the last group of a row, 0 if that is a full one.

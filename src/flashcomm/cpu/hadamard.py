@@ -1,8 +1,8 @@
-"""The Hadamard transform as vector code, in the order of `torch_codec.hadamard`: each sum rounded once, as there.
+"""The Hadamard transform as vector code. Additions are those of `torch_codec.hadamard`, in the same order.
 
-The values of a group are spread over P = 1, 2 or 4 vectors: value i is lane i div P of vector i mod P. That is how they
-come from memory anyway (two bfloat16 are one int32, as are four codes). Rounds between vectors then move no value to
-another lane.
+The values of a group are spread over P = 1, 2 or 4 vectors: value i is lane i div P of vector i mod P. This is how
+values come from memory: an int32 holds two bfloat16, or four codes. In this layout, rounds between vectors move no
+value to another lane.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ def _round_within(x: Vec, apart: int) -> Vec:
     is_second = [bool(lane & apart) for lane in range(x.lanes)]
     if apart >= _REGISTER_LANES:
         return (other + x).shuffle([lane + x.lanes * is_second[lane] for lane in range(x.lanes)], other - x)
-    # other + x or other - x in one instruction, for a product with 1 or -1 rounds nothing
+    # one instruction computes other + x and other - x: a product with 1 or -1 is exact
     return x.intrinsic("fmuladd", x.like([-1 if second else 1 for second in is_second]), other)

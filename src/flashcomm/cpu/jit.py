@@ -1,7 +1,7 @@
 """Compile LLVM assembly to a function, for the CPU that this process runs on.
 
-A kernel compiles in some 0.05 s, so nothing is cached on disk: no stale machine code after an update or on another
-node's CPU, and no cache files that starting ranks fight over.
+A kernel compiles in some 0.05 s, so nothing is cached on disk. There is no stale machine code after an update or on a
+node with another CPU, and ranks that start at the same time do not compete for cache files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 
-MAX_KERNELS = 32  # of each kind: encoders, decoders, sums
+MAX_KERNELS = 32  # of each kind: encoders, decoders, adders
 _LOCK = threading.RLock()  # LLVM's global context serves one thread at a time
 Kernel = TypeVar("Kernel")
 
@@ -24,8 +24,8 @@ Kernel = TypeVar("Kernel")
 def once(build: Callable[..., Kernel]) -> Callable[..., Kernel]:
     """Decorate `build` to run once for each list of arguments, also when several threads ask at the same time.
 
-    The last MAX_KERNELS are kept. A kernel takes 1.8 MB and there is one for each remainder of the row, so messages of
-    many row lengths would fill the memory otherwise.
+    The MAX_KERNELS results that were used last are kept. A kernel takes 1.8 MB, and there is one for each remainder of
+    a row by the group size. So without a limit, messages of many row lengths would fill the memory.
     """
     built: OrderedDict[Any, Kernel] = OrderedDict()
 
@@ -37,7 +37,7 @@ def once(build: Callable[..., Kernel]) -> Callable[..., Kernel]:
             built.move_to_end(key)
             kernel = built[key]
             while len(built) > MAX_KERNELS:
-                built.popitem(last=False)  # whoever runs it holds it
+                built.popitem(last=False)  # a caller that still runs the kernel has a reference to it
         return kernel
 
     return get
@@ -60,7 +60,7 @@ def compile_function(assembly: str, name: str, kinds: Sequence[Any]) -> Callable
 
 @lru_cache(maxsize=1)
 def has_half() -> bool:
-    """Return whether the CPU converts float16. Else (x86 before 2012) LLVM calls a library that may be missing."""
+    """Return whether the CPU converts float16. If not (x86 before 2012), LLVM calls a library that may be missing."""
     return platform.machine() not in ("x86_64", "AMD64") or bool(cpu()[1].get("f16c", False))
 
 
@@ -71,7 +71,7 @@ def cpu() -> tuple[str, Any]:
 
 
 def _machine() -> Any:
-    """A new target machine for each compiler, which takes ownership of it."""
+    """A new target machine. Each compiler takes ownership of its own."""
     _initialize()
     name, features = cpu()
     target = llvm.Target.from_default_triple()

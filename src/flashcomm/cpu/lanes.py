@@ -1,4 +1,4 @@
-"""Sums and maxima over the lanes of vectors, for many vectors at once: one vector alone would keep few lanes busy.
+"""Sums and maxima over the lanes of many vectors at once, as the last steps for a single vector would use few lanes.
 
 A *block* is a power of two of neighboring lanes that are reduced to one number.
 """
@@ -11,7 +11,7 @@ REGISTER_BITS = 512  # of the widest register (AVX-512)
 
 
 def fold(vectors: list[Vec], op: str) -> Vec:
-    """Return all lanes of all vectors reduced to as many lanes as fit one register. Zeros may be among the operands.
+    """Reduce all lanes of all vectors to as many lanes as fit one register. Zeros may be added to the operands.
 
     op: "+", or an intrinsic such as "smax".
     """
@@ -26,7 +26,7 @@ def fold(vectors: list[Vec], op: str) -> Vec:
 
 
 def halve(rows: list[Vec], block: int, op: str) -> Vec:
-    """Return one or two vectors as one, in which the two halves of each block became one, in order."""
+    """Combine the two halves of each block. Return the blocks of all vectors, one or two of them, in one vector."""
     first = [lane for lane in range(len(rows) * rows[0].lanes) if not lane & (block // 2)]
     first_half, second_half = (rows[0].shuffle(lanes, rows[-1]) for lanes in (first, [i + block // 2 for i in first]))
     return _apply(first_half, second_half, op)

@@ -1,7 +1,7 @@
 """Scales, zero points and codes of a block of groups, as vector code: `torch_codec.quantize`, bit for bit.
 
-A block is some 16 to 64 groups. Stages that go through its groups one by one, with a lane per value, alternate with
-stages that have a lane per *group*, so that one vector division serves many groups:
+A block is some 16 to 64 groups. Stages of two kinds alternate. Some go through the groups one by one, with a lane per
+value. Others have a lane per *group*, so that one vector division serves many groups:
 
     put_extremes    each group    the largest and the smallest value
     compute         all groups    scale, its inverse and the zero point
@@ -9,9 +9,10 @@ stages that have a lane per *group*, so that one vector division serves many gro
     choose          all groups    scale, inverse and zero point of the better   } (see `StepFormat.clip_ratio`)
     quantized       each group    the codes
 
-Extremes are maxima of *integers*. As signed numbers the bit patterns of floats are largest for the largest value, as
-unsigned numbers for the smallest, if any is negative. NaN and infinity are above everything else and so are found, and
-no floating-point operation is reordered.
+Extremes are found as maxima of *integers*, the bit patterns of the values. The largest signed integer belongs to the
+largest value. The largest unsigned integer belongs to the smallest value, if any value is negative. NaN and infinity
+have larger bit patterns than all finite values of their sign, so they are found, too. No floating-point operation is
+reordered.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from flashcomm.wire.format import StepFormat
 
 
 def _limit(dtype: torch.dtype, step: StepFormat, n: int) -> int:
-    """The bits, as dtype, of the smallest magnitude that counts as not finite."""
+    """The bit pattern in dtype of the smallest magnitude that counts as not finite."""
     bits = int(np.float32(step.limit(n)).view(np.int32))
     infinity = 0x7C00  # of float16, whose finite values are all below the limit
     return {torch.bfloat16: bits >> 16, torch.float16: infinity, torch.float32: bits}[dtype]
 
 
-_RESULTS = ("inverse", "zero points", "scale bits")  # what `quantized` needs
-_NAMES = (*_RESULTS, "minus scale", "bottom", "top")  # and what the comparison of two ranges needs besides
+_RESULTS = ("inverse", "zero points", "scale bits")  # for `quantized`
+_NAMES = (*_RESULTS, "minus scale", "bottom", "top")  # for the comparison of two ranges, too
 _TWO_INT16 = 0x10001  # an int16 times this is an int32 that holds it twice
 
 
 class Quantized(NamedTuple):
-    """What is sent of a group: int16 lanes of codes, the 16 bits in the section of scales, the zero point's byte."""
+    """The wire data of a group: codes (int16 lanes), 16 bits of the section of scales, and the zero point (a byte)."""
 
     codes: Vec
     scale_bits: Vec
@@ -50,10 +51,14 @@ class Quantized(NamedTuple):
 
 
 class BlockQuantizer:
-    """Quantizes a block of at most `most` groups of n values. Results lie in the function's own memory, 32 bits each.
+    """Quantizes a block of groups. Intermediate results are in the function's own memory, 32 bits each.
 
-    dtype: of the bit patterns whose extremes are taken. A block may have fewer groups. The lanes beyond then hold
-    whatever was in memory, and nothing reads them.
+    Args:
+        f: The function.
+        dtype: The dtype of the bit patterns whose extremes are found.
+        step: The format.
+        n: The number of values in a group.
+        most: The largest number of groups in a block. With fewer groups the other lanes are undefined, and never read.
     """
 
     def __init__(self, f: Function, dtype: torch.dtype, step: StepFormat, n: int, most: int) -> None:
@@ -63,10 +68,10 @@ class BlockQuantizer:
         slots = [("", "largest"), *((range_, name) for range_ in ("whole", "clipped") for name in _NAMES)]
         self._slots = {slot: f.scratch(ir.VectorType(I32, most)) for slot in slots}
         self._rows = f.scratch(ir.ArrayType(I8, most * REGISTER_BITS // 8))  # a register for each group
-        self._lanes = 0  # how many lanes of such a register are used
+        self._lanes = 0  # how many lanes of each such register are used
 
     def put_extremes(self, j: Vec, bits: list[Vec]) -> None:
-        """Take the extremes of group j. bits: its values' bit patterns, in any order and with zeros among them."""
+        """Find the extremes of group j. bits: the bit patterns of its values in any order, and any number of zeros."""
         high, low = (fold(bits, name) for name in ("smax", "umax"))
         both = high.shuffle(range(2 * high.lanes), low ^ _sign(low.element))  # from here on both are signed maxima
         self._put_row(j, halve([both], high.lanes, "smax"))
@@ -99,7 +104,7 @@ class BlockQuantizer:
             self._set(range_, name, value)
 
     def put_errors(self, j: Vec, vectors: list[Vec]) -> None:
-        """Compare the square errors of group j in both ranges. vectors: its values as `spread` returns them, padded."""
+        """Compare the square errors of group j in both ranges. vectors: its padded values, as `spread` returns them."""
         worse = None  # by how much "clipped" is worse: integers far below 2^24, whose order does not matter
         for range_ in ("clipped", "whole"):
             for error in self._errors(j, range_, vectors):
@@ -109,7 +114,7 @@ class BlockQuantizer:
         self._put_row(j, fold([worse], "+"))
 
     def _errors(self, j: Vec, range_: str, vectors: list[Vec]) -> list[Vec]:
-        """For each vector the errors in sixteenths of a step of the whole range, rounded."""
+        """The errors of each vector in sixteenths of a step of the whole range, rounded."""
         inverse, minus_scale, bottom, top, whole_inverse = (
             self._get(j, *name).view(F32).splat(vectors[0].lanes)
             for name in [*((range_, n) for n in ("inverse", "minus scale", "bottom", "top")), ("whole", "inverse")]
@@ -129,12 +134,13 @@ class BlockQuantizer:
             self._set("whole", name, better.choose(clipped, whole))
 
     def quantized(self, j: Vec, vectors: list[Vec]) -> Quantized:
-        """Return what is sent of group j. vectors: its values as for `put_errors`."""
+        """Return the wire data of group j. vectors: its values as for `put_errors`."""
         inverse, zero_points, scale_bits = (self._get(j, "whole", name) for name in _RESULTS)
         inverse = inverse.view(F32).splat(vectors[0].lanes)
         codes = join([(x * inverse + MAGIC).view(I32) for x in vectors])
         codes = codes + zero_points.splat(codes.lanes // 2).view(I16)
-        # In a bad group any code comes out, and is cut to 0. In a whole range no code is below 0: rounding keeps order.
+        # In a group that is not finite the codes are arbitrary, but `largest` is 0 and clamps them to 0. In the whole
+        # range no code is below 0, because rounding is monotonic.
         largest = self._get(j, "", "largest").splat(codes.lanes // 2).view(I16)
         codes = codes.maximum(0).minimum(largest) if self.clip_ratio else codes.intrinsic("umin", largest)
         return Quantized(codes, scale_bits.to(I16), zero_points.to(I8))
@@ -150,7 +156,7 @@ class BlockQuantizer:
         self._f.store(self._rows + j * (REGISTER_BITS // 8), row)
 
     def _reduce(self, kind: Any, each: int, op: str) -> Vec:
-        """`each` numbers of every group, made of as many equal parts of its row."""
+        """Reduce the row of every group to `each` numbers, each from an equal part of the row."""
         rows = [self._rows + j * (REGISTER_BITS // 8) for j in range(self._most)]
         return reduce([self._f.load(row, kind, self._lanes) for row in rows], self._lanes // each, op)
 

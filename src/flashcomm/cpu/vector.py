@@ -1,4 +1,4 @@
-"""LLVM vectors with Python's operators, to write functions in.
+"""LLVM vectors with Python's operators: a small language for writing functions.
 
 A `Vec` is a value of a function under construction: a number, a vector of numbers or a pointer. `a * b + 1` *emits* a
 multiplication and an addition of every lane. Nothing is computed until the function runs.
@@ -43,7 +43,7 @@ def _bitwise(instruction: str) -> Callable[[Vec, Vec | Numbers], Vec]:
 
 
 class Vec:
-    """A number, a vector or a pointer. Operators go lane by lane; the other side may be Python numbers."""
+    """A number, a vector or a pointer. Operators work lane by lane. The other operand may be Python numbers."""
 
     def __init__(self, function: Function, value: Any) -> None:
         self.function, self.value = function, value
@@ -107,7 +107,7 @@ class Vec:
         return self.compare(">", other)._emit("select", self.value, self.like(other).value)
 
     def intrinsic(self, name: str, *others: Vec, result: Any = None) -> Vec:
-        """Return llvm.<name>(self, *others). All are of one type, which is also the result's unless given."""
+        """Return llvm.<name>(self, *others). The operands have one type, and so has the result unless it is given."""
         kind, element = self.value.type, self.element
         suffix = (f"v{self.lanes}" if self.lanes else "") + ("f" if element == F32 else "i") + str(width(element))
         callee = self.function.declare(f"llvm.{name}.{suffix}", [kind] * (1 + len(others)), result or kind)
@@ -119,14 +119,14 @@ class Vec:
         return self._emit("bitcast", kind)
 
     def to(self, element: Any, signed: bool = False) -> Vec:
-        """Return every lane converted: integers cut or extended (by zeros unless signed), floats rounded or widened."""
+        """Convert every lane. Integers are truncated or extended (by zeros unless signed), floats are rounded."""
         old, kind = self.element, ir.VectorType(element, self.lanes) if self.lanes else element
         if old in (F16, F32):
             return self._emit("fpext" if old == F16 else "fptrunc", kind)
         return self._emit("trunc" if width(element) < width(old) else "sext" if signed else "zext", kind)
 
     def shuffle(self, lanes: Sequence[int], other: Vec | None = None) -> Vec:
-        """Return the lanes with these numbers, out of this vector followed by `other`."""
+        """Return the lanes with these indices, from this vector followed by `other`."""
         mask = _constant(ir.VectorType(I32, len(lanes)), lanes)
         return self._emit("shuffle_vector", (other or self).value, mask)
 
@@ -173,14 +173,14 @@ class Function:
         return known or ir.Function(self._module, ir.FunctionType(result, kinds), name)
 
     def scratch(self, kind: Any) -> Vec:
-        """Return a pointer to memory of the function's own, for one value of this LLVM type."""
+        """Return a pointer to memory on the function's stack, for one value of this LLVM type."""
         slot = self._entry.alloca(kind)
         slot.align = 64  # bytes of the widest register
         slot.type = POINTER
         return Vec(self, slot)
 
     def load(self, address: Vec, element: Any, lanes: int = 0) -> Vec:
-        """Return what is at an address, which is aligned for one element only."""
+        """Return the number or vector at an address. It need only be aligned for one element."""
         return address._emit("load", "", width(element) // 8, ir.VectorType(element, lanes) if lanes else element)
 
     def store(self, address: Vec, value: Vec) -> None:

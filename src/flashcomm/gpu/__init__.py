@@ -1,1 +1,1 @@
-"""Everything that runs on a GPU: Triton kernels, their tiles, their waiting and their launching."""
+"""Everything that runs on a GPU: Triton kernels, and how they wait for each other and are launched."""

@@ -1,7 +1,7 @@
 """Residual addition and RMSNorm in one kernel: the bits of `reference.add_rms_norm`.
 
-A program has whole rows and keeps them in registers: it reads and writes every value once. Sums of pairs come out of
-reductions over two values, which are one addition in any layout and on any backend.
+A program holds whole rows in registers, so that every value is read and written once. Each addition of two neighbors is
+a reduction over two values: it rounds once, in any layout and on any backend.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from flashcomm.gpu.compat import INTERPRETED, launcher
 from flashcomm.gpu.tile import narrow, widen
 
-TILE_NUMEL = 4096  # values of a program: more of them are more chunks of a row
+TILE_NUMEL = 4096  # values of a chunk; a longer row is several chunks
 MOST_CHUNKS = 8
 MOST_HIDDEN = TILE_NUMEL * MOST_CHUNKS
 
 
 class Rows(NamedTuple):
-    """Constants of a kernel: ROWS rows of ROW values a program, each as N_CHUNKS chunks of CHUNK."""
+    """Constants of a kernel: a program has ROWS rows of ROW values. Each is N_CHUNKS chunks of CHUNK columns."""
 
     ROW: int
     CHUNK: int
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def _value_of(stored, BF16: tl.constexpr):
-    """What `narrow` gave, as float32."""
+    """Return the float32 values that `narrow` has rounded."""
     if BF16:
         return (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -42,7 +42,7 @@ def _value_of(stored, BF16: tl.constexpr):
 
 @triton.jit
 def _pair_sum(q, N: tl.constexpr, ROWS: tl.constexpr):
-    """`reference.pair_sum` of ROWS runs of N values, N a power of two: float32 (ROWS,) of q, any shape, in order."""
+    """Return `reference.pair_sum` of each row, float32 (ROWS,). q: float32, ROWS rows of N values, N a power of two."""
     q = tl.reshape(q, (ROWS * N,))
     for i in tl.static_range(16):
         if (1 << i) < N:
@@ -52,7 +52,11 @@ def _pair_sum(q, N: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _push(sums, more, C: tl.constexpr):
-    """Sums of neighboring chunks, newest first, none of two of equal size, and that of chunk C."""
+    """Return the tuple `sums` with the sum of chunk C added.
+
+    It holds sums of neighboring chunks, the newest first. Sums of equally many chunks are added at once, as in
+    `reference.pair_sum`.
+    """
     sums = (more,) + sums
     for level in tl.static_range(4):
         if (C + 1) % (2 << level) == 0:
@@ -62,7 +66,7 @@ def _push(sums, more, C: tl.constexpr):
 
 @triton.jit
 def _scale_of(sums, eps, ROW: tl.constexpr, ROWS: tl.constexpr):
-    """What to multiply rows with, float32 (ROWS,), of what `_push` made of their chunks' squares."""
+    """Return the factors of the rows, 1 / sqrt(mean + eps), float32 (ROWS,). sums: of squares, from `_push`."""
     total = sums[0]
     for i in tl.static_range(1, 4):
         if i < len(sums):
@@ -73,7 +77,7 @@ def _scale_of(sums, eps, ROW: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _chunk(rows, c, n_rows, how: tl.constexpr):
-    """Columns of a chunk, its values' offsets in the message, and which of them exist."""
+    """Return the columns of chunk c, the offsets of its values in the message, and a mask of those that exist."""
     column = c * how.CHUNK + tl.arange(0, how.CHUNK)
     keep = (rows < n_rows)[:, None] & (column < how.ROW)[None, :]
     return column, rows.to(tl.int64)[:, None] * how.ROW + column[None, :], keep
@@ -81,7 +85,7 @@ def _chunk(rows, c, n_rows, how: tl.constexpr):
 
 @triton.jit
 def add_rms_norm_kernel(total, residual, weight, out, summed, n_rows, eps, how: tl.constexpr):
-    """summed = total + residual, and out = its RMSNorm, of rows that lie one after the other."""
+    """Store total + residual to `summed`, and its RMSNorm to `out`. Rows are contiguous."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     rows = tl.program_id(0) * how.ROWS + tl.arange(0, how.ROWS)
     kept, sums = (), ()
@@ -101,15 +105,19 @@ def add_rms_norm_kernel(total, residual, weight, out, summed, n_rows, eps, how: 
 
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`reference.add_rms_norm` in one launch. No number of rows compiles anything new.
+    """Return `reference.add_rms_norm`, computed in one launch. A new number of rows compiles nothing.
 
     Args:
-        total, residual: (..., hidden), bf16, fp16 or fp32, contiguous, hidden at most MOST_HIDDEN.
-        weight: (hidden,), of the same dtype.
+        total: (..., hidden), bf16, fp16 or fp32, contiguous, hidden at most MOST_HIDDEN.
+        residual: (..., hidden), of total's dtype, contiguous.
+        weight: (hidden,), of total's dtype, contiguous.
         eps: added to the mean of squares.
 
     Returns:
-        The normalized rows, and the new residual.
+        The normalized rows and the new residual, both of total's shape and dtype.
+
+    Raises:
+        ValueError: a tensor is not contiguous, or hidden is too large.
     """
     hidden = total.shape[-1]
     if hidden > MOST_HIDDEN or not all(t.is_contiguous() for t in (total, residual, weight)):

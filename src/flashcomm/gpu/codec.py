@@ -1,9 +1,9 @@
-"""The bits of `torch_codec` as Triton kernels: the same arguments, the same bytes, for CUDA tensors.
+"""The codec for GPUs: `torch_codec` as Triton kernels, with the same arguments and the same bits.
 
-One program codes a tile of up to `TILE_NUMEL` values. Where groups divide the row, a message is one run of groups.
-Otherwise full groups and the short ones at the ends of rows are separate launches, and each group is found by its row
-and its place in it. Lengths are run-time values: a new one compiles nothing. TRITON_INTERPRET=1 runs the same code on
-CPU tensors.
+A program encodes or decodes a tile of up to `TILE_NUMEL` values. If the group size divides the row, all groups of a
+message are contiguous and alike. Otherwise there are two launches, one for full groups and one for the short groups at
+the ends of rows, and a group's row and column say where it is. Lengths are run-time values: a new one compiles nothing.
+TRITON_INTERPRET=1 runs the same code on CPU tensors.
 """
 
 from __future__ import annotations
@@ -41,37 +41,40 @@ TILE_NUMEL = 4096  # values of a program
 
 
 class Planes(NamedTuple):
-    """Run-time values of a kernel, in bytes: where a wire buffer's sections are. Of three planes, widest first."""
+    """Run-time values of a kernel, in bytes: where the sections of a wire buffer are. Tuples have one entry per plane.
 
-    begin: tuple[Any, ...]  # of each plane
-    before: tuple[Any, ...]  # bytes of each plane that belong to values before the span
-    row_bytes: tuple[Any, ...]  # of each plane
-    scales: Any
-    zero_points: Any
+    There are up to three planes, widest first.
+    """
+
+    begin: tuple[Any, ...]  # offset of the plane
+    before: tuple[Any, ...]  # bytes of the plane that values before the range take
+    row_bytes: tuple[Any, ...]  # bytes of the plane that a row takes
+    scales: Any  # offset of the section
+    zero_points: Any  # offset of the section
 
 
 class Place(NamedTuple):
-    """Run-time values of a kernel: which groups of a message a launch codes, all of one size."""
+    """Run-time values of a kernel: which groups of a message a launch is for. All of them have the same size."""
 
-    count: Any  # groups
-    first: Any  # the first one, counted in groups of this size
-    per_row: Any  # groups of this size
+    count: Any  # the number of groups
+    first: Any  # the number of groups of this size before the range
+    per_row: Any  # the number of groups of this size in a row
     row: Any  # values of a row
-    column: Any  # at which the first group of this size of a row begins
-    start: Any  # the first value of the span
-    number: Any  # groups of other sizes before those of this size in a row
-    groups_in_row: Any  # of all sizes
-    first_group: Any  # of the span, counted in groups of all sizes
+    column: Any  # the column at which the first group of this size begins
+    start: Any  # the position of the first value of the range
+    number: Any  # the number of groups of other sizes before them in a row
+    groups_in_row: Any  # the number of groups of any size in a row
+    first_group: Any  # the number of groups of any size before the range
     n: Any  # values of a group
 
 
 class Groups(NamedTuple):
-    """Constants of a kernel: what kind of groups it codes, and from where to where."""
+    """Constants of a kernel: what kind of groups it encodes or decodes."""
 
-    CONTIGUOUS: bool  # rows are made of whole groups
-    SHORT: bool  # n is no power of two, or less than 16
-    TRANSFORM: bool  # values are not in the Hadamard domain, codes are
-    RANKS: int = 1  # wire buffers that are summed
+    CONTIGUOUS: bool  # whether the group size divides the row
+    SHORT: bool  # whether n is less than 16 or no power of two
+    TRANSFORM: bool  # whether codes are in the Hadamard domain and values are not
+    RANKS: int = 1  # the number of wire buffers that are summed
     BF16: bool = False  # see `tile.narrow`
 
 
@@ -80,17 +83,18 @@ class Uncompressed(NamedTuple):
 
     WIRE: Any  # the dtype of the wire buffer's values
     NUMEL: int  # values of a program
-    RANKS: int = 1
-    BF16: bool = False
+    RANKS: int = 1  # the number of wire buffers that are summed
+    BF16: bool = False  # see `tile.narrow`
 
 
 @triton.jit
 def _groups_of(place, how: tl.constexpr, step: tl.constexpr):
-    """Where this program's groups are.
+    """Return where the groups of this program are.
 
     Returns:
-        The number of the first group; and of all of them, counted from there, which exist, their rows, their first
-        values within the row, and their numbers. If CONTIGUOUS all of this is one row, in int32.
+        An offset, the number of a group. Then for each group of the program: whether it exists, its row, the column of
+        its first value, and its number in the range. If CONTIGUOUS, the offset is the program's first group. The rest
+        is relative to that group, in int32, and all groups count as one row. Otherwise the offset is 0.
     """
     n = place.n if how.SHORT else step.PIECES * step.LANES
     k, tile = tl.arange(0, step.GROUPS), tl.program_id(0).to(tl.int64) * step.GROUPS
@@ -106,7 +110,7 @@ def _groups_of(place, how: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def _values_of(keep, r, inside, place, how: tl.constexpr, step: tl.constexpr):
-    """Offsets (GROUPS, PIECES, LANES) of groups' values in the tensor, and which exist."""
+    """Return the offsets (GROUPS, PIECES, LANES) of the groups' values in the tensor, and a mask of existing ones."""
     i = (tl.arange(0, step.PIECES) * step.LANES)[None, :, None] + tl.arange(0, step.LANES)[None, None, :]
     value = inside if how.CONTIGUOUS else r * place.row + inside - place.start
     kept = keep[:, None, None] & (i < place.n) if how.SHORT else keep[:, None, None]
@@ -115,7 +119,7 @@ def _values_of(keep, r, inside, place, how: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def _plane_of(wire, tile, r, inside, planes, how: tl.constexpr, WIDTH: tl.constexpr, step: tl.constexpr):
-    """The pointer to this program's part of the plane of WIDTH bits, and where in it the bytes of groups begin."""
+    """Return a pointer to the plane of WIDTH bits, and the offsets from it, in bytes, at which the groups begin."""
     WIDER: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1))
     INDEX: tl.constexpr = 0 if WIDER == 0 else (1 if WIDER & (WIDER - 1) == 0 else 2)  # widest first
     GROUP: tl.constexpr = step.PIECES * step.LANES
@@ -128,7 +132,7 @@ def _plane_of(wire, tile, r, inside, planes, how: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def _put_short(plane, begin, keep, codes, n, WIDTH: tl.constexpr, step: tl.constexpr):
-    """`put_plane` for groups of n values, n no power of two: every byte picks its values. codes (GROUPS, 1, LANES)."""
+    """Do `put_plane` for short groups of n values: each byte selects its values. codes: (GROUPS, 1, LANES)."""
     SHIFT: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1))
     part = tl.reshape((codes >> SHIFT) & ((1 << WIDTH) - 1), (step.GROUPS, step.LANES))
     i, at, m = tl.arange(0, step.LANES), tl.arange(0, step.LANES), (n * WIDTH + 7) // 8
@@ -140,7 +144,7 @@ def _put_short(plane, begin, keep, codes, n, WIDTH: tl.constexpr, step: tl.const
 
 @triton.jit
 def _fetch_short(plane, begin, keep, n, WIDTH: tl.constexpr, step: tl.constexpr):
-    """What `_put_short` stored, in its places in codes."""
+    """Load what `_put_short` stored, with the bits at their places in the codes."""
     i, m = tl.arange(0, step.LANES), (n * WIDTH + 7) // 8
     packed = tl.load(plane + begin[:, None] + (i % m)[None, :], mask=keep[:, None] & (i < n)[None, :], other=0)
     part = (packed.to(tl.int32) >> ((i // m) * WIDTH)[None, :]) & ((1 << WIDTH) - 1)
@@ -148,16 +152,9 @@ def _fetch_short(plane, begin, keep, n, WIDTH: tl.constexpr, step: tl.constexpr)
     return tl.reshape(part << SHIFT, (step.GROUPS, 1, step.LANES))
 
 
-@triton.jit(do_not_specialize=["source", "target"])
-def point(cells, source: tl.int64, target: tl.int64):
-    """Store two addresses for `_base`, 16 bytes apart."""
-    tl.store(cells, source)
-    tl.store(cells + 2, target)
-
-
 @triton.jit
 def encode_kernel(x, out, planes, place, step: tl.constexpr, how: tl.constexpr):
-    """Quantize groups of a message into its wire buffer."""
+    """Quantize groups of a message, and store them in its wire buffer."""
     tile, keep, r, inside, group = _groups_of(place, how, step)
     i, kept = _values_of(keep, r, inside, place, how, step)
     y = widen(tl.load(x + tile * (step.PIECES * step.LANES) + i, mask=kept, other=0.0))
@@ -182,10 +179,10 @@ def encode_kernel(x, out, planes, place, step: tl.constexpr, how: tl.constexpr):
 
 @triton.jit
 def decode_sum_kernel(wires, out, stride, planes, place, step: tl.constexpr, how: tl.constexpr):
-    """Sum groups of wire buffers, stride bytes apart, in rank order into a message."""
+    """Decode and sum groups of wire buffers in rank order. The buffers are `stride` bytes apart."""
     tile, keep, r, inside, group = _groups_of(place, how, step)
     raws = ()
-    for rank in tl.static_range(how.RANKS):  # all loads before any sum
+    for rank in tl.static_range(how.RANKS):  # all loads are issued before the first sum
         wire = wires + stride.to(tl.int64) * rank
         raw = (tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.int32),) if how.SHORT else ()
         for w in tl.static_range(4):
@@ -223,14 +220,14 @@ def put_uncompressed_kernel(x, out, n, how: tl.constexpr):
     """Copy n values into a wire buffer."""
     i = tl.program_id(0).to(tl.int64) * how.NUMEL + tl.arange(0, how.NUMEL)
     wire = tl.multiple_of(out.to(tl.pointer_type(how.WIRE)), 16)
-    for tail in tl.static_range(2):  # by eights, and what is left
+    for tail in tl.static_range(2):  # first all eights, then the rest
         keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
         tl.store(wire + i, tl.load(x + i, mask=keep), mask=keep)
 
 
 @triton.jit
 def sum_uncompressed_kernel(wires, out, stride, n, how: tl.constexpr):
-    """Sum n values of wire buffers, stride bytes apart, in rank order into a message."""
+    """Sum n values of wire buffers in rank order. The buffers are `stride` bytes apart."""
     i = tl.program_id(0).to(tl.int64) * how.NUMEL + tl.arange(0, how.NUMEL)
     for tail in tl.static_range(2):
         keep = (i < n) & (i >= n // 8 * 8) if tail else i // 8 < n // 8
@@ -243,7 +240,7 @@ def sum_uncompressed_kernel(wires, out, stride, n, how: tl.constexpr):
 
 
 def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> None:
-    """As `torch_codec.encode`, in up to two launches, and one for each gap between sections."""
+    """Do what `torch_codec.encode` does, in up to two launches and one more for each gap between sections."""
     _hold(x, stop - start, "values")
     _hold(out, layout.nbytes(start, stop), "wire bytes")
     for a, b in _gaps(layout, start, stop):
@@ -254,7 +251,7 @@ def encode(x: Tensor, layout: Layout, start: int, stop: int, out: Tensor) -> Non
 
 
 def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor, dtype: torch.dtype) -> None:
-    """As `torch_codec.decode_sum`, in up to two launches."""
+    """Do what `torch_codec.decode_sum` does, in up to two launches."""
     _hold(out, stop - start, "values")
     for wire in (wires[0], wires[-1]):
         _hold(wire, layout.nbytes(start, stop), "wire bytes")
@@ -265,7 +262,7 @@ def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor
 
 @lru_cache(maxsize=4096)
 def _encoders(layout: Layout, start: int, stop: int, dtype: torch.dtype, device: int, aligned: bool) -> list[Start]:
-    """The launches that encode a span."""
+    """The launches that encode a range of a message."""
     step, out, pointers = layout.step, [], (dtype, torch.uint8)
     if step.uncompressed:
         n, how = stop - start, Uncompressed(_TRITON[dtype], TILE_NUMEL)
@@ -288,7 +285,10 @@ def _decoders(
     aligned: bool,
     buffers: tuple[int, int, torch.dtype],
 ) -> list[Start]:
-    """The launches that sum a span. buffers: how many wire buffers, bytes from one to the next, their values' dtype."""
+    """The launches that decode and sum a range of a message.
+
+    buffers: the number of wire buffers, the bytes from one to the next, and the dtype of their values.
+    """
     step, out, (n_ranks, stride, wire) = layout.step, [], buffers
     by_hand = INTERPRETED and dtype == torch.bfloat16
     dtype = torch.int16 if by_hand else dtype
@@ -312,18 +312,18 @@ _TRITON = {
 
 
 def _target(tensor: Tensor, addresses: Sequence[int]) -> tuple[int, bool]:
-    """Of a launch: the GPU's index, and whether all addresses are aligned."""
+    """The index of the GPU, and whether all addresses are multiples of 16."""
     return tensor.get_device(), not any(address & 15 for address in addresses)
 
 
 def _hold(x: Tensor, count: int, what: str) -> None:
-    """Kernels get bare addresses: refuse a tensor that does not hold what they will touch."""
+    """Raise ValueError unless x holds the memory that a kernel will access: kernels get bare addresses."""
     if (x.is_cpu and not INTERPRETED) or not x.is_contiguous() or x.numel() < count:
         raise ValueError(f"{count} contiguous {what} on a GPU are needed, got {tuple(x.shape)} on {x.device}")
 
 
 def _launches(layout: Layout, start: int, stop: int) -> list[tuple[int, Planes, Place, Step, bool, int]]:
-    """Per size of group: the grid, where planes and groups lie, the step, whether groups are short, warps."""
+    """For each size of group: the grid, the planes, the groups, the step, whether groups are short, and num_warps."""
     step, row, at = layout.step, layout.row, layout.sections(start, stop)
     full, tail = divmod(row, step.group)
     before, row_bytes = (

@@ -1,39 +1,40 @@
-"""The kernel of all four collectives: one launch quantizes, sends, reduces and gathers over peers' memory.
+"""Collectives over the memory of peers: one kernel for all four, which quantizes, sends, reduces and gathers.
 
-A message is cut into *shards* of units (a unit is the larger of the two groups), one per destination. Shards are cut
-into tiles, and tiles into blocks of TILES_PER_PROGRAM. A launch is a sequence of waves. Wave w holds programs of these
-roles, in this order:
+A message is cut into *shards*, one per destination. A shard consists of units (a unit is the larger of the two groups).
+It is cut into tiles, and TILES_PER_PROGRAM consecutive tiles are a block. A launch is a sequence of waves. Wave w has
+programs with these roles, in this order:
 
-    encode   quantizes block w of a shard and stores it where its destination reads it: a program for each shard in
-             two_shot and reduce_scatter, one program for the whole message in one_shot and all_gather
-    reduce   sums block w - stage_lag of the own shard over all ranks, in rank order, into the result; in two_shot it
-             quantizes the sum and stores it where all ranks read it: one program, none in all_gather
-    gather   dequantizes block w - 2 * stage_lag (all_gather: w - stage_lag) of a shard into the result: a program for
-             each shard in two_shot and all_gather
+    encode   quantizes block w of a shard, and stores it in the memory of its destination. two_shot and reduce_scatter
+             have one such program per shard. one_shot and all_gather have one for the whole message.
+    reduce   sums block w - stage_lag of the own shard over all ranks, in rank order, into the result. In two_shot it
+             quantizes the sum instead, and stores it in the memory of all ranks. One program; none in all_gather.
+    gather   dequantizes block w - 2 * stage_lag (all_gather: w - stage_lag) of a shard into the result. two_shot and
+             all_gather have one such program per shard.
 
-A producer stores into its consumers' memory. Each block has a flag there, which the producer sets to the call's epoch.
-Flags are never cleared. Small messages come without flags, by the LL protocol (`low_latency`): then a tile is full when
-all of its words carry the epoch.
+A producer stores into its consumers' memory. Each block has a flag there, which the producer then sets to the epoch,
+the number of the call. Flags are never cleared. Small messages use the LL protocol (`low_latency`) instead of flags: a
+tile has arrived when all of its words carry the epoch.
 
-| buffer, one for even and one for odd epochs | written by          | read by    | full when       | free when         |
+| buffer; even and odd epochs have one each   | written by          | read by    | full when       | free when         |
 |---------------------------------------------|---------------------|------------|-----------------|-------------------|
 | stage 1 of the inbox: a tile of the own     | encode of all ranks | own reduce | its flags carry | this rank has     |
 | shard from each rank                        |                     |            | the epoch       | sent in the next  |
 | stage 2 of the inbox: all tiles of all      | reduce of all ranks | own gather | its flags carry | epoch             |
 | shards                                      | (all_gather: encode)|            | the epoch       |                   |
 
-Why the waiting ends. A program waits only for programs of earlier waves, or of its own wave and an earlier role, on
-other GPUs. GPUs start the programs of a grid in order, as look-back scans also assume. So the first program anywhere
-that has not finished waits for nobody. In Triton's interpreter programs run one after the other.
+Why the waiting ends. A program waits only for programs of an earlier wave, or of the same wave and an earlier role, on
+this or another rank. GPUs start the programs of a grid in order, as look-back scans also assume. Order all programs of
+all ranks by wave and role: the first one that has not finished waits for no other. In Triton's interpreter programs run
+one after the other.
 
-Why no buffer is overwritten while somebody reads it. Data of even and odd epochs lie apart. A rank in epoch e + 2 has
-ended epoch e + 1. In that epoch it waited for every peer to set a flag (LL: to send a tile), and a peer does so only
-after its own epoch e has ended, readers included. So what one epoch waits for is the barrier for the data of the epoch
-before, by whichever protocol either of them sent it, and no closing barrier is needed.
+Why no buffer is overwritten while it is being read. Even and odd epochs have buffers of their own. A rank starts epoch
+e + 2 after it has finished epoch e + 1. In that epoch it waited for a flag (LL: a tile) of every peer. A peer sets such
+a flag only after it has finished its own epoch e, all reads included. So the waits of one epoch are the barrier for the
+buffers of the epoch before, whichever protocols the two epochs use. No closing barrier is needed.
 
-The epoch lives in device memory, above the count of programs that have started; the last one to start writes the next
-epoch, so that CUDA graphs replay correctly. A wait that is over its limit is reported (`sync.give_up`). Then all later
-waits end soon, the result is NaN, and peers get nothing more from this rank.
+The epoch is kept in device memory, next to the count of programs that have started. The last program to start advances
+it, so that CUDA graphs replay correctly. A wait that times out is reported (`sync.give_up`). Then all later waits end
+soon, the result is NaN, and this rank sends nothing more to its peers.
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ _ONE_SHOT, _TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER = (tl.constexpr(algorithm) fo
 
 
 class Message(NamedTuple):
-    """Run-time values of a kernel: how a message is cut up, and where in a region its data goes."""
+    """Run-time values of a kernel: how a message is cut up, and where in a region its tiles go."""
 
-    n_units: Any  # of all shards
+    n_units: Any  # of all shards together
     shard_units: Any  # of a shard; the last ones may have fewer
     shard_stride: Any  # units from one shard to the next
     n_tiles: Any  # of a shard
-    inbox: Any  # bytes into a region at which data begins
-    epoch_bytes: Any  # from data of even to data of odd epochs
-    stage2_offset: Any  # bytes from data of the first stage to that of the second
+    inbox: Any  # the offset in bytes at which tiles begin in a region
+    epoch_bytes: Any  # bytes from the buffer of even epochs to that of odd ones
+    stage2_offset: Any  # bytes from the tiles of the first stage to those of the second
     stage_lag: Any  # waves between roles
 
 
@@ -71,16 +72,22 @@ class Collective(NamedTuple):
     TILES_PER_PROGRAM: int
     UNIT: int  # values of a unit
     UNITS: int  # of a tile
-    SUM_IN_HADAMARD: bool  # in two_shot: sums are quantized again without leaving the Hadamard domain
-    LL: bool  # the LL protocol instead of flags
-    BF16: bool  # out points to int16s that are bfloat16s, see `tile.narrow`
+    SUM_IN_HADAMARD: bool  # in two_shot: whether sums are quantized again without leaving the Hadamard domain
+    LL: bool  # whether to use the LL protocol instead of flags
+    BF16: bool  # whether out points to int16s that hold bfloat16s, see `tile.narrow`
 
 
 @triton.jit
 def values_at(left, UNIT: tl.constexpr, step: tl.constexpr):
-    """Where a tile's values are in the message: offsets (GROUPS, PIECES, LANES) from its first, and which exist.
+    """Return where the values of a tile are in the message.
 
-    left: units of the shard from there on.
+    Args:
+        left: the number of units of the shard from the beginning of the tile on.
+        UNIT: values of a unit.
+        step: a `tile.Step`.
+
+    Returns:
+        Offsets (GROUPS, PIECES, LANES) from the tile's first value, and a mask of the values that exist.
     """
     GROUP: tl.constexpr = step.PIECES * step.LANES
     group = tl.arange(0, step.GROUPS)[:, None, None]
@@ -90,7 +97,7 @@ def values_at(left, UNIT: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def tile_at(tile, shard, message, call: tl.constexpr):
-    """The unit of the message at which a tile of a shard begins, and how many units of the shard there are from it on."""
+    """Return the unit of the message at which a tile of a shard begins, and how many units the shard has from it on."""
     unit = tile.to(tl.int64) * call.UNITS
     first = shard.to(tl.int64) * message.shard_stride
     return first + unit, tl.minimum(message.shard_units - unit, message.n_units - first - unit)
@@ -98,13 +105,13 @@ def tile_at(tile, shard, message, call: tl.constexpr):
 
 @triton.jit
 def inbox_of(epoch, message):
-    """Bytes into a region at which an epoch's data begins."""
+    """Return the offset in bytes at which the tiles of an epoch begin in a region."""
     return message.inbox + (epoch & 1).to(tl.int64) * message.epoch_bytes
 
 
 @triton.jit
 def load_tile(x, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
-    """A tile of x, float32, 0 where there are no values."""
+    """Load a tile of x as float32, with 0 for values that do not exist."""
     unit, left = tile_at(tile, shard, message, call)
     at, keep = values_at(left, call.UNIT, step)
     return widen(tl.load(x + unit * call.UNIT + at, mask=keep, other=0.0))
@@ -113,7 +120,7 @@ def load_tile(x, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
 @triton.jit
 def _send(y, out, tile, shard, data, epoch, region, message, call: tl.constexpr, ranks: tl.constexpr,
           step: tl.constexpr, TO_ALL: tl.constexpr):  # fmt: skip
-    """Quantize a tile to where its consumers, all ranks or rank `shard`, look for it."""
+    """Quantize a tile, and store it in the memory of its consumers: rank `shard`, or all ranks if TO_ALL."""
     n = tl.full((step.GROUPS,), step.PIECES * step.LANES, tl.int32)
     for i in tl.static_range(ranks.WORLD_SIZE if TO_ALL else 1):
         base = tl.load(region.peers + (i if TO_ALL else shard)) + data
@@ -127,10 +134,10 @@ def _send(y, out, tile, shard, data, epoch, region, message, call: tl.constexpr,
 @triton.jit
 def _encode(x, out, block, shard, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr,
             STAGE: tl.constexpr, TO_ALL: tl.constexpr):  # fmt: skip
-    """The role encode, for a block of x."""
+    """The role encode: quantize and send a block of x."""
     TILES: tl.constexpr = call.TILES_PER_PROGRAM
     offset = message.stage2_offset if STAGE == 1 else scalar(0, like=message.stage2_offset)
-    if TILES == 1:  # of small messages: the values are on their way while the epoch is
+    if TILES == 1:  # small messages: values and epoch are loaded at the same time
         y = load_tile(x, block, shard, message, call, step)
         epoch = arrive(region)
         if step.HADAMARD:
@@ -143,7 +150,7 @@ def _encode(x, out, block, shard, region, message, call: tl.constexpr, ranks: tl
         data = inbox_of(epoch, message) + offset
         last = tl.minimum(block * TILES + TILES, message.n_tiles) - 1
         after = load_tile(x, block * TILES, shard, message, call, step)
-        for k in tl.static_range(TILES):  # the next tile is on its way while this one is quantized
+        for k in tl.static_range(TILES):  # the next tile is loaded while this one is quantized
             tile = block * TILES + k
             y = after
             if k + 1 < TILES:
@@ -158,7 +165,7 @@ def _encode(x, out, block, shard, region, message, call: tl.constexpr, ranks: tl
 
 @triton.jit
 def _fetch_all(x, tile, data, region, message, ranks: tl.constexpr, step: tl.constexpr):
-    """Everybody's tile, all loads under way before one is used."""
+    """Load the tiles of all ranks. All loads are issued before the first result is used."""
     raws = ()
     for i in tl.static_range(ranks.WORLD_SIZE):
         at = arrives_at(i, region) + data + (i * message.n_tiles + tile).to(tl.int64) * step.BYTES
@@ -168,7 +175,10 @@ def _fetch_all(x, tile, data, region, message, ranks: tl.constexpr, step: tl.con
 
 @triton.jit
 def _sum(raws, ok, ranks: tl.constexpr, step: tl.constexpr):
-    """The sum of everybody's tile in rank order, float32; NaN unless ok. Products are exact: fma changes no bit."""
+    """Return the float32 sum of all ranks' tiles in rank order, or NaN if not ok.
+
+    Products are exact, so fma changes no bit.
+    """
     total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
     for i in tl.static_range(ranks.WORLD_SIZE):
         steps, scale = expand(raws[i], step)
@@ -183,7 +193,7 @@ def _sum(raws, ok, ranks: tl.constexpr, step: tl.constexpr):
 @triton.jit
 def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
             gather: tl.constexpr):  # fmt: skip
-    """The role reduce, for a block of the own shard."""
+    """The role reduce: sum a block of the own shard."""
     TILES: tl.constexpr = call.TILES_PER_PROGRAM
     epoch = arrive(region)
     data = inbox_of(epoch, message)
@@ -209,7 +219,7 @@ def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.conste
                     total = _sum(raws, ok, ranks, reduce)
                 unit, left = tile_at(tile, shard, message, call)
                 at, keep = values_at(left, call.UNIT, reduce)
-                if call.ALGORITHM == _TWO_SHOT:  # loads nothing; gives the tile the layout of x, which packs best
+                if call.ALGORITHM == _TWO_SHOT:  # a load of nothing, which gives the sum the layout of x: it packs best
                     never = message.stage_lag < 0
                     like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
                     total = tl.where(never, like_x, total)
@@ -220,7 +230,7 @@ def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.conste
                         total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
                     if gather.HADAMARD and not call.SUM_IN_HADAMARD:
                         total = hadamard(total, gather)
-                    if (ok != 0) if call.LL else True:  # a gap in the data, or a flag that stays out, tells the peers
+                    if (ok != 0) if call.LL else True:  # peers notice missing LL words, or the missing flag
                         _send(total, out, tile, scalar(0, like=region.rank), data + message.stage2_offset, epoch,
                               region, message, call, ranks, gather, True)  # fmt: skip
                 else:
@@ -234,7 +244,7 @@ def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.conste
 
 @triton.jit
 def _gather(x, out, block, owner, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr):
-    """The role gather, for a block of rank `owner`'s shard."""
+    """The role gather: decode a block of rank `owner`'s shard."""
     TILES: tl.constexpr = call.TILES_PER_PROGRAM
     epoch = arrive(region)
     if (block >= 0) & (block * TILES < message.n_tiles):
@@ -263,14 +273,19 @@ def _gather(x, out, block, owner, region, message, call: tl.constexpr, ranks: tl
 @triton.jit
 def collective(x, out, region, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
                gather: tl.constexpr):  # fmt: skip
-    """One program of a collective.
+    """Run one program of a collective.
 
     Args:
-        x, out: the message and the result of this rank, 16-byte aligned; in an all-reduce they may be the same.
-        region: a `sync.Region`. message: a `Message`. call: a `Collective`. ranks: a `sync.Ranks`.
-        reduce, gather: the `tile.Step`s in which encode sends to reduce, and reduce (all_gather: encode) to gather.
+        x: pointer to this rank's message, 16-byte aligned.
+        out: pointer to this rank's result, 16-byte aligned. In an all-reduce it may be x.
+        region: a `sync.Region`.
+        message: a `Message`.
+        call: a `Collective`.
+        ranks: a `sync.Ranks`.
+        reduce: the `tile.Step` of tiles that go from encode to reduce.
+        gather: the `tile.Step` of tiles that go from reduce (all_gather: from encode) to gather.
     """
-    SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER  # encode by destination
+    SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER  # a tile goes to one rank
     N_ENCODE: tl.constexpr = ranks.WORLD_SIZE if SHARDED else 1
     N_REDUCE: tl.constexpr = 0 if call.ALGORITHM == _ALL_GATHER else 1
     GATHERS: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _ALL_GATHER

@@ -1,16 +1,19 @@
-"""Private names of Triton, in one place, and the one way in which this package launches kernels.
+"""Compile and launch Triton kernels. Private names of Triton are used only here.
 
-Read in Triton 3.6 and 3.7.1:
+These names were checked in Triton 3.6 and 3.7.1:
 
 | what                                               | used for                                                    |
 |----------------------------------------------------|-------------------------------------------------------------|
-| `triton.compiler.ASTSource`, `triton.compile`      | a kernel compiled for given types, before any tensor exists |
+| `triton.compiler.ASTSource`, `triton.compile`      | compiling a kernel for given types, without any tensor      |
 | `CompiledKernel.__getitem__(grid)`                 | a launcher that takes addresses; tuples stay nested         |
 | `[["tt.divisibility", 16]]`                        | the attribute of a pointer that is 16-byte aligned          |
-| `triton.knobs.runtime.interpret`                   | whether kernels run in Triton's interpreter                 |
+| `triton.knobs.runtime.interpret`                   | finding out whether kernels run in Triton's interpreter     |
 
-Kernels take their arguments in three kinds, in this order: pointers; run-time numbers, single or in `NamedTuple`s;
-constants, each one a `NamedTuple` and annotated `tl.constexpr`. A new value of a number compiles nothing.
+Kernels take three kinds of arguments, in this order:
+
+ 1. pointers,
+ 2. run-time numbers, single or in `NamedTuple`s: a new value compiles nothing,
+ 3. constants, in `NamedTuple`s that are annotated `tl.constexpr`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from flashcomm.compat import current_stream_handle
 from flashcomm.errors import InputError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-Start = Callable[..., None]  # from the addresses that a kernel's pointers get
+Start = Callable[..., None]  # takes the address for each of a kernel's pointers
 
 _Bundle = TypeVar("_Bundle", bound=tuple[Any, ...])
 _NAMES = {
@@ -41,11 +44,11 @@ _compiled: dict[Any, Any] = {}
 
 
 class Int64(int):
-    """A run-time number that a kernel holds in 64 bits, however small it is. A plain int gets 32 bits if it fits."""
+    """A run-time number that kernels always hold in 64 bits. A plain int gets 32 bits if it fits."""
 
 
 def constants(bundle: _Bundle) -> _Bundle:
-    """A `NamedTuple` of constants as kernels take it.
+    """Return a `NamedTuple` of constants in the form that kernels take.
 
     Its members become `tl.constexpr`s, except in Triton's interpreter, whose kernels compute with plain values.
     """
@@ -67,21 +70,21 @@ def launcher(
     aligned: bool = True,
     may_capture: bool = True,
 ) -> Start:
-    """A launch of a kernel on the current stream, which takes the addresses of its pointers.
+    """Return a function that launches a kernel on the current stream. It takes the address for each pointer.
 
     Args:
         kernel: a `triton.jit` function; see the module's docstring for the order of its arguments.
-        grid: number of programs.
+        grid: the number of programs.
         pointers: the dtype that each pointer points to.
-        numbers: ints, floats and `NamedTuple`s of ints and of tensors, which are pointers of no known alignment.
+        numbers: ints, floats and `NamedTuple`s of ints and tensors. Tensors become pointers of unknown alignment.
         bundles: `NamedTuple`s of plain constants.
-        num_warps: warps of a program.
-        device: index of the GPU; not used in the interpreter.
+        num_warps: the number of warps of a program.
+        device: the index of the GPU; not used in the interpreter.
         aligned: whether all addresses will be multiples of 16 bytes.
-        may_capture: whether to compile while a CUDA graph is being captured.
+        may_capture: whether the kernel may be compiled during CUDA graph capture.
 
     Raises:
-        InputError: the kernel has to be compiled, a CUDA graph is being captured, and `may_capture` is False.
+        InputError: `may_capture` is False, and the kernel would have to be compiled during CUDA graph capture.
     """
     if INTERPRETED:
         return _interpreted(kernel, grid, pointers, numbers, bundles)
@@ -94,7 +97,7 @@ def launcher(
                 "the same size, before capturing"
             )
         _compiled[key] = compile_kernel(kernel, pointers, types, bundles, num_warps, aligned)
-    start = _compiled[key][(grid, 1, 1)]  # loads it
+    start = _compiled[key][(grid, 1, 1)]  # this also loads the kernel
     rest = (*map(_bare, numbers), *(None for _ in bundles))
 
     def launch(*addresses: int) -> None:
@@ -104,7 +107,7 @@ def launcher(
 
 
 def n_compiled() -> int:
-    """How many kernels `launcher` has compiled in this process."""
+    """Return how many kernels `launcher` has compiled in this process."""
     return len(_compiled)
 
 
@@ -117,9 +120,16 @@ def compile_kernel(
     aligned: bool = True,
     target: Any = None,
 ) -> Any:
-    """A kernel compiled for these types; without `target` for the current GPU. It needs no GPU if there is a target.
+    """Return a kernel compiled for these types. Fused multiply-adds are off, because they would change bits.
 
-    Fused multiply-adds are off: they would change bits.
+    Args:
+        kernel: see `launcher`.
+        pointers: see `launcher`.
+        types: the types of the run-time numbers, see `types_of`.
+        bundles: see `launcher`.
+        num_warps: see `launcher`.
+        aligned: see `launcher`.
+        target: a `triton.backends.compiler.GPUTarget`, for which no GPU is needed. None stands for the current GPU.
     """
     signature = [*(f"*{_NAMES[dtype]}" for dtype in pointers), *types, *("constexpr" for _ in bundles)]
     first = len(signature) - len(bundles)
@@ -134,7 +144,7 @@ def compile_kernel(
 
 
 def types_of(numbers: Sequence[Any]) -> tuple[Any, ...]:
-    """Triton's names of the types of run-time numbers; of a tuple the same tuple of names."""
+    """Return Triton's names of the types of run-time numbers. For a tuple that is a tuple of names."""
     return tuple(map(_type_of, numbers))
 
 
@@ -150,7 +160,7 @@ def _type_of(number: Any) -> Any:
 
 
 def _bare(number: Any) -> Any:
-    """The same with addresses in place of tensors."""
+    """The number or tuple, with addresses in place of tensors."""
     if isinstance(number, tuple):
         return tuple(map(_bare, number))
     return number.data_ptr() if isinstance(number, Tensor) else number
@@ -171,5 +181,5 @@ def _interpreted(
 
 
 def _tensor_at(address: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of one value at an address: the interpreter takes no bare addresses."""
+    """A tensor of one value at an address, because the interpreter takes no bare addresses."""
     return torch.frombuffer((_C_TYPES[dtype.itemsize] * 1).from_address(address), dtype=dtype)

@@ -1,49 +1,48 @@
-"""The kernel of all four collectives through host memory, for GPUs without peer access: one launch, few programs.
+"""Collectives through pinned host memory, for GPUs without peer access: one kernel, one launch of few programs.
 
-A rank stores its quantized tiles into its *outbox*, pinned host memory that every rank maps, and loads those of its peers.
-The grid stays on the GPU until the call is done:
+Every rank has an *outbox*: host memory that all ranks map. A rank stores its quantized tiles into its own outbox, and
+loads the tiles of its peers from theirs. All programs of the grid stay on the GPU until the call is done:
 
 | programs            | role        | what it does                                                                        |
 |---------------------|-------------|-------------------------------------------------------------------------------------|
 | 0                   | publisher   | sets this rank's flag in host memory once all workers have stored a wave of tiles   |
-| 1 to WORLD_SIZE - 1 | relay       | polls the flag of one peer, and repeats it in GPU memory                            |
+| 1 to WORLD_SIZE - 1 | relay       | polls the flag of one peer, and copies it to GPU memory                             |
 | all others          | worker      | quantizes, stores, loads and sums tile i * n_workers + worker of every wave i       |
 
-In step i a worker first issues its loads of the peers' tiles of wave i - stage_lag. Then it quantizes and stores its own
-tile of wave i and counts it. Last it sums what it has loaded. Loads and stores of the same threads, loads first, keep both
-directions of a PCIe link busy; separate readers and writers do not, because reads queue behind writes. Two-shot has a
-second stage, in which workers load the quantized sums stage_lag waves later still. For the own part ranks decode the bytes
-that they sent, of which they keep a copy in GPU memory.
+In step i a worker does this, in this order:
 
-| word                   | memory | written by             | read by          | says                                          |
-|------------------------|--------|------------------------|------------------|-----------------------------------------------|
-| progress[stage][worker]| GPU    | a worker, release.gpu  | the publisher    | waves that the worker has stored              |
-| flag[stage]            | host   | publisher, release.sys | relays of peers  | waves that are in the outbox                  |
-| seen[stage][peer]      | GPU    | its relay, release.gpu | workers          | what the peer's flag says                     |
+ 1. It issues its loads of the peers' tiles of wave i - stage_lag.
+ 2. It quantizes and stores its own tile of wave i, and counts it.
+ 3. It sums the tiles that it loaded.
 
-So no worker waits for a system-scope fence or reads a flag over PCIe. Words hold epoch * MAX_WAVES + waves and are compared
-by signed differences, so none is ever reset. Epochs are counted in GPU memory, so that CUDA graphs replay correctly. Calls
-with a second stage are counted apart for its words, because a word must not fall behind by half of what 32 bits count.
+The same threads load and store, and loads come first: this keeps both directions of a PCIe link busy. Separate programs
+for reading and writing would not, because reads queue behind writes. Two-shot has a second stage, in which workers load
+the quantized sums after another stage_lag waves. A rank decodes its own contribution from its wire bytes, as its peers
+do. It keeps a copy of these bytes in GPU memory.
 
-Why the waiting ends. A relay ends when its peer has published all waves, or it gives up after the limit and says so in
-`seen`. A worker in step i waits only for waves of the peers that they store in earlier steps, so the first unfinished step
-of all ranks waits for nobody. The publisher waits for workers. All this needs the whole grid on the GPU at once: it is a
-few dozen programs, and the first to start are those that others wait for. Kernels of other streams end, and leave their
-place to programs that did not fit. Only kernels that wait for other ranks might not: Communicators that run on different
-streams at the same time must fit on the GPU together.
+`host_sync` has the words by which publisher, relays and workers tell each other what has been stored. No worker waits
+for a system-scope fence, and no worker polls over PCIe.
 
-Why no outbox is overwritten while a peer reads it. Outboxes of even and odd epochs lie apart. A rank in epoch e + 2 has
-ended epoch e + 1. In that epoch it saw every peer publish a wave, and a peer does so only after its own epoch e has ended,
-all loads included. So a peer may be late by one call, and no closing barrier is needed. A rank that has given up stores
-into GPU memory and publishes nothing, from the next launch on: a late peer must not take its bytes for those of a call
-that it missed.
+Why the waiting ends. In step i a worker waits only for waves that its peers store in earlier steps. So the earliest
+step that some rank has not finished waits for no other step. A relay ends when its peer has published all waves. If
+nothing new comes within the limit, it gives up and writes GAVE_UP to `seen`, which ends the waiting of all workers.
+The publisher waits only for workers. All this needs the whole grid on the GPU at once. It is a few dozen programs, and
+the first to start, publisher and relays, are those that the others wait for. Programs that do not fit yet start when
+kernels of other streams end. The exception is a kernel that itself waits for other ranks: Communicators that run at the
+same time on different streams must fit on the GPU together.
 
-In Triton's interpreter, which runs programs one after the other, a grid of one worker publishes and relays by itself.
+Why no outbox is overwritten while a peer reads it. Even and odd epochs use different halves of an outbox. A rank starts
+epoch e + 2 after it has finished epoch e + 1, in which it saw every peer publish its waves. A peer publishes waves of
+epoch e + 1 only after it has finished its own epoch e, all loads included. So a peer may be late by one call, and no
+closing barrier is needed. A rank that has given up stops publishing at once. From the next launch on it stores into
+its own GPU memory: it may be ahead of a late peer, which must not take its bytes for those of a call that it missed.
+
+Triton's interpreter runs programs one after the other. There the grid is one worker, which also publishes and relays.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -57,7 +56,8 @@ from flashcomm.gpu.collective_kernel import (
     tile_at,
     values_at,
 )
-from flashcomm.gpu.sync import ABORT, arrive, bytes_at, clock, give_up, ints_at, set_flag
+from flashcomm.gpu.host_sync import GAVE_UP, MAX_WAVES, count, publish_all, wait, watch
+from flashcomm.gpu.sync import ABORT, arrive, bytes_at, ints_at
 from flashcomm.gpu.tile import (
     Step,
     expand,
@@ -71,176 +71,26 @@ from flashcomm.gpu.tile import (
     store,
 )
 
-MAX_WAVES = 4096  # of a call
-MAX_WORKERS = 128
-STATE_BYTES = (
-    1024 + 2 * 4 * MAX_WORKERS
-)  # of GPU memory: counts of calls at 0 and 64, `seen` at 128, `progress` at 1024
-OUTBOX = 4096  # bytes into a rank's shared memory; flags come before it
-_GAVE_UP = tl.constexpr(1 << 29)  # waves, in `seen`: more than any call has
-_MAX_WAVES, _MAX_WORKERS, _ABORT = tl.constexpr(MAX_WAVES), tl.constexpr(MAX_WORKERS), tl.constexpr(ABORT)
-_FLAG_STAGE, _SEEN, _SEEN_STAGE, _PROGRESS = tl.constexpr(128), tl.constexpr(128), tl.constexpr(64), tl.constexpr(1024)
+_MAX_WAVES, _ABORT = tl.constexpr(MAX_WAVES), tl.constexpr(ABORT)
 _ALL_GATHER, _REDUCE_SCATTER, _TWO_SHOT = tl.constexpr(ALL_GATHER), tl.constexpr(REDUCE_SCATTER), tl.constexpr(TWO_SHOT)
 
 
 class Steps(NamedTuple):
-    """Constants of a kernel: how the two stages code tiles, each one a `tile.Step`. all_gather has only the second."""
+    """Constants of a kernel: the `tile.Step` of the tiles of either stage. all_gather has only the gather stage."""
 
     reduce: Step
     gather: Step
 
 
-class Counter(NamedTuple):
-    """What `sync.arrive` counts in."""
-
-    local: Any
-
-
-class Outbox(NamedTuple):
-    """Run-time values of a kernel: where outboxes and words are, and how many programs work."""
-
-    table: Any  # int64 (WORLD_SIZE,): addresses of everybody's shared memory
-    own: Any  # address of GPU memory of `Message.epoch_bytes`: a copy of what this rank decodes of its own
-    state: Any  # address of STATE_BYTES of GPU memory, zero before the first call
-    calls: Any  # a Counter
-    two_stage_calls: Any  # a Counter
-    n_workers: Any
-
-
-@triton.jit
-def _least(counts, n, base, N: tl.constexpr):
-    """The least of n <= N words in GPU memory, less base. What came before any of them was released is visible."""
-    if N == 1:
-        return tl.atomic_add(counts, 0, sem="acquire", scope="gpu") - base
-    else:
-        at = tl.arange(0, N)
-        count = tl.atomic_add(counts + at, at * 0, mask=at < n, sem="acquire", scope="gpu")
-        return tl.min(tl.where(at < n, count - base, 0x7FFFFFFF))
-
-
-@triton.jit
-def _relay(flag, seen, ranks: tl.constexpr):
-    """Repeat a flag of a peer in GPU memory. All threads get the same value of it."""
-    if ranks.CLOCK:  # host memory takes plain loads and stores: a read-modify-write over PCIe may not be atomic
-        tl.inline_asm_elementwise("""{
-            .reg .pred p; .reg .b32 t;
-            mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-            @p ld.acquire.sys.global.b32 t, [$1];
-            @p st.release.gpu.global.b32 [$2], t;
-            mov.b32 $0, 0; }""", "=r,l,l", [flag.to(tl.int64), seen.to(tl.int64)], tl.int32, is_pure=False, pack=1)  # fmt: skip
-        return tl.atomic_add(seen, 0, sem="relaxed", scope="gpu")  # by the same thread
-    else:
-        value = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        tl.atomic_xchg(seen, value, sem="release", scope="gpu")
-        return value
-
-
-@triton.jit
-def _rank_of(peer, region):
-    """The rank of a peer, of those that are numbered without this one."""
-    peer = scalar(0, like=region.rank) + peer
-    return peer + (peer >= region.rank).to(tl.int32)
-
-
-@triton.jit
-def _watch(peer, bases, want1, want2, epoch, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
-    """The role relay: until a peer has published the wanted waves of both stages, or nothing new for the limit."""
-    source, base1, base2 = _rank_of(peer, region), bases[0], bases[1]
-    flag = tl.load(outbox.table + source)
-    seen1, seen2 = ints_at(outbox.state + _SEEN + 4 * peer), ints_at(outbox.state + _SEEN + _SEEN_STAGE + 4 * peer)
-    abort = ints_at(region.local + _ABORT)
-    got1, got2, last = scalar(-1, like=base1), scalar(-1, like=base1), scalar(0, like=base1)
-    polls, given_up = scalar(0, like=base1).to(tl.int64), tl.atomic_or(abort, 0, sem="relaxed", scope="gpu")
-    begin = clock(polls, ranks)
-    while ((got1 < want1) | (got2 < want2)) & (given_up == 0):
-        got1 = _relay(ints_at(flag), seen1, ranks) - base1
-        got2 = want2
-        if STAGES == 2:
-            got2 = _relay(ints_at(flag + _FLAG_STAGE), seen2, ranks) - base2
-        polls += 1
-        if got1 + got2 != last:
-            begin, last = clock(polls, ranks), got1 + got2
-        elif polls % 32 == 0:
-            over = (clock(polls, ranks) - begin >= region.limit).to(tl.int32)
-            given_up = over | tl.atomic_or(abort, over, sem="relaxed", scope="gpu")
-    if given_up != 0:
-        in_stage1 = got1 < want1
-        least = tl.where(in_stage1, got1, got2)
-        if ranks.CLOCK:  # a peer that waits for another one is late, too: report the one that is behind most
-            for other in tl.static_range(ranks.WORLD_SIZE - 1):
-                got = tl.load(ints_at(outbox.state + _SEEN + 4 * other), volatile=True) - base1
-                if in_stage1 & (got < least):
-                    least = got
-                    source = _rank_of(other, region)
-        give_up(tl.where(in_stage1, 1, 2), source, epoch, epoch + (least >> 12), region, ranks)
-        tl.atomic_xchg(seen1, base1 + _GAVE_UP, sem="release", scope="gpu")
-        tl.atomic_xchg(seen2, base2 + _GAVE_UP, sem="release", scope="gpu")
-
-
-@triton.jit
-def _publish(waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
-    """Set this rank's flag in host memory behind all that is visible here, unless the rank has given up."""
-    if tl.atomic_or(ints_at(region.local + _ABORT), 0, sem="relaxed", scope="gpu") == 0:
-        tl.debug_barrier()
-        set_flag(ints_at(tl.load(outbox.table + region.rank) + _FLAG_STAGE * STAGE), waves, ranks.CLOCK)
-
-
-@triton.jit
-def _publish_all(n_waves, bases, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
-    """The role publisher."""
-    told1, told2 = scalar(0, like=n_waves), n_waves * (2 - STAGES)
-    base1, base2 = bases[0], bases[1]
-    while (told1 < n_waves) | (told2 < n_waves):
-        if told1 < n_waves:
-            done1 = _least(ints_at(outbox.state + _PROGRESS), outbox.n_workers, base1, _MAX_WORKERS)
-            if done1 > told1:
-                _publish(base1 + done1, region, outbox, ranks, 0)
-                told1 = done1
-        if STAGES == 2:
-            done2 = _least(ints_at(outbox.state + _PROGRESS + 4 * _MAX_WORKERS), outbox.n_workers, base2, _MAX_WORKERS)
-            if done2 > told2:
-                _publish(base2 + done2, region, outbox, ranks, 1)
-                told2 = done2
-
-
-@triton.jit
-def _count(worker, waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
-    """Tell the publisher that a worker has stored its tiles of a wave."""
-    tl.debug_barrier()
-    progress = ints_at(outbox.state + _PROGRESS + 4 * _MAX_WORKERS * STAGE)
-    tl.atomic_xchg(progress + worker, waves, sem="release", scope="gpu")
-    if not ranks.CLOCK:
-        _publish(waves, region, outbox, ranks, STAGE)
-
-
-@triton.jit
-def _wait(reached, want, bases, epoch, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
-    """Wait until all peers have published so many waves of a stage.
-
-    Returns:
-        The waves they all have published: `reached` if those are enough; about _GAVE_UP if they never will be.
-    """
-    W: tl.constexpr = ranks.WORLD_SIZE
-    N: tl.constexpr = 1 if W <= 2 else 2 if W <= 3 else 4 if W <= 5 else 8 if W <= 9 else 16
-    seen, base = ints_at(outbox.state + _SEEN + _SEEN_STAGE * STAGE), bases[STAGE]
-    if not ranks.CLOCK:
-        none = scalar(-_GAVE_UP, like=want)
-        for peer in tl.static_range(ranks.WORLD_SIZE - 1):
-            want1, want2 = want if STAGE == 0 else none, want if STAGE == 1 else none
-            _watch(peer, bases, want1, want2, epoch, region, outbox, ranks, 2)
-    while reached < want:
-        reached = _least(seen, ranks.WORLD_SIZE - 1, base, N)
-    for _ in range(ranks.DELAY):
-        reached = tl.maximum(reached, _least(seen, ranks.WORLD_SIZE - 1, base, N))
-    tl.debug_barrier()
-    return reached
-
-
 @triton.jit
 def _fetch(source, place, x, here, region, outbox, step: tl.constexpr):
-    """Rank `source`'s tile as it lies there, for `expand` after more loads; nothing is loaded unless `here`.
+    """Load the raw words of rank `source`'s tile, for `tile.expand` to decode later.
 
-    place: where the tile is, in bytes into a peer's shared memory, and the address of this rank's copy of its own.
+    Args:
+        source: the rank.
+        place: the offset of the tile in a peer's shared memory, in bytes, and the address of this rank's own copy.
+        x: a pointer to the message's dtype.
+        here: whether there is such a tile. If not, nothing is loaded.
     """
     base = bytes_at(tl.where(region.rank == source, place[1], tl.load(outbox.table + source) + place[0]))
     if step.BITS == 16:
@@ -261,7 +111,7 @@ def _fetch(source, place, x, here, region, outbox, step: tl.constexpr):
 
 @triton.jit
 def _fetch_first(place, x, here, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
-    """The tiles of the first ranks, as many as registers are spent on before they are needed."""
+    """Load the tiles of the first ranks ahead of their use: at most 4, which is what registers allow."""
     raws = ()
     for i in tl.static_range(min(ranks.WORLD_SIZE, 4)):
         raws = raws + (_fetch(i, place, x, here, region, outbox, step),)
@@ -270,12 +120,15 @@ def _fetch_first(place, x, here, region, outbox, ranks: tl.constexpr, step: tl.c
 
 @triton.jit
 def _sum(raws, reached, place, x, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
-    """The sum of everybody's tile in rank order, float32; NaN if peers never came. Products are exact: fma changes no bit."""
+    """Return the float32 sum of all ranks' tiles in rank order, or NaN if a peer was given up.
+
+    Products are exact, so fma changes no bit.
+    """
     total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
     for i in tl.static_range(ranks.WORLD_SIZE):
         raw = raws[i] if i < len(raws) else _fetch(i, place, x, reached >= 0, region, outbox, step)
         steps, scale = expand(raw, step)
-        scale = tl.where(reached < _GAVE_UP // 2, scale, float("nan"))
+        scale = tl.where(reached < GAVE_UP // 2, scale, float("nan"))
         if i == 0:
             total = steps * scale[:, None, None]
         else:
@@ -285,7 +138,7 @@ def _sum(raws, reached, place, x, region, outbox, ranks: tl.constexpr, step: tl.
 
 @triton.jit
 def _send(y, at, base, own, out, call: tl.constexpr, step: tl.constexpr, COPY: tl.constexpr):
-    """Quantize a tile to `at` bytes behind base and, if COPY, behind own."""
+    """Quantize a tile and store it at base + at and, if COPY, also at own + at. All three are in bytes."""
     n = tl.full((step.GROUPS,), step.PIECES * step.LANES, tl.int32)
     put(bytes_at(base + at), y, n, out, step, call.BF16)
     if COPY:
@@ -295,7 +148,11 @@ def _send(y, at, base, own, out, call: tl.constexpr, step: tl.constexpr, COPY: t
 @triton.jit
 def _encode(x, out, y, tile, outbox_address, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr,
             step: tl.constexpr):  # fmt: skip
-    """Quantize this rank's tile y of a wave; where shards have destinations, the tiles of all shards of x instead."""
+    """Quantize and store this rank's tiles of a wave.
+
+    In one_shot and all_gather that is the tile y, which is already loaded. In two_shot and reduce_scatter it is one
+    tile of each shard of x.
+    """
     if call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER:
         for target in range(ranks.WORLD_SIZE):
             shard = scalar(0, like=region.rank) + target
@@ -314,7 +171,7 @@ def _encode(x, out, y, tile, outbox_address, region, outbox, message, call: tl.c
 @triton.jit
 def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr,
           steps: tl.constexpr):  # fmt: skip
-    """The role worker."""
+    """The role worker: see the module docstring for the order of a step."""
     SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER
     GATHERS_FIRST: tl.constexpr = call.ALGORITHM == _ALL_GATHER
     STAGES: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
@@ -336,13 +193,13 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
             y = load_tile(x, tl.minimum(tile, message.n_tiles - 1), none, message, call, first)
 
         if has1:
-            reached1 = _wait(reached1, i - lag + 1, bases, epoch, region, outbox, ranks, 0)
+            reached1 = wait(reached1, i - lag + 1, bases, epoch, region, outbox, ranks, 0)
         shard_tile = (region.rank * message.n_tiles if SHARDED else none) + tile1
         place1 = (data + shard_tile.to(tl.int64) * first.BYTES, outbox.own + tile1.to(tl.int64) * first.BYTES)
         raws1 = _fetch_first(place1, x, has1, region, outbox, ranks, first)
         if STAGES == 2:
             if has2:
-                reached2 = _wait(reached2, i - 2 * lag + 1, bases, epoch, region, outbox, ranks, 1)
+                reached2 = wait(reached2, i - 2 * lag + 1, bases, epoch, region, outbox, ranks, 1)
             offset2 = message.stage2_offset + tile2.to(tl.int64) * gather.BYTES
             place2 = (data + offset2, outbox.own + offset2)
             raws2 = _fetch_first(place2, x, has2, region, outbox, ranks, gather)
@@ -350,7 +207,7 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
         if tile < message.n_tiles:
             _encode(x, out, y, tile, sent, region, outbox, message, call, ranks, first)
         if i < n_waves:
-            _count(worker, bases[0] + i + 1, region, outbox, ranks, 0)
+            count(worker, bases[0] + i + 1, region, outbox, ranks, 0)
 
         if has1:
             if GATHERS_FIRST:
@@ -374,7 +231,7 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
                     store(out + unit * call.UNIT, at, keep, total, call.BF16)
         if STAGES == 2:
             if (i >= lag) & (i < n_waves + lag):
-                _count(worker, bases[1] + i - lag + 1, region, outbox, ranks, 1)
+                count(worker, bases[1] + i - lag + 1, region, outbox, ranks, 1)
             if has2:
                 _store_all(out, raws2, reached2, tile2, place2, x, region, outbox, message, call, ranks, gather)
 
@@ -382,11 +239,11 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
 @triton.jit
 def _store_all(out, raws, reached, tile, place, x, region, outbox, message, call: tl.constexpr,
                ranks: tl.constexpr, step: tl.constexpr):  # fmt: skip
-    """Decode a tile of every rank's shard to its place in out."""
+    """Decode one tile of each rank's shard and store it in its place in out."""
     for i in tl.static_range(ranks.WORLD_SIZE):
         raw = raws[i] if i < len(raws) else _fetch(i, place, x, reached >= 0, region, outbox, step)
         steps, scale = expand(raw, step)
-        y = steps * tl.where(reached < _GAVE_UP // 2, scale, float("nan"))[:, None, None]
+        y = steps * tl.where(reached < GAVE_UP // 2, scale, float("nan"))[:, None, None]
         if step.HADAMARD:
             y = from_hadamard(y, step)
         unit, left = tile_at(tile, scalar(0, like=region.rank) + i, message, call)
@@ -396,12 +253,16 @@ def _store_all(out, raws, reached, tile, place, x, region, outbox, message, call
 
 @triton.jit
 def host_collective(x, out, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr, steps: tl.constexpr):
-    """One program of a collective.
+    """Run one program of a collective.
 
     Args:
-        x, out: the message and the result of this rank, 16-byte aligned; in an all-reduce they may be the same.
-        region: a `sync.Region`, of which `own` is not used. outbox: an `Outbox`. message: a `collective_kernel.Message`,
-            with a stage_lag of at least 1. call: a `collective_kernel.Collective`. ranks: a `sync.Ranks`.
+        x: pointer to this rank's message, 16-byte aligned.
+        out: pointer to this rank's result, 16-byte aligned. In an all-reduce it may be x.
+        region: a `sync.Region`; its `own` is not used.
+        outbox: a `host_sync.Outbox`.
+        message: a `collective_kernel.Message` with a stage_lag of at least 1.
+        call: a `collective_kernel.Collective`.
+        ranks: a `sync.Ranks`.
         steps: a `Steps`.
     """
     STAGES: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
@@ -414,8 +275,8 @@ def host_collective(x, out, region, outbox, message, call: tl.constexpr, ranks: 
         bases = (epoch * _MAX_WAVES, arrive(outbox.two_stage_calls) * _MAX_WAVES)
     n_waves = (message.n_tiles + outbox.n_workers - 1) // outbox.n_workers
     if role == 0:
-        _publish_all(n_waves, bases, region, outbox, ranks, STAGES)
+        publish_all(n_waves, bases, region, outbox, ranks, STAGES)
     elif role < ranks.WORLD_SIZE:
-        _watch(role - 1, bases, n_waves, n_waves * (STAGES - 1), epoch, region, outbox, ranks, STAGES)
+        watch(role - 1, bases, n_waves, n_waves * (STAGES - 1), epoch, region, outbox, ranks, STAGES)
     else:
         _work(x, out, role - ranks.WORLD_SIZE, n_waves, bases, epoch, region, outbox, message, call, ranks, steps)

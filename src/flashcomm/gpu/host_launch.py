@@ -1,6 +1,6 @@
-"""Collectives through host memory, one launch each: plans of launches of `host_kernel.host_collective`.
+"""Collectives through host memory: how messages are cut into launches of `host_kernel.host_collective`.
 
-Results are those of `flashcomm.reference`, however a message is cut into tiles, waves and launches.
+Results are those of `flashcomm.reference`. How a message is cut into tiles, waves and launches changes no bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.gpu import host_kernel as kernel
-from flashcomm.gpu import sync
+from flashcomm.gpu import host_sync, sync
 from flashcomm.gpu.collective_kernel import ALL_GATHER, ONE_SHOT, REDUCE_SCATTER, TWO_SHOT, Collective
 from flashcomm.gpu.compat import INTERPRETED, Int64, launcher
 from flashcomm.gpu.launch import ALGORITHMS, POLLS_PER_SECOND, KernelCollectives, Launch, PeerMemory, at_offset
@@ -24,26 +24,28 @@ from flashcomm.wire.format import StepFormat, WireFormat
 
 
 class HostMemory(PeerMemory, Protocol):
-    """Zeroed host memory per rank that every rank maps, as the transports host_memory and cpu_shared make it."""
+    """Zeroed host memory of each rank, mapped by all ranks. The transports host_memory and cpu_shared make it."""
 
-    mappings: list[int]  # addresses of everybody's memory in this process
+    mappings: list[int]  # the address in this process of each rank's memory
 
 
 @dataclass(frozen=True)
 class HostTuning(Tuning):
-    """How a launch of `host_collective` is cut up, with a tile per program and wave and a stage_lag of at least 1."""
+    """How a launch of `host_collective` is cut up. A worker has one tile of each wave, and stage_lag is at least 1."""
 
-    n_workers: int = 32  # programs that quantize and sum; the grid has one more for each rank
-    n_pieces: int = 4  # of a tile of a plain format of up to 5 bits
+    n_workers: int = 32  # programs that quantize and sum; the grid also has a publisher and a relay for each peer
+    n_pieces: int = 4  # PIECES of a tile, for plain formats of up to 5 bits
 
 
-SMALL_NUMEL, LARGE_NUMEL = 1 << 20, 4 << 20  # values of a rank's message: less than the former, the latter or more
+# Values of a rank's message: it is small below the former, large from the latter on.
+SMALL_NUMEL, LARGE_NUMEL = 1 << 20, 4 << 20
 
 
 def host_tuning(fmt: WireFormat, numel: int) -> HostTuning:
-    """How messages of `numel` values a rank are cut up: as fast as any found on two H200 without peer access (LOG.md).
+    """Return how to cut up messages of `numel` values per rank: the fastest way measured on two H200 (LOG.md).
 
-    A worker should move some 4 KB a step. Little memory traffic per SM is why few workers are enough.
+    Those two H200 had peer access turned off. A worker should move some 4 KB a step. PCIe asks little memory traffic of
+    an SM, so few workers are enough.
     """
     bits = max(fmt.reduce.bits, fmt.gather.bits)
     tile_numel = 2048 if bits == 16 else 4096 if bits == 8 or numel < SMALL_NUMEL else 8192
@@ -53,44 +55,45 @@ def host_tuning(fmt: WireFormat, numel: int) -> HostTuning:
 
 
 def shared_bytes(workspace: int) -> int:
-    """Bytes of a rank's shared memory for `workspace` bytes of messages: half for even, half for odd calls."""
-    return kernel.OUTBOX + workspace
+    """Return the bytes of a rank's shared memory for `workspace` bytes of messages, half of them for odd epochs."""
+    return host_sync.OUTBOX + workspace
 
 
 def most_workers(asked: int, n_multiprocessors: int, world_size: int) -> int:
-    """Workers of a launch, at most: so many that the whole grid, with a program per rank, is on the GPU at once.
+    """Return the largest number of workers of a launch with which the whole grid is on the GPU at once.
 
-    A multiprocessor holds one program or more. All ranks need the same number, as wave i is the same tiles everywhere.
+    A multiprocessor holds at least one program. Besides its workers the grid has one program per rank. All ranks need
+    the same number, because a wave must be the same tiles on all of them.
 
     Args:
-        asked: The setting; 0 leaves it to `host_tuning`.
-        n_multiprocessors: Of the smallest GPU.
-        world_size: Ranks of the group.
+        asked: the setting; 0 leaves the number to `host_tuning`.
+        n_multiprocessors: those of the smallest GPU.
+        world_size: the number of ranks.
     """
-    return max(1, min(asked or kernel.MAX_WORKERS, kernel.MAX_WORKERS, n_multiprocessors - world_size))
+    return max(1, min(asked or host_sync.MAX_WORKERS, host_sync.MAX_WORKERS, n_multiprocessors - world_size))
 
 
 class HostCollectives(KernelCollectives):
     """The collectives through host memory. Calls must come in the same order on all ranks, on one stream at a time.
 
     Args:
-        region: what a transport has made and all ranks have mapped.
-            Behind its `n_bytes`, of `region_bytes(4 MiB)` or more, it has `shared_bytes(workspace)`.
-        workspace: bytes of messages; larger ones take several launches.
+        region: memory that a transport has made and all ranks have mapped. Its first `n_bytes` are for the LL protocol,
+            at least `region_bytes(4 MiB)`. Behind them it has `shared_bytes(workspace)` bytes more.
+        workspace: bytes for messages; a message that needs more takes several launches.
         timeout_s: limit of every wait, in seconds.
-        n_workers: programs that quantize and sum, at most (`most_workers`); the same on all ranks.
+        n_workers: the largest number of workers (see `most_workers`), the same on all ranks.
         delay: polls between a wait and the read, for tests of a slow reader.
     """
 
     region: HostMemory
-    ll_sent_bytes = 56 << 10  # over PCIe twice the bytes soon cost more than a flag
+    ll_sent_bytes = 56 << 10  # small, because over PCIe twice the bytes soon take longer than a flag
 
     def __init__(
         self,
         region: HostMemory,
         workspace: int,
         timeout_s: float,
-        n_workers: int = kernel.MAX_WORKERS,
+        n_workers: int = host_sync.MAX_WORKERS,
         delay: int = 0,
     ) -> None:
         super().__init__(region, timeout_s, delay)
@@ -98,26 +101,26 @@ class HostCollectives(KernelCollectives):
         self._most = n_workers
         self._table = torch.tensor([base + region.n_bytes for base in region.mappings], dtype=torch.int64).to(device)
         self._own = torch.empty(self.epoch_bytes, dtype=torch.uint8, device=device)
-        self._state = torch.zeros(kernel.STATE_BYTES, dtype=torch.uint8, device=device)
+        self._state = torch.zeros(host_sync.STATE_BYTES, dtype=torch.uint8, device=device)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the state is zero, whatever stream the first call is on
+            torch.cuda.synchronize(device)  # so that the state is zero on whatever stream the first call is
 
     def plan(self, algorithm: str, x: Tensor, row: int, fmt: WireFormat, tuning: Tuning | None = None) -> Launch:
-        """As `KernelCollectives.plan`."""
+        """Return how to run a collective for messages like x: see `KernelCollectives.plan`."""
         if tuning is None:
             tuning = self.tuning(algorithm, x.numel(), fmt, x.element_size())
-            if not INTERPRETED and row % fmt.unit == 0:  # so that later no length compiles anything
+            if not INTERPRETED and row % fmt.unit == 0:  # so that no other length compiles anything later
                 for other in (LL, *(host_tuning(fmt, numel) for numel in (0, SMALL_NUMEL, LARGE_NUMEL))):
                     next(self._launches(ALGORITHMS.index(algorithm), x, fmt, other))
         return super().plan(algorithm, x, row, fmt, tuning)
 
     def tuning(self, algorithm: str, numel: int, fmt: WireFormat, itemsize: int) -> Tuning:
-        """How a message of `numel` values is cut up: by the LL protocol or as `host_tuning` says."""
+        """Return how to cut up a message of `numel` values: for the LL protocol or as `host_tuning` does."""
         tuning = super().tuning(algorithm, numel, fmt, itemsize)
         return tuning if tuning.ll else host_tuning(fmt, numel)
 
     def capacity(self, algorithm: str, fmt: WireFormat, itemsize: int, tuning: Tuning) -> int:
-        """Units of a shard that fit one launch (all-reduce: of the message)."""
+        """Return how many units fit one launch: of the message in an all-reduce, else of a shard."""
         if not isinstance(tuning, HostTuning):
             return super().capacity(algorithm, fmt, itemsize, tuning)
         world_size, tiles = self.region.world_size, host_tiles(fmt, itemsize, tuning)
@@ -127,7 +130,7 @@ class HostCollectives(KernelCollectives):
             REDUCE_SCATTER: world_size * tiles.reduce.BYTES,
             ALL_GATHER: tiles.gather.BYTES,
         }[ALGORITHMS.index(algorithm)]
-        n_tiles = min(self.epoch_bytes // need, (kernel.MAX_WAVES - 1) * self._most_workers(tuning))
+        n_tiles = min(self.epoch_bytes // need, (host_sync.MAX_WAVES - 1) * self._most_workers(tuning))
         return n_tiles * tiles.units * (world_size if algorithm == "two_shot" else 1)
 
     def _most_workers(self, tuning: HostTuning) -> int:
@@ -142,20 +145,20 @@ class HostCollectives(KernelCollectives):
         limit = int(self.timeout_s * (POLLS_PER_SECOND[0] if INTERPRETED else 1e9))
         where = sync.Region(Int64(0), Int64(self.local), region.rank, Int64(limit), region.peers, region.status)
         state = self._state.data_ptr()
-        counters = kernel.Counter(Int64(state)), kernel.Counter(Int64(state + 64))
+        counters = host_sync.Counter(Int64(state)), host_sync.Counter(Int64(state + 64))
         by_hand = INTERPRETED and x.dtype == torch.bfloat16
         in_hadamard = kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain
         n_units = x.numel() // unit // (world_size if kind == REDUCE_SCATTER else 1)
         for first, count in cut(n_units, self.capacity(ALGORITHMS[kind], fmt, itemsize, tuning)):
             message = self._message(kind, n_units, count, tiles, tuning)
             n_waves = -(-message.n_tiles // self._most_workers(tuning))
-            n_workers = -(-message.n_tiles // n_waves)  # no more than fill the last wave, too
-            outbox = kernel.Outbox(self._table, Int64(self._own.data_ptr()), Int64(state), *counters, n_workers)
+            n_workers = -(-message.n_tiles // n_waves)  # the fewest that need no more waves
+            outbox = host_sync.Outbox(self._table, Int64(self._own.data_ptr()), Int64(state), *counters, n_workers)
             start = launcher(
                 kernel.host_collective,
                 grid=1 if INTERPRETED else world_size + n_workers,
                 pointers=(x.dtype, torch.int16 if by_hand else x.dtype),
-                numbers=(where, outbox, message._replace(inbox=Int64(kernel.OUTBOX))),
+                numbers=(where, outbox, message._replace(inbox=Int64(host_sync.OUTBOX))),
                 bundles=(
                     Collective(kind, 1, unit, tiles.units, in_hadamard, False, by_hand),
                     sync.Ranks(world_size, not INTERPRETED, not INTERPRETED, self.delay),
@@ -170,10 +173,10 @@ class HostCollectives(KernelCollectives):
 
 @lru_cache(maxsize=256)
 def host_tiles(fmt: WireFormat, itemsize: int, tuning: HostTuning) -> Tiles:
-    """The tiles of a format for messages of `itemsize` bytes a value."""
+    """Return the tiles of a format, for messages with `itemsize` bytes per value."""
     units = max(1, tuning.tile_numel // fmt.unit)
     n_pieces = [_pieces(step, tuning) for step in (fmt.reduce, fmt.gather)]
-    if fmt.reduce.group == fmt.gather.group:  # one layout, so that between the steps no value moves
+    if fmt.reduce.group == fmt.gather.group:  # one layout, so that no value changes threads between the steps
         n_pieces = [max(n_pieces)] * 2
     steps = []
     for step, p in zip((fmt.reduce, fmt.gather), n_pieces, strict=True):
@@ -185,7 +188,7 @@ def host_tiles(fmt: WireFormat, itemsize: int, tuning: HostTuning) -> Tiles:
 
 
 def _pieces(step: StepFormat, tuning: HostTuning) -> int:
-    """PIECES of a tile: the more, the more groups a warp has, and the more of their scales' words are one PCIe transfer."""
+    """Return PIECES of a tile. With more of them a warp has more groups, whose scales then share a PCIe transfer."""
     if step.uncompressed:
         return 1
     if step.hadamard:

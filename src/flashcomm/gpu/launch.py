@@ -1,4 +1,4 @@
-"""Collectives over peers' memory, one launch each: plans of launches, and what became of them.
+"""Collectives over peers' memory: how messages are cut into launches, and whether these have succeeded.
 
 Results are those of `flashcomm.reference`. How a message is cut into tiles, shards and launches changes no bit, because
 groups are quantized on their own and sums run in rank order. The kernel is `collective_kernel.collective`.
@@ -28,29 +28,29 @@ from flashcomm.gpu.compat import INTERPRETED, Int64, launcher
 from flashcomm.gpu.tuning import LARGE_NUMEL, LL_EPOCH_BYTES, LL_SENT_BYTES, Tiles, Tuning, cut, tiles_of, tunings
 from flashcomm.wire.format import WireFormat
 
-ALGORITHMS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # as `collective_kernel` numbers them
-PHASES = ("", "the quantized message", "the quantized sum", "the staged bytes", "the fetching of earlier bytes")
-POLLS_PER_SECOND = (2000, 400)  # of a waiting program in the interpreter, roughly: of a flag, of a tile of LL words
-Launch = Callable[[int, int], None]  # from the address of a message to that of its result
+ALGORITHMS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # the index is the number in `collective_kernel`
+PHASES = ("", "the quantized message", "the quantized sum")  # the index is the phase in `sync.give_up`
+POLLS_PER_SECOND = (2000, 400)  # in the interpreter, roughly: polls of a flag, and of a tile of LL words
+Launch = Callable[[int, int], None]  # takes the addresses of a message and of its result
 
 
 class PeerMemory(Protocol):
-    """Zeroed memory per rank that all ranks read and write, as the transports symmetric, host_memory and cpu_shared make it."""
+    """Zeroed memory of each rank that its peers can write to, as made by the modules in `transports`."""
 
     rank: int
     world_size: int
     n_bytes: int
     device: torch.device
     mapped: bool  # peers write to host memory
-    peers: Tensor  # int64 (world_size,) on the device: where this rank writes for each rank, itself included
-    own: int  # the address of what peers write for this rank; for itself it writes to its own entry of `peers`
-    status: Tensor  # int32 (5,) in host memory: what `sync.give_up` reports
+    peers: Tensor  # int64 (world_size,) on the device: the address at which this rank writes for each rank, itself too
+    own: int  # the address at which peers write for this rank; what it writes for itself is at its entry of `peers`
+    status: Tensor  # int32 (5,) in host memory: the report of `sync.give_up`
 
     def close(self) -> None: ...
 
 
 def region_bytes(workspace: int) -> int:
-    """Size of a region that holds `workspace` bytes of messages: half for calls of even, half for those of odd epochs."""
+    """Return the size of a region with `workspace` bytes for messages, half of them for calls of odd epochs."""
     return sync.DATA + workspace
 
 
@@ -58,12 +58,12 @@ class KernelCollectives:
     """The collectives over one region. Calls must come in the same order on all ranks, on one stream at a time.
 
     Args:
-        region: what a transport has made, of at least `region_bytes(4 MiB)`.
+        region: memory that a transport has made and all ranks have mapped, at least `region_bytes(4 MiB)`.
         timeout_s: limit of every wait, in seconds.
         delay: polls between a wait and the read, for tests of a slow reader.
     """
 
-    ll_sent_bytes = LL_SENT_BYTES  # that a rank sends by the LL protocol in one launch, at most
+    ll_sent_bytes = LL_SENT_BYTES  # the most that a rank sends by the LL protocol in one launch
 
     def __init__(self, region: PeerMemory, timeout_s: float, delay: int = 0) -> None:
         self.region, self.timeout_s, self.delay = region, timeout_s, delay
@@ -74,21 +74,21 @@ class KernelCollectives:
         self._status = (ctypes.c_int32 * 5).from_address(region.status.data_ptr())
 
     def plan(self, algorithm: str, x: Tensor, row: int, fmt: WireFormat, tuning: Tuning | None = None) -> Launch:
-        """How to run a collective for messages like x. Compiles what is new for x's dtype and the format.
+        """Return how to run a collective for messages like x. The first plan for a dtype and a format compiles kernels.
 
         Args:
             algorithm: one of ALGORITHMS.
             x: bf16, fp16 or fp32; only its size, dtype and device matter.
-            row: values of a row, a multiple of `fmt.unit`.
-            fmt: of the message; reduce_scatter uses its reduce step, all_gather its gather step.
+            row: the number of values in a row, a multiple of `fmt.unit`.
+            fmt: the format; reduce_scatter uses only its reduce step, all_gather only its gather step.
             tuning: how to cut the message up; None chooses by size.
 
         Returns:
-            A function of two addresses, of the message and of its result. Both must be contiguous and 16-byte aligned.
-            In an all-reduce they may be the same.
+            A function that launches the collective. It takes the addresses of the message and of its result, both
+            contiguous and 16-byte aligned. In an all-reduce they may be the same.
 
         Raises:
-            InputError: rows are not whole units, or something must be compiled while a CUDA graph is captured.
+            InputError: rows are not whole units, or a kernel would have to be compiled during CUDA graph capture.
         """
         if row % fmt.unit:
             raise InputError(
@@ -98,7 +98,7 @@ class KernelCollectives:
         kind = ALGORITHMS.index(algorithm)
         if tuning is None:
             tuning = self.tuning(algorithm, x.numel(), fmt, x.element_size())
-            if not INTERPRETED:  # so that later no length compiles anything
+            if not INTERPRETED:  # so that no other length compiles anything later
                 for other in tunings(fmt):
                     if self.capacity(algorithm, fmt, x.element_size(), other):
                         next(self._launches(kind, x, fmt, other))
@@ -113,7 +113,7 @@ class KernelCollectives:
         return run
 
     def check(self) -> None:
-        """Raise CommunicationError if a wait of this rank timed out, in launches that are done. It does not wait."""
+        """Raise CommunicationError if a wait has timed out in a launch that has ended. Does not wait for launches."""
         if self._status[0]:
             _, phase, peer, expected, seen = self._status
             raise CommunicationError(
@@ -123,11 +123,11 @@ class KernelCollectives:
             )
 
     def close(self) -> None:
-        """Wait for what this rank has launched."""
+        """Wait for this rank's launches, and release the region."""
         self.region.close()
 
     def tuning(self, algorithm: str, numel: int, fmt: WireFormat, itemsize: int) -> Tuning:
-        """How a message of `numel` values is cut up."""
+        """Return how to cut up a message of `numel` values."""
         world_size, (least, small, large) = self.region.world_size, tunings(fmt)
         n_units, tiles = numel // fmt.unit, tiles_of(fmt, itemsize, least)
         if algorithm == "reduce_scatter":
@@ -139,7 +139,7 @@ class KernelCollectives:
         return large if numel >= LARGE_NUMEL else small
 
     def capacity(self, algorithm: str, fmt: WireFormat, itemsize: int, tuning: Tuning) -> int:
-        """Units of a shard that fit one launch (all-reduce: of the message)."""
+        """Return how many units fit one launch: of the message in an all-reduce, else of a shard."""
         world_size, tiles = self.region.world_size, tiles_of(fmt, itemsize, tuning)
         need = world_size * sum(_stage_bytes(ALGORITHMS.index(algorithm), tiles))
         epoch_bytes = self.ll_epoch_bytes if tuning.ll else self.epoch_bytes
@@ -175,7 +175,10 @@ class KernelCollectives:
             yield at_offset(start, first * unit * itemsize) if first else start
 
     def _message(self, kind: int, n_units: int, count: int, tiles: Tiles, tuning: Tuning) -> Message:
-        """`count` units (reduce_scatter, all_gather: of each shard of n_units) as one launch."""
+        """The `Message` of one launch over `count` units: of each shard in reduce_scatter and all_gather, else in all.
+
+        n_units: the units of the message, or of a shard in reduce_scatter and all_gather.
+        """
         world_size = self.region.world_size
         n_tiles = -(-count // (tiles.units * world_size if kind == TWO_SHOT else tiles.units))
         shard_units, stride, total = count, n_units, 1 << 60
@@ -196,13 +199,13 @@ class KernelCollectives:
 
 
 def _stage_bytes(kind: int, tiles: Tiles) -> tuple[int, ...]:
-    """Bytes of a tile in each of the stages that an algorithm has."""
+    """The bytes of a tile in each stage of an algorithm."""
     stages = {TWO_SHOT: (tiles.reduce.BYTES, tiles.gather.BYTES), ALL_GATHER: (tiles.gather.BYTES,)}
     return stages.get(kind, (tiles.reduce.BYTES,))
 
 
 def at_offset(start: Callable[..., None], offset: int) -> Launch:
-    """A launch for a part of a message that begins `offset` bytes into it and into its result."""
+    """Return a launch on the part of a message that begins `offset` bytes into it, and into its result."""
 
     def launch(source: int, target: int) -> None:
         start(source + offset, target + offset)

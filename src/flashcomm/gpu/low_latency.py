@@ -1,14 +1,14 @@
 """Low-latency (LL) protocol, as in NCCL: each 8-byte word holds 4 bytes of payload and the call's epoch.
 
-Small messages so need neither fence nor flag, at twice the bytes. A store of 8 aligned bytes is seen as a whole or not
-at all, so a tile has arrived once all of its words carry the epoch: reading is waiting. The payload, in the lower half
-of a word, is what `tile.put` would store as one word: 4 bytes of a plane, or 1 where groups are cut very short, or the
-word of a scale.
+So small messages need neither fence nor flag, at twice the bytes. A store of 8 aligned bytes becomes visible as a
+whole. A reader polls the words themselves: a tile has arrived once all of its words carry the epoch. The lower half of
+a word is the payload. It is what `tile.put` would store as one word: 4 bytes of a plane (1 byte if LANES is no multiple
+of 4), or the scale of a group.
 
-LL words have an inbox of their own, one half of it for even and one for odd epochs. Every 8 bytes in it are 0 or such a
-word, whatever formats the calls before had. So nothing there can be taken for a word of this call but what peers wrote
-in this call. All words that a call writes are read in that call. Why none is overwritten before is said in
-`collective_kernel`: a tile that has come from a rank proves, as a flag would, that the rank's earlier calls have ended.
+LL words have an inbox of their own, one half of it for even and one for odd epochs. Every 8 bytes of it are 0 or an LL
+word, whatever the formats of earlier calls. So only words that peers wrote in this call can carry its epoch. All words
+that a call writes are read in that call. `collective_kernel` says why none is overwritten before it is read. A tile
+that has arrived from a rank proves there what a flag would prove: that the rank has finished its earlier calls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flashcomm.wire.format import StepFormat
 
 
 def tile_bytes(step: StepFormat, n_groups: int, itemsize: int, pieces: int) -> int:
-    """Bytes of a tile of n_groups groups as `put` writes it."""
+    """Return the bytes of a tile of n_groups groups as `put` stores it."""
     if step.uncompressed:
         return n_groups * step.group * itemsize * 2
     word_bytes = 4 if step.group // pieces % 4 == 0 else 1
@@ -42,15 +42,22 @@ def tile_bytes(step: StepFormat, n_groups: int, itemsize: int, pieces: int) -> i
 
 @triton.jit
 def _with_epoch(payload, epoch):
-    """LL words, int64, of 32-bit payloads."""
+    """Return LL words, int64, with these 32-bit payloads."""
     return (payload.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
 
 
 @triton.jit
 def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
-    """Quantize a tile (as `tile.quantize`) and store it as LL words at base (int64 pointer, 16-byte aligned).
+    """Quantize a tile, as `tile.quantize` does, and store it as LL words.
 
-    Uncompressed tiles hold values of the dtype that out points to; with BF16 see `tile.narrow`.
+    Args:
+        base: int64 pointer, 16-byte aligned: where the tile is stored.
+        y: float32 (GROUPS, PIECES, LANES), the values.
+        n: int32 (GROUPS,), the number of values in each group.
+        epoch: the epoch of this call.
+        out: a pointer to the dtype in which values travel uncompressed.
+        step: a `tile.Step`.
+        BF16: see `tile.narrow`.
     """
     if step.BITS == 16:
         payload = narrow(y, out.dtype.element_ty, BF16)
@@ -80,7 +87,7 @@ def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit
 def fetch(base, epoch, x, step: tl.constexpr):
-    """All LL words of the tile at base as they are now, past the L1 cache. x: a pointer to the message's dtype."""
+    """Load all LL words of the tile at base as they are now, bypassing L1. x: a pointer to the message's dtype."""
     if step.BITS == 16:
         LANES: tl.constexpr = step.LANES * x.dtype.element_ty.primitive_bitwidth // 32
         return (tl.load(base + in_order(step, LANES), volatile=True),)
@@ -92,9 +99,9 @@ def fetch(base, epoch, x, step: tl.constexpr):
                 plane = base + plane_offset(8 >> i, step) // step.WORD_BYTES
                 at = plane_words(b * step.LANES, step.GROUPS * step.LANES, 8 >> i, step)
                 raw = raw + (tl.load(plane + at, volatile=True),)
-        # One of the threads of a group loads its scale's word, as in `put_scales`. That makes as many pointers as
-        # threads: of fewer ones Triton repeats even a volatile load where a second layout is wanted, and what it then
-        # finds in the lower half is not what it found in the upper one.
+        # One of the threads of a group loads its scale's word, as in `put_scales`. So there are as many pointers as
+        # threads. With fewer pointers Triton would repeat even a volatile load where it needs a second layout. Then
+        # the payload could come from another load than the epoch that was compared.
         THREADS: tl.constexpr = step.LANES // 8 if step.LANES % 8 == 0 else 1
         thread = tl.arange(0, THREADS)[None, :]
         at = base + plane_offset(0, step) // step.WORD_BYTES + (b[:, None] + thread)
@@ -105,18 +112,18 @@ def fetch(base, epoch, x, step: tl.constexpr):
 
 @triton.jit
 def _unlike(raw, epoch):
-    """The upper halves of words exclusive or the epoch: 0 where they carry it.
+    """Return the upper halves of words XOR the epoch, uint32: 0 for words that carry it.
 
-    Not differences: of those and their maximum ptxas 12.8 makes one instruction which adds (VIADDMNMX), see LOG.md.
+    A difference would not do: ptxas 12.8 merges it with the maximum that follows into VIADDMNMX, which adds (LOG.md).
     """
     return ((raw >> 32).to(tl.int32) ^ epoch).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _missing(raw, epoch):
-    """0 if all words of a tile carry the epoch, else 1: the same for all threads."""
+    """Return 0 if all words of a tile carry the epoch, else 1, the same for all threads."""
     most = _unlike(raw[len(raw) - 1], epoch)
-    for i in tl.static_range(len(raw) - 1):  # planes, of which a thread has all along the middle axis
+    for i in tl.static_range(len(raw) - 1):  # the planes; a thread holds all words along the middle axis
         late = tl.max(_unlike(raw[i], epoch), 1)
         late = tl.reshape(late, (late.shape[0], most.shape[1], late.shape[1] // most.shape[1]))
         most = tl.maximum(most, tl.max(late, 2))
@@ -125,14 +132,14 @@ def _missing(raw, epoch):
 
 @triton.jit
 def _look_at_tile(place, epoch, ranks: tl.constexpr, step: tl.constexpr):
-    """A `LOOK` of `sync.poll`: the words of a tile, and 1 unless all carry the epoch. place: as base and x of `fetch`."""
+    """Load a tile, as a `LOOK` of `sync.poll`: words, and 0 if all carry the epoch. place: base and x of `fetch`."""
     raw = fetch(place[0], epoch, place[1], step)
     return raw, _missing(raw, epoch)
 
 
 @triton.jit
 def expand_words(raw, x, step: tl.constexpr):
-    """A tile's values as a product, as `tile.expand`, of what `fetch` gave."""
+    """Return a tile's values as a product, as `tile.expand` does. raw: the words that `fetch` returned."""
     if step.BITS == 16:
         payload = raw[0].to(tl.int32)
         if x.dtype.element_ty.primitive_bitwidth == 32:
@@ -150,7 +157,7 @@ def expand_words(raw, x, step: tl.constexpr):
         low = ()
         for i in tl.static_range(len(raw) - 1):
             low = low + (raw[i].to(tl.int32),)
-        low = low + (tl.sum(raw[len(raw) - 1].to(tl.int32), 1),)  # of one word and zeros
+        low = low + (tl.sum(raw[len(raw) - 1].to(tl.int32), 1),)  # all but one of the summands are 0
         return expand(low, step)
 
 
@@ -158,15 +165,28 @@ def expand_words(raw, x, step: tl.constexpr):
 def wait(
     base, raw, epoch, epoch_bytes, source, x, region, ranks: tl.constexpr, step: tl.constexpr, STAGE: tl.constexpr
 ):
-    """Wait until the tile at base, of which raw was fetched, has arrived from rank `source`.
+    """Wait until the tile at base has arrived from rank `source`.
+
+    Args:
+        base: int64 pointer to the tile.
+        raw: the words that `fetch` has loaded from it.
+        epoch: the epoch of this call.
+        epoch_bytes: the bytes from the half of even epochs to that of odd ones.
+        source: the rank that sends the tile.
+        x: a pointer to the message's dtype.
+        region: a `sync.Region`.
+        ranks: a `sync.Ranks`.
+        step: a `tile.Step`.
+        STAGE: 0 for the quantized message, 1 for the quantized sum.
 
     Returns:
-        The tile as `tile.expand` gives it, and 1; NaN and 0 if it has not arrived within the limit.
+        The tile as two factors (see `tile.expand`), and 1. If it has not arrived within the limit, the second factor is
+        NaN and the third result 0.
     """
     place = (base, x)
     late = _missing(raw, epoch)
     raw, late = poll(_look_at_tile, place, epoch, raw, late, region, ranks, step)
-    if late != 0:  # what did arrive: words of an earlier call, in this half or, of the call before, in the other
+    if late != 0:  # find the last call that arrived: the previous one is in the other half, one before it in this half
         here = (tl.load(base, volatile=True) >> 32).to(tl.int32)
         other = (tl.load(base + (1 - 2 * (epoch & 1)) * (epoch_bytes // 8), volatile=True) >> 32).to(tl.int32)
         seen = tl.maximum(tl.where(here == epoch, epoch - 1, here), other)
@@ -179,11 +199,11 @@ def wait(
 
 @triton.jit
 def sum_tiles(x, tile, offset, epoch, message, region, ranks: tl.constexpr, step: tl.constexpr):
-    """The sum of all ranks' tiles, in rank order, float32, each taken when it has arrived; and 1 if all have."""
+    """Return the float32 sum of all ranks' tiles in rank order, and 1 if all have arrived in time, else 0."""
     AHEAD: tl.constexpr = min(ranks.WORLD_SIZE, 2 if step.BITS * step.PIECES > 32 else 4)  # as registers allow
     bases, raws, ok = (), (), scalar(1, like=region.rank)
     total = tl.zeros((step.GROUPS, step.PIECES, step.LANES), tl.float32)
-    for k in tl.static_range(ranks.WORLD_SIZE + AHEAD):  # AHEAD tiles are under way at once
+    for k in tl.static_range(ranks.WORLD_SIZE + AHEAD):  # loads of AHEAD tiles are in flight at once
         if k >= AHEAD:
             steps, scale, came = wait(bases[k - AHEAD], raws[k - AHEAD], epoch, message.epoch_bytes, k - AHEAD, x, region, ranks, step, 0)  # fmt: skip
             ok &= came

@@ -1,13 +1,14 @@
 """How programs of different ranks wait for each other: the layout of a region, epochs, flags and the polling loop.
 
-A region begins with what this file uses, and then holds data:
+A region begins with the words of this module. Data comes behind them:
 
-| bytes                | what                                               | written by     | read by        |
-|----------------------|----------------------------------------------------|----------------|----------------|
-| 0 to 8               | programs started in this call (low), epoch (high)  | this rank      | this rank      |
-| ABORT                | 1: a wait of this rank timed out; 3: and it is reported | this rank | this rank      |
-| FLAGS                | int32 [stage][source][block]: the epoch of a block | the source     | this rank      |
-| DATA                 | tiles, see `collective_kernel`                     | everybody      | this rank      |
+| offset in bytes | content                                                        | written by    | read by   |
+|-----------------|----------------------------------------------------------------|---------------|-----------|
+| 0               | int64: high half, the last call in which all programs started; | this rank     | this rank |
+|                 | low half, how many programs of the next call have started      |               |           |
+| ABORT           | int32: 0; 1 once a wait has timed out; 3 once that is reported | this rank     | this rank |
+| FLAGS           | int32 [stage][source][block]: the epoch of a block             | rank `source` | this rank |
+| DATA            | tiles, see `collective_kernel`                                 | all ranks     | this rank |
 """
 
 from __future__ import annotations
@@ -31,25 +32,26 @@ _FLAGS, _ABORT = tl.constexpr(FLAGS), tl.constexpr(ABORT)
 
 
 class Region(NamedTuple):
-    """Run-time values of a kernel: where ranks' memory is, and how long this rank waits.
+    """Run-time values of a kernel: where the memory of the ranks is, and how long this rank waits.
 
-    own and local are one address unless peers write to host memory. Then local is GPU memory, which holds the epoch too.
+    `own` and `local` are the same address, unless peers write to host memory. Then `local` is GPU memory, which also
+    holds the epoch.
     """
 
-    own: Any  # address of what peers write for this rank
-    local: Any  # address of what this rank writes for itself
+    own: Any  # the address at which peers write for this rank
+    local: Any  # the address at which this rank writes for itself
     rank: Any
-    limit: Any  # of a wait: ns, or polls in Triton's interpreter
-    peers: Any  # int64 (WORLD_SIZE,): where this rank writes for each rank
-    status: Any  # int32 (5,) in host memory: what `give_up` reports
+    limit: Any  # of a wait, in ns; in Triton's interpreter, in polls
+    peers: Any  # int64 (WORLD_SIZE,): the address at which this rank writes for each rank
+    status: Any  # int32 (5,) in host memory: the report of `give_up`
 
 
 class Ranks(NamedTuple):
     """Constants of a kernel: who takes part, and how they wait."""
 
     WORLD_SIZE: int
-    HOST_MEMORY: bool  # peers write to host memory, where flags are plain loads and stores
-    CLOCK: bool  # there is one: False in Triton's interpreter
+    HOST_MEMORY: bool  # whether peers write to host memory, where flags take only plain loads and stores
+    CLOCK: bool  # whether there is a clock: False in Triton's interpreter
     DELAY: int  # polls between a wait and the read, for tests of a slow reader
 
 
@@ -79,6 +81,7 @@ def arrives_at(source, region):
 
 @triton.jit
 def clock(polls, ranks: tl.constexpr):
+    """Return the time in ns, or in Triton's interpreter the number of polls, in the unit of `Region.limit`."""
     if ranks.CLOCK:
         return tl.extra.cuda.globaltimer()
     else:
@@ -87,10 +90,13 @@ def clock(polls, ranks: tl.constexpr):
 
 @triton.jit
 def _look_at_flag(flag, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
-    """A `LOOK` of `poll`: 1, twice, while a flag is neither of this call nor of the next, in which a peer may be already.
+    """Read a flag, as a `LOOK` of `poll`. A peer may already be in the next call, so its flag counts, too.
 
-    One thread reads it. Host memory takes plain loads: a read-modify-write over PCIe may not be atomic. A pause between
-    two of them leaves the link to the data.
+    One thread reads the flag. From host memory it is a plain load, because a read-modify-write over PCIe may not be
+    atomic. A pause between two loads leaves the link to the data.
+
+    Returns:
+        0 if the flag is of this call or the next one, else 1; twice, since a flag is its own data.
     """
     if ranks.HOST_MEMORY:
         late = tl.inline_asm_elementwise("""{
@@ -109,7 +115,7 @@ def _look_at_flag(flag, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def set_flag(flag, value, HOST_MEMORY: tl.constexpr):
-    """Store a flag behind all of this program's stores."""
+    """Store a flag, with release semantics: all earlier stores of this program are visible before it."""
     if HOST_MEMORY:
         tl.inline_asm_elementwise("""{
             .reg .pred p; .reg .b32 t;
@@ -121,15 +127,21 @@ def set_flag(flag, value, HOST_MEMORY: tl.constexpr):
 
 @triton.jit
 def poll(LOOK: tl.constexpr, place, epoch, seen, late, region, ranks: tl.constexpr, step: tl.constexpr):
-    """Look at a place until what is there is of this epoch, or the limit is over, or another program has given up.
+    """Read a place until its content is of this epoch, the limit is over, or another program has given up.
 
     Args:
-        LOOK: a kernel function (place, epoch, ranks, step) -> (what it read, 0 if that is of this epoch). All threads
-            get the same verdict.
-        seen, late: what it has returned before.
+        LOOK: a kernel function (place, epoch, ranks, step) -> (content, late). late is 0 if the content is of this
+            epoch and 1 otherwise, the same for all threads.
+        place: passed to LOOK.
+        epoch: the epoch of this call.
+        seen: the content that LOOK has returned before.
+        late: the `late` that LOOK has returned with it.
+        region: a `Region`.
+        ranks: a `Ranks`.
+        step: passed to LOOK.
 
     Returns:
-        What was read last, and 0 if it is of this epoch.
+        The last content, and its `late`.
     """
     polls, state = scalar(0, like=late).to(tl.int64), scalar(0, like=late)
     begin = polls
@@ -146,10 +158,18 @@ def poll(LOOK: tl.constexpr, place, epoch, seen, late, region, ranks: tl.constex
 
 @triton.jit
 def give_up(phase, source, epoch, seen, region, ranks: tl.constexpr):
-    """Report a wait that is over its time. All programs that give up call this, and the first one reports.
+    """Report a wait that timed out. All programs that give up call this, and the first one reports.
 
-    From the next launch on, this rank's stores go to its own memory: peers must not take what it sends out of step for
-    data of their calls.
+    From the next launch on, this rank stores only to its own memory. It is no longer in step with its peers, which must
+    not take its data for data of their calls.
+
+    Args:
+        phase: what was waited for, an index of `launch.PHASES`.
+        source: the rank that was waited for.
+        epoch: the epoch that was expected.
+        seen: the epoch that was found.
+        region: a `Region`.
+        ranks: a `Ranks`.
     """
     if tl.atomic_cas(ints_at(region.local + _ABORT), 1, 3) == 1:
         tl.store(region.status + 1, phase)
@@ -158,12 +178,12 @@ def give_up(phase, source, epoch, seen, region, ranks: tl.constexpr):
         tl.store(region.status + 4, seen)
         for i in tl.static_range(ranks.WORLD_SIZE):
             tl.store(region.peers + i, region.local)
-        set_flag(region.status, scalar(1, like=epoch), ranks.CLOCK)  # host memory, whatever peers write to
+        set_flag(region.status, scalar(1, like=epoch), ranks.CLOCK)  # the status is always in host memory
 
 
 @triton.jit
 def wait(source, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr):
-    """Wait for the flag of a block of rank `source`: 1 once it is of this epoch, 0 if it was not within the limit."""
+    """Wait for the flag of a block of rank `source`. Return 1 once it is of this epoch, or 0 after the limit."""
     flag = ints_at(arrives_at(source, region) + _FLAGS + STAGE * _STAGE + 4 * (source * _MAX_BLOCKS + block))
     seen, late = _look_at_flag(flag, epoch, ranks, None)
     seen, late = poll(_look_at_flag, flag, epoch, seen, late, region, ranks, None)
@@ -178,7 +198,7 @@ def wait(source, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr)
 
 @triton.jit
 def arrive(region):
-    """Count this program, and return the epoch of the call. The last program to start ends the epoch."""
+    """Count this program, and return the epoch of the call. The last program to start advances the epoch."""
     counter = region.local.to(tl.pointer_type(tl.int64))
     before = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
     epoch = (before >> 32) + 1
@@ -189,7 +209,7 @@ def arrive(region):
 
 @triton.jit
 def publish(to, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr, TO_ALL: tl.constexpr):
-    """Set the flag of a block, in the memory of all ranks or of rank `to`, once all of the program's stores are done."""
+    """Set the flag of a block in the memory of rank `to` or of all ranks, behind all stores of this program."""
     tl.debug_barrier()
     at = _FLAGS + STAGE * _STAGE + 4 * (region.rank * _MAX_BLOCKS + block)
     for i in tl.static_range(ranks.WORLD_SIZE if TO_ALL else 1):

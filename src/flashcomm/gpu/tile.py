@@ -1,15 +1,15 @@
-"""What a Triton program does to a tile of groups, in the codec's kernels and in the collectives'.
+"""Quantize, pack, unpack and transform a tile of groups: the functions that all Triton kernels share.
 
-A tile is float32 or int32 of shape (GROUPS, PIECES, LANES): GROUPS groups of PIECES * LANES values. Value i of a group
-is at [group, i div LANES, i mod LANES], so that the values which share a byte of a plane differ only in the middle
-index. Triton spreads the last and then the first index over threads and keeps the middle one within a thread. Packing,
-unpacking and the Hadamard rounds over the middle index therefore move no data between threads.
+A tile is a float32 or int32 tensor of shape (GROUPS, PIECES, LANES): GROUPS groups of PIECES * LANES values. Value i of
+a group is at [group, i div LANES, i mod LANES]. So values that share a byte of a plane differ only in the middle index.
+Triton spreads first the last index over threads, then the first one, and keeps the middle one within a thread.
+Therefore packing, unpacking and the Hadamard rounds over the middle index move no data between threads.
 
 The bits are those of `torch_codec`, because
 
 * divisions are `div_rn`, and kernels are compiled without fused multiply-adds,
 * adding 1.5 * 2^23 rounds to an integer, half to even, and leaves that integer in the low bits,
-* integer maxima of the bits of y and -y find the range, and whatever is not finite,
+* integer maxima of the bits of y and -y find the range, and values that are not finite,
 * sums over ranks run in rank order.
 """
 
@@ -25,35 +25,35 @@ from flashcomm.wire.format import LIMIT, StepFormat
 
 MAGIC = tl.constexpr(1.5 * 2.0**23)
 MAGIC_BITS = tl.constexpr(0x4B400000)
-TWO_23_BITS = tl.constexpr(0x4B000000)  # of 2^23: adding a code to it gives the float 2^23 + code
-LIMIT_BITS = tl.constexpr(0x7E800000)  # of 2^126, see StepFormat.limit; smaller by log2(n) << 23 in the Hadamard domain
+TWO_23_BITS = tl.constexpr(0x4B000000)  # the bits of 2^23; plus a code they are the bits of 2^23 + code
+LIMIT_BITS = tl.constexpr(0x7E800000)  # of 2^126, see StepFormat.limit; in the Hadamard domain minus log2(n) << 23
 SCALE_MIN = tl.constexpr(torch_codec.SCALE_MIN)
 SCALE_NAN = tl.constexpr(torch_codec.SCALE_NAN)
 assert LIMIT == 2.0**126
 
 
 class Step(NamedTuple):
-    """Constants of a kernel: how one step (reduce or gather) codes values, and the shape of its tiles."""
+    """Constants of a kernel: how one step (reduce or gather) quantizes values, and the shape of its tiles."""
 
-    BITS: int  # of a code; 16: values are sent uncompressed
-    CLIP: float  # the clip ratio of the smaller range that is tried; 0: none is
-    HADAMARD: bool  # whether codes are of groups in the Hadamard domain
+    BITS: int  # of a code; 16 if values are sent uncompressed
+    CLIP: float  # the clip ratio, or 0 if only the whole range is tried
+    HADAMARD: bool  # whether codes are in the Hadamard domain
     PIECES: int
     GROUPS: int
     LANES: int
-    WORD_BYTES: int  # bytes of a plane that are moved at once: 4, or 1 where runs are not made of whole words
+    WORD_BYTES: int  # bytes of a plane that are loaded or stored at once: 4, or 1 (see `step_of`)
     BYTES: int = 0  # of a whole tile in a peer's memory
 
 
 def step_of(
     step: StepFormat, n_pieces: int, n_groups: int, lanes: int, *, n: int = 0, words: bool = True, n_bytes: int = 0
 ) -> Step:
-    """The constants of a step whose tiles have this shape.
+    """Return the constants of a step whose tiles have this shape.
 
     Args:
-        n: values of a group, if fewer than the tile has room for.
-        words: whether 4 bytes of a plane may be moved at once.
-        n_bytes: of a whole tile in a peer's memory.
+        n: the values of a group; 0 stands for `step.group`.
+        words: whether 4 bytes of a plane may be loaded or stored at once. They are if LANES is a multiple of 4.
+        n_bytes: BYTES.
     """
     n = n or step.group
     word_bytes = 4 if words and lanes % 4 == 0 else 1
@@ -63,17 +63,17 @@ def step_of(
 
 
 def pieces(step: StepFormat) -> int:
-    """The least PIECES for a format: the values in a byte of its narrowest plane."""
+    """Return the least PIECES of a format: the number of values in a byte of its narrowest plane."""
     return 1 if step.uncompressed else max(2, 8 // min(width for width, _ in step.planes))
 
 
 def warps(n_groups: int, lanes: int) -> int:
-    """Warps for a tile such that 16 bytes of bfloat16 a thread fill it without the middle index."""
+    """Return the number of warps with which each thread has 8 values, 16 bytes of bfloat16, for each middle index."""
     return max(1, min(4, n_groups * lanes // 256))
 
 
 def tile_bytes(step: StepFormat, n_groups: int, itemsize: int) -> int:
-    """Bytes of a tile of n_groups groups as `put` writes it; a multiple of 16 if n_groups is one."""
+    """Return the bytes of a tile of n_groups groups as `put` stores it, a multiple of 16 if n_groups is one."""
     if step.uncompressed:
         return n_groups * step.group * itemsize
     return n_groups * (step.group * step.bits // 8 + (2 if step.packed else 4))
@@ -81,19 +81,19 @@ def tile_bytes(step: StepFormat, n_groups: int, itemsize: int) -> int:
 
 @triton.jit
 def scalar(value: tl.constexpr, like):
-    """A constant of the type of `like`. Plain numbers have no type, so that they could not change in a loop."""
+    """Return a constant of the type of `like`. A plain number has no type, so a loop could not change it."""
     return like * 0 + value
 
 
 @triton.jit
 def integer(x):
-    """x rounded to an integer, int32; |x| < 2^22."""
+    """Return x rounded to an integer, int32. |x| must be below 2^22."""
     return (x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
 
 
 @triton.jit
 def widen(x):
-    """x as float32; a bfloat16 by its bits, which is one instruction less for every other one."""
+    """Return x as float32. A bfloat16 is widened by its bits, which saves an instruction for every other value."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -102,9 +102,10 @@ def widen(x):
 
 @triton.jit
 def narrow(y, dtype: tl.constexpr, BF16: tl.constexpr):
-    """y (float32) rounded once to dtype, half to even.
+    """Return y (float32) rounded to dtype, half to even.
 
-    BF16: to bfloat16 by integer operations, as int16. The interpreter does not round when it converts.
+    With BF16 it is rounded to bfloat16 by integer operations, and returned as int16. Triton's interpreter needs that:
+    its own conversion does not round.
     """
     if BF16:
         bits = y.to(tl.int32, bitcast=True)
@@ -116,23 +117,23 @@ def narrow(y, dtype: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit
 def store(out, at, keep, y, BF16: tl.constexpr):
-    """y (float32) to out + at, rounded; with BF16 out is an int16 pointer to bfloat16s."""
+    """Round y (float32) and store it at out + at. With BF16 out is an int16 pointer to bfloat16s."""
     tl.store(out + at, narrow(y, out.dtype.element_ty, BF16), mask=keep)
 
 
 @triton.jit
 def in_order(step: tl.constexpr, LANES: tl.constexpr):
-    """Offsets (GROUPS, PIECES, LANES) at which neighboring threads write next to each other: piece by piece."""
+    """Return offsets (GROUPS, PIECES, LANES), piece by piece, so that neighboring threads access neighboring values."""
     group = (tl.arange(0, step.GROUPS) * LANES)[:, None, None]
     return (tl.arange(0, step.PIECES) * (step.GROUPS * LANES))[None, :, None] + group + tl.arange(0, LANES)[None, None, :]  # fmt: skip
 
 
 @triton.jit
 def _round(y, H: tl.constexpr, step: tl.constexpr):
-    """One round of the Hadamard transform: sums and differences of values H apart.
+    """Do one round of the Hadamard transform: sums and differences of values H apart.
 
-    A value's partner is the sum of both, as integers, less the value, of which the compiler leaves a register or a
-    shuffle: a reduction works in any layout, without moving the tile, as `tl.split` would.
+    The partner of a value is the integer sum of both bit patterns minus the value's own. The compiler turns this into a
+    register move or a shuffle. A reduction works in any layout. `tl.split` would move the tile to another one.
     """
     is_second = tl.arange(0, 2)[None, None, None, :, None] == 1
     if H < step.LANES:
@@ -141,14 +142,14 @@ def _round(y, H: tl.constexpr, step: tl.constexpr):
         pairs = tl.reshape(y, (step.GROUPS, step.PIECES * step.LANES // (2 * H), 1, 2, H))
     bits = pairs.to(tl.int32, bitcast=True)
     partner = tl.sum(bits, 3, keep_dims=True) - bits
-    partner = partner.to(tl.int64).to(tl.int32).to(tl.float32, bitcast=True)  # the interpreter's sums have 64 bits
+    partner = partner.to(tl.int64).to(tl.int32).to(tl.float32, bitcast=True)  # sums have 64 bits in the interpreter
     y = tl.fma(pairs, tl.where(is_second, -1.0, 1.0), partner)
     return tl.reshape(y, (step.GROUPS, step.PIECES, step.LANES))
 
 
 @triton.jit
 def hadamard(y, step: tl.constexpr):
-    """The Hadamard transform of each group, not normalized, with rounds in the order of the definition."""
+    """Return the Hadamard transform of each group, not normalized, with rounds in the order of `torch_codec`."""
     for i in tl.static_range(8):
         if (1 << i) < step.PIECES * step.LANES:
             y = _round(y, 1 << i, step)
@@ -157,13 +158,13 @@ def hadamard(y, step: tl.constexpr):
 
 @triton.jit
 def from_hadamard(y, step: tl.constexpr):
-    """The values whose Hadamard transforms are y."""
+    """Return the values whose Hadamard transforms are y."""
     return hadamard(y, step) * (1.0 / (step.PIECES * step.LANES))
 
 
 @triton.jit
 def _grid(low, high, BITS: tl.constexpr):
-    """Scale, its inverse (float32) and zero point (int32) of ranges."""
+    """Return the scale and its inverse (float32) and the zero point (int32) of ranges."""
     MANTISSA: tl.constexpr = 8 - BITS if BITS <= 5 else 7
     BELOW: tl.constexpr = (1 << (23 - MANTISSA)) - 1
     scale = tl.maximum(tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1, tl.float32)), SCALE_MIN)
@@ -174,34 +175,35 @@ def _grid(low, high, BITS: tl.constexpr):
 
 @triton.jit
 def _square_error(y, scale, inverse, zero_point, unit, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
-    """The sum of squares that chooses between ranges, int32. WHOLE: of the whole range, below which nothing lies."""
+    """Return the sum of squared errors that chooses the range, int32. WHOLE: no value is below the range."""
     below = MAGIC - zero_point.to(tl.float32)
     kept = tl.minimum(y * inverse + MAGIC, below + LEVELS)
     if not WHOLE:
         kept = tl.maximum(kept, below)
     error = tl.fma(0.0 - scale, kept - MAGIC, y)  # the product is exact
-    steps = (error * (unit * 16.0) + MAGIC).to(tl.int32, bitcast=True)  # low bits of an integer, MAGIC_BITS above them
+    steps = (error * (unit * 16.0) + MAGIC).to(tl.int32, bitcast=True)  # an integer plus MAGIC_BITS
     total = tl.sum(tl.sum(steps * steps, 1, keep_dims=True), 2, keep_dims=True)
-    return total & 0x7FFFFF  # in these bits the square of MAGIC_BITS and the double of it are 0
+    return total & 0x7FFFFF  # what MAGIC_BITS adds to the square is 0 in these bits
 
 
 @triton.jit
 def quantize(y, n, step: tl.constexpr):
-    """Codes, scale words and zero points of a tile.
+    """Quantize a tile.
 
     Args:
-        y: float32 (GROUPS, PIECES, LANES), in the Hadamard domain if the step is; 0 behind the end of a short group.
-        n: int32 (GROUPS,), values of each group.
+        y: float32 (GROUPS, PIECES, LANES), in the Hadamard domain if HADAMARD, and 0 behind the end of a short group.
+        n: int32 (GROUPS,), the number of values in each group.
 
     Returns:
-        Codes (GROUPS, PIECES, LANES), the 16 bits that stand for the scale (GROUPS, 1, 1), which up to 5 bits hold the
-        zero point too, and the zero points (GROUPS, 1, 1), all int32.
+        Codes: int32 (GROUPS, PIECES, LANES).
+        Scale words: int32 (GROUPS, 1, 1), the 16 bits of the section of scales. Up to 5 bits they hold the zero point.
+        Zero points: int32 (GROUPS, 1, 1).
     """
     LEVELS: tl.constexpr = (1 << step.BITS) - 1
     n = n[:, None, None]
     bits = y.to(tl.int32, bitcast=True)
     high = tl.maximum(tl.max(tl.max(bits, 1, keep_dims=True), 2, keep_dims=True), 0)
-    bits = y.to(tl.uint32, bitcast=True)  # of which those below zero are the largest
+    bits = y.to(tl.uint32, bitcast=True)  # as unsigned numbers negative values are the largest
     low = tl.max(tl.max(bits, 1, keep_dims=True), 2, keep_dims=True).to(tl.int32, bitcast=True)
     low = tl.maximum(low ^ -0x80000000, 0)
     limit = LIMIT_BITS
@@ -229,16 +231,17 @@ def quantize(y, n, step: tl.constexpr):
 
 @triton.jit
 def quads(codes, step: tl.constexpr):
-    """Four neighboring codes to a 32-bit word as their bytes are in memory, int32 (GROUPS, PIECES, LANES / 4)."""
+    """Return four neighboring codes as the bytes of a 32-bit word, int32 (GROUPS, PIECES, LANES / 4)."""
     four = tl.reshape(codes, (step.GROUPS, step.PIECES, step.LANES // 4, 4))
     return tl.sum(four << (tl.arange(0, 4) * 8)[None, None, None, :], 3)
 
 
 @triton.jit
 def plane_words(begin, STRIDE: tl.constexpr, WIDTH: tl.constexpr, step: tl.constexpr):
-    """Offsets, in words of WORD_BYTES, of a plane's words: (GROUPS, WIDTH * PIECES / 8, LANES / WORD_BYTES).
+    """Return the offsets of a plane's words, in words: (GROUPS, WIDTH * PIECES / 8, LANES / WORD_BYTES).
 
-    A group has WIDTH * PIECES / 8 runs of LANES bytes, STRIDE bytes apart, the first one at byte begin (GROUPS,).
+    A group has WIDTH * PIECES / 8 runs of LANES bytes in the plane. The first one is begin (GROUPS,) bytes into the
+    plane, and runs are STRIDE bytes apart.
     """
     RUNS: tl.constexpr = WIDTH * step.PIECES // 8
     runs = (tl.arange(0, RUNS) * (STRIDE // step.WORD_BYTES))[None, :, None]
@@ -247,7 +250,7 @@ def plane_words(begin, STRIDE: tl.constexpr, WIDTH: tl.constexpr, step: tl.const
 
 @triton.jit
 def _plane_pointers(plane, begin, STRIDE: tl.constexpr, WIDTH: tl.constexpr, step: tl.constexpr):
-    """Pointers to `plane_words`. The hint gives a thread the words of 8 values, or of all: its 16 bytes of bfloat16."""
+    """Return pointers to `plane_words`. The hint gives a thread the words of the 8 values that it holds as bfloat16."""
     at = plane_words(begin, STRIDE, WIDTH, step)
     if step.WORD_BYTES == 4:
         return tl.max_contiguous(plane.to(tl.pointer_type(tl.int32)) + at, [1, 1, 2 if step.LANES > 4 else 1])
@@ -257,7 +260,7 @@ def _plane_pointers(plane, begin, STRIDE: tl.constexpr, WIDTH: tl.constexpr, ste
 
 @triton.jit
 def pack_plane(codes, WIDTH: tl.constexpr, step: tl.constexpr):
-    """The plane of WIDTH bits of codes (WORD_BYTES 1) or of their `quads` (WORD_BYTES 4), int32, as `plane_words`."""
+    """Return the plane of WIDTH bits, int32, shaped as `plane_words`. codes: `quads`, or codes if WORD_BYTES is 1."""
     SHIFT: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1))  # the bits in wider planes
     MASK: tl.constexpr = ((1 << WIDTH) - 1) * (0x01010101 if step.WORD_BYTES == 4 else 1)
     part = codes
@@ -271,9 +274,11 @@ def pack_plane(codes, WIDTH: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def put_plane(plane, begin, keep, codes, STRIDE: tl.constexpr, WIDTH: tl.constexpr, step: tl.constexpr):
-    """Store the plane of WIDTH bits at plane (uint8 pointer) + begin, of the groups in keep (GROUPS,).
+    """Store the plane of WIDTH bits at plane (uint8 pointer), with the groups in keep (GROUPS,).
 
-    codes: `quads`, with plane and begin multiples of 4, or where WORD_BYTES is 1 the codes themselves.
+    Args:
+        begin, STRIDE: see `plane_words`.
+        codes: codes if WORD_BYTES is 1. If it is 4, `quads`, and plane and begin must be multiples of 4.
     """
     part = pack_plane(codes, WIDTH, step)
     at = _plane_pointers(plane, begin, STRIDE, WIDTH, step)
@@ -282,16 +287,16 @@ def put_plane(plane, begin, keep, codes, STRIDE: tl.constexpr, WIDTH: tl.constex
 
 @triton.jit
 def fetch_plane(plane, begin, keep, STRIDE: tl.constexpr, WIDTH: tl.constexpr, CACHE: tl.constexpr, step: tl.constexpr):
-    """What `put_plane` stored."""
+    """Load what `put_plane` stored, 0 for groups that are not in keep."""
     at = _plane_pointers(plane, begin, STRIDE, WIDTH, step)
     return tl.load(at, mask=keep[:, None, None], other=0, cache_modifier=CACHE)
 
 
 @triton.jit
 def unpack_plane(packed, WIDTH: tl.constexpr, step: tl.constexpr):
-    """The bits of one plane in their places in codes, or in `quads` where WORD_BYTES is 4.
+    """Return the bits of one plane at their places in codes, or in `quads` if WORD_BYTES is 4.
 
-    Quads of up to 7 bits hold twice the code, see `values`.
+    In quads of up to 7 bits each byte is twice the code, see `values`.
     """
     WIDER: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1))
     SHIFT: tl.constexpr = WIDER + (1 if step.WORD_BYTES == 4 and step.BITS < 8 else 0)
@@ -307,9 +312,9 @@ def unpack_plane(packed, WIDTH: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def put_scales(out, at, keep, word, CACHE: tl.constexpr, step: tl.constexpr):
-    """Store word (GROUPS, 1, 1) at out + at (GROUPS,). One of the threads that hold a word stores it.
+    """Store word (GROUPS, 1, 1) at out + at (GROUPS,). Of the threads that hold a word, one stores it.
 
-    The pointers get the layout of a plane's, so that no word goes through shared memory.
+    The pointers have the same layout as those of a plane, so that no word goes through shared memory.
     """
     at = at[:, None, None]
     if step.LANES % 8 == 0:
@@ -323,18 +328,24 @@ def put_scales(out, at, keep, word, CACHE: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def plane_offset(WIDTH: tl.constexpr, step: tl.constexpr):
-    """Bytes of a tile before the plane of WIDTH bits, behind all wider ones. WIDTH 0: before the scales' words."""
+    """Return the offset in bytes of the plane of WIDTH bits in a tile, or for WIDTH 0 that of the scale words."""
     WIDER: tl.constexpr = step.BITS & (15 ^ (2 * WIDTH - 1)) if WIDTH > 0 else step.BITS
     return step.GROUPS * step.PIECES * step.LANES * WIDER // 8
 
 
 @triton.jit
 def put(base, y, n, out, step: tl.constexpr, BF16: tl.constexpr):
-    """Quantize a tile, as `quantize` does, and store it at base (uint8 pointer, 16-byte aligned).
+    """Quantize a tile, as `quantize` does, and store it.
 
-    This is not the wire's order: neighboring threads store neighboring bytes. Of each plane come the first runs of all
-    groups, then the second ones; then the scales' words, from 6 bits on with the zero point in their upper halves.
-    Uncompressed tiles hold values of the dtype that out points to; with BF16 see `narrow`.
+    The order of bytes is not that of a wire buffer: neighboring threads store neighboring bytes. A plane has the first
+    runs of all groups, then the second ones, and so on. Behind the planes come the scale words. From 6 bits on a scale
+    word has 32 bits, with the zero point in the upper half.
+
+    Args:
+        base: uint8 pointer, 16-byte aligned: where the tile is stored.
+        y, n: see `quantize`.
+        out: a pointer to the dtype in which values travel uncompressed.
+        BF16: see `narrow`.
     """
     if step.BITS == 16:
         at = in_order(step, step.LANES)
@@ -357,9 +368,9 @@ def put(base, y, n, out, step: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit
 def fetch(base, x, step: tl.constexpr):
-    """All of a tile that `put` stored, as it lies there: for `expand`, maybe after more loads.
+    """Load the raw words of a tile that `put` stored, for `expand` to decode later.
 
-    x: a pointer to the message's dtype, which uncompressed tiles hold.
+    x: a pointer to the message's dtype, in which values travel uncompressed.
     """
     if step.BITS == 16:
         return (tl.load(base.to(tl.pointer_type(x.dtype.element_ty)) + in_order(step, step.LANES), cache_modifier=".cg"),)  # fmt: skip
@@ -376,9 +387,15 @@ def fetch(base, x, step: tl.constexpr):
 
 @triton.jit
 def values(codes, word, zero_point, step: tl.constexpr):
-    """code - zero_point, float32 (GROUPS, PIECES, LANES), and scale, float32 (GROUPS,).
+    """Return code - zero_point and scale as float32.
 
-    codes: of all planes, as `unpack_plane` gives them. word, zero_point: (GROUPS,); up to 5 bits zero_point is unused.
+    Args:
+        codes: the results of `unpack_plane` for all planes, combined by OR.
+        word: (GROUPS,), the scale words.
+        zero_point: (GROUPS,), the zero points; not used up to 5 bits, where the scale words hold them.
+
+    Returns:
+        code - zero_point, float32 (GROUPS, PIECES, LANES), and scale, float32 (GROUPS,).
     """
     LEVELS: tl.constexpr = (1 << step.BITS) - 1
     word = word.to(tl.int32) & 0xFFFF
@@ -387,9 +404,9 @@ def values(codes, word, zero_point, step: tl.constexpr):
         word = (word >> step.BITS) << (step.BITS - 1)
     zero_point = zero_point.to(tl.int32)[:, None, None]
     if step.WORD_BYTES == 4:
-        # Each code becomes bits 1 or 9 and up of 2^23 + 2^17 * (part of the zero point): a shift for two, then a mask
-        # and an or, one instruction because that number is no constant; at bit 0 the compiler would take two to cut it
-        # out.
+        # Each code is put at bit 1 or bit 9 of the float 2^23 + 2^17 * (low bits of the zero point). That takes one
+        # shift for two codes, then a mask and an OR for each. Mask and OR are one instruction, because the number is no
+        # constant. For a code at bit 0 the compiler would need two instructions to cut it out.
         above = TWO_23_BITS | ((zero_point & 63) << 17)
         origin, base = zero_point.to(tl.float32), above.to(tl.float32, bitcast=True)
         lane = tl.arange(0, step.LANES)[None, None, :]
@@ -411,9 +428,13 @@ def values(codes, word, zero_point, step: tl.constexpr):
 
 @triton.jit
 def expand(raw, step: tl.constexpr):
-    """A tile's values as a product: code - zero_point, float32 (GROUPS, PIECES, LANES), and scale, float32 (GROUPS,).
+    """Return a tile's values as two factors. Their product is exact, so `tl.fma` may add it to a sum.
 
-    raw: what `fetch` gave, or planes, words and zero points. The product is exact, so that `tl.fma` may add it.
+    Args:
+        raw: the result of `fetch`, or planes, scale words and, from 6 bits on, zero points.
+
+    Returns:
+        code - zero_point, float32 (GROUPS, PIECES, LANES), and scale, float32 (GROUPS,).
     """
     if step.BITS == 16:
         return widen(raw[0]), tl.full((step.GROUPS,), 1.0, tl.float32)

@@ -1,4 +1,4 @@
-"""How messages are cut up for `collective_kernel`: sizes of tiles and blocks, as fast as any found on two H200 (LOG.md)."""
+"""How messages are cut up for `collective_kernel`: the sizes that were fastest on two H200 (LOG.md)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flashcomm.wire.format import StepFormat, WireFormat
 class Tuning:
     """How a launch is cut up."""
 
-    tile_numel: int = 4096
+    tile_numel: int = 4096  # values of a tile
     tiles_per_program: int = 1
-    stage_lag: int = 0  # waves between roles
-    ll: bool = False  # the LL protocol instead of flags
+    stage_lag: int = 0  # waves from one role to the next
+    ll: bool = False  # whether to use the LL protocol instead of flags
 
 
 LL = Tuning(2048, ll=True)
@@ -27,34 +27,34 @@ SMALL = Tuning()
 LARGE = Tuning(4096, tiles_per_program=2, stage_lag=1056)
 LARGE_IN_8_PIECES = Tuning(8192, tiles_per_program=2, stage_lag=528)
 
-LL_SENT_BYTES = 5 << 18  # that a rank sends by the LL protocol in one launch, at most
-LL_EPOCH_BYTES = 8 << 20  # of the LL inbox, for either epoch; less in small workspaces
-LARGE_NUMEL = 3 << 20  # values from which messages are cut up for bandwidth rather than latency
+LL_SENT_BYTES = 5 << 18  # the most that a rank sends by the LL protocol in one launch
+LL_EPOCH_BYTES = 8 << 20  # size of each half of the LL inbox; less in small workspaces
+LARGE_NUMEL = 3 << 20  # messages of so many values are cut up for bandwidth, smaller ones for latency
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of one format and tuning: what they hold and how each of the two steps codes them."""
+    """The tiles of one format and tuning: their size, and the constants of either step."""
 
-    unit: int
-    units: int  # of a tile
+    unit: int  # values of a unit
+    units: int  # units of a tile
     reduce: Step
     gather: Step
     num_warps: int
 
 
 def tunings(fmt: WireFormat) -> tuple[Tuning, Tuning, Tuning]:
-    """For the smallest messages, for small and for large ones."""
+    """Return the tunings for the smallest messages, for small and for large ones."""
     return LL, SMALL, LARGE_IN_8_PIECES if _pieces(fmt.reduce) == 8 else LARGE
 
 
 @lru_cache(maxsize=256)
 def tiles_of(fmt: WireFormat, itemsize: int, tuning: Tuning) -> Tiles:
-    """The tiles of a format for messages of `itemsize` bytes a value."""
+    """Return the tiles of a format, for messages with `itemsize` bytes per value."""
     unit = fmt.unit
     units = max(1, tuning.tile_numel // unit)
     n_pieces = _pieces(fmt.reduce), _pieces(fmt.gather)
-    if fmt.reduce.group == fmt.gather.group:  # one layout, so that between the steps no value moves
+    if fmt.reduce.group == fmt.gather.group:  # one layout, so that no value changes threads between the steps
         n_pieces = (max(n_pieces), max(n_pieces))
     steps = [
         _step(s, p, units * unit, itemsize, tuning.ll) for s, p in zip((fmt.reduce, fmt.gather), n_pieces, strict=True)
@@ -68,13 +68,13 @@ def tiles_of(fmt: WireFormat, itemsize: int, tuning: Tuning) -> Tiles:
 
 
 def cut(n_units: int, capacity: int) -> Iterator[tuple[int, int]]:
-    """Cut a message into launches of at most `capacity` units: (first unit, units), as equal as can be."""
+    """Cut a message into nearly equal launches of at most `capacity` units. Yield (first unit, units) of each."""
     n_launches = -(-n_units // capacity)
     yield from ((a, b - a) for a, b in pairwise(n_units * i // n_launches for i in range(n_launches + 1)))
 
 
 def _pieces(step: StepFormat) -> int:
-    """PIECES of a tile: the more, the fewer values cross threads, and the less of a line a thread reads at once."""
+    """PIECES of a tile. With more of them fewer values cross threads, but a thread reads less of a line at once."""
     if step.uncompressed:
         return 1
     return max(pieces(step), 8 if step.hadamard and step.bits >= 6 else 4)

@@ -1,1 +1,1 @@
-"""What a value is on the wire: the grammar and layout (`format`) and the definition of every bit (`torch_codec`)."""
+"""The bytes on the wire: their formats and layout (`format`), and the definition of every bit (`torch_codec`)."""

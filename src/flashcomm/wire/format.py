@@ -6,9 +6,10 @@ point:
 
     value = scale * (code - zero_point)
 
-The zero point is the code of the value 0. With it the codes cover the range that the values have, even if that is not
-symmetric around 0. Formats that end in `-had` quantize the group's Hadamard transform instead of its values: sums and
-differences that spread one large value over the whole group, so that it does not take the precision of all the others.
+The zero point is the code of the value 0. It lets the codes cover just the range of the values, even if that range is
+not symmetric around 0. Formats that end in `-had` quantize the group's Hadamard transform instead of its values. The
+transform consists of sums and differences that spread one large value over the whole group. So that value does not cost
+all the others their precision.
 
 The layout. A message is a tensor of any shape, read as rows of its last dimension. The last group of a row is shorter
 where the group size does not divide the row; no group straddles two rows. One wire buffer holds a range [start, stop)
@@ -39,8 +40,8 @@ ALIGN = 16  # bytes; every section of a wire buffer starts at a multiple of it
 GROUPS = (16, 32, 64, 128, 256)
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 UNCOMPRESSED = "none"
-_UNCOMPRESSED = (UNCOMPRESSED, "bf16")  # the latter is its name in flashcomm 0.1: fp16 and fp32 go uncompressed, too
-LIMIT = 2.0**126  # magnitudes from here on count as not finite, see StepFormat.limit
+_UNCOMPRESSED = (UNCOMPRESSED, "bf16")  # the second name is that of flashcomm 0.1, kept as an alias
+LIMIT = 2.0**126  # from this magnitude on values count as not finite, see StepFormat.limit
 
 _STEP = re.compile(r"int(?P<bits>[1-9][0-9]{0,2})(?P<options>(?:-[a-z0-9]+)*)")
 _HELP = (
@@ -105,12 +106,12 @@ class StepFormat:
 
     @property
     def packed(self) -> bool:
-        """Whether 16 bits hold both scale and zero point: up to 5 bits, where the scale gives up sign and mantissa."""
+        """Whether 16 bits hold both scale and zero point: up to 5 bits, where the scale has fewer bits."""
         return self.bits <= 5
 
     @property
     def mantissa(self) -> int:
-        """Bits of the scale's mantissa: 7 as in bfloat16, or what `packed` leaves of them."""
+        """Bits of the scale's mantissa: 7 as in bfloat16, fewer if `packed`."""
         return 8 - self.bits if self.packed else 7
 
     def transforms(self, n: int) -> bool:
@@ -120,15 +121,17 @@ class StepFormat:
     def limit(self, n: int) -> float:
         """Return the magnitude from which on a group of n values counts as not finite.
 
-        It is compared with what is quantized, values or transform. Below it nothing overflows when decoding.
+        The limit applies to the numbers that are quantized: the values, or their transform. Below it no decoding
+        overflows.
         """
         return LIMIT / n if self.transforms(n) else LIMIT
 
     def clip_ratio(self, n: int) -> float | None:
         """Return the size of the second range that is tried, relative to the range of all n values, or None.
 
-        A transform looks like noise. With few bits it can pay to clamp its largest values, for more precision in all
-        the others: a group is quantized in both ranges, and the one with the smaller square error is sent.
+        A transform looks like noise. With few bits it can be better to clamp its largest values, which gives all the
+        others more precision. So a group is quantized in both ranges, and the result with the smaller square error is
+        sent.
         """
         return {2: 0.6875, 3: 0.8125, 4: 0.90625}.get(self.bits) if self.transforms(n) else None
 
@@ -191,15 +194,15 @@ class WireFormat:
 
     @property
     def unit(self) -> int:
-        """Shards and chunks start at multiples of this many values in their row: whole groups of both steps.
+        """The number of values at multiples of which, in a row, shards and chunks start. So no group is split.
 
-        It is the larger of the two groups, since both are powers of 2.
+        It is the larger of the two group sizes, as both are powers of 2.
         """
         return max(self.reduce.group, self.gather.group)
 
     @property
     def bits(self) -> float:
-        """Bits per value on the wire, scales and zero points included, in rows of whole groups: the steps' mean."""
+        """Bits per value on the wire, with scales and zero points: the mean of both steps, in rows of whole groups."""
         return (_bits(self.reduce) + _bits(self.gather)) / 2
 
     @property
@@ -215,7 +218,7 @@ class WireFormat:
 
     @property
     def twice_reduced(self) -> WireFormat:
-        """The format of two reduce steps, one after the other, as within and across nodes."""
+        """The format with the reduce step's format in both steps, for sums within nodes and then across them."""
         return WireFormat(self.reduce, self.reduce)
 
     def __str__(self) -> str:
@@ -267,10 +270,10 @@ class Sections:
 
 @dataclass(frozen=True)
 class Layout:
-    """The byte arithmetic of a message. Positions in it are counts of values, and lie on group boundaries of their row.
+    """The byte arithmetic of a message. A position is the number of values before it, and lies on a group boundary.
 
     Args:
-        step: The format it is sent in.
+        step: The format of the message.
         row: The number of values in a row.
         itemsize: Bytes of a value of the tensor.
     """
@@ -335,15 +338,14 @@ def _aligned(n_bytes: int) -> int:
 def bounds(start: int, stop: int, row: int, unit: int, count: int) -> list[int]:
     """Return the count + 1 ends of `count` nearly equal ranges that [start, stop) is cut into.
 
-    This is how a message is cut into chunks, and a chunk into one shard per rank: a function of numbers that are equal
-    on all ranks.
+    This is how a message is cut into chunks, and a chunk into one shard per rank. All arguments are equal on all ranks.
 
     Args:
         start: The first value of the range.
         stop: The value after the last one.
         row: The number of values in a row.
         unit: Ranges start at multiples of this many values in their row, and differ in size by at most one such unit.
-        count: The number of ranges; with fewer units than that some are empty.
+        count: The number of ranges. If there are fewer units than that, some ranges are empty.
     """
     per_row = -(-row // unit)
 

@@ -1,4 +1,4 @@
-"""The codec in plain torch: the definition of every bit. Nothing here is optimized, so that nothing is in doubt.
+"""The codec in plain torch: the definition of every bit. It is written for clarity, not for speed.
 
 A group is quantized as follows. y is its values, or in -had formats their Hadamard transform H x, and L = 2^bits - 1 is
 the largest code. Every operation is in float32 and rounded once:
@@ -11,23 +11,23 @@ the largest code. Every operation is in float32 and rounded once:
 
     y^         = scale * (code - zero_point)                     decoding: x^ = y^, or H y^ / n for a transform
 
-`round_up` goes to the next number with as many significant bits as are sent: 8, or 9 - bits up to 5 bits.
+`round_up` rounds up to the number of significant bits that are sent: 8, or 9 - bits in formats of up to 5 bits.
 
 H is the Hadamard matrix of the n values of a group, n a power of 2. In log2(n) rounds h = 1, 2, 4, ... the values h
-apart become their sum and their difference. A transform in 2, 3 or 4 bits is quantized in two ranges: the whole one,
-and low * f to high * f with f = 11/16, 13/16 or 29/32, clamping what lies outside. The group is sent in the range with
-the smaller sum of round(16 * (y - y^) * inverse)^2, where inverse is that of the whole range. If the sums are equal,
-that is the whole one.
+apart become their sum and their difference. With 2, 3 or 4 bits a transform is quantized in two ranges: the whole one,
+and low * f to high * f with f = 11/16, 13/16 or 29/32. Values outside the second range are clamped. The group is sent
+in the range with the smaller sum of round(16 * (y - y^) * inverse)^2, where inverse is that of the whole range. If the
+sums are equal, the whole range is taken.
 
-Why this way. Steps are multiples of the stored scale, so rounding the zero point adds no error, and 0 comes back as 0.
-y^ has at most 16 significant bits. It is *exact* in float32, so a fused multiply-add cannot change a bit. A sum over
-ranks is a sum of y^, transformed back once at the end, with additions in the order above: that order is part of the
-definition. (The transform of a single y^ is exact, 24 bits, in any order.) The smallest scale, 2^-110, keeps
-subnormals out.
+Reasons. All y^ are multiples of the stored scale, so rounding the zero point adds no error, and 0 is decoded to 0. y^
+has at most 16 significant bits. It is *exact* in float32, so a fused multiply-add cannot change a bit. A sum over ranks
+is a sum of y^ in rank order. It is transformed back once at the end, with additions in the order above, which is part
+of the definition. (The transform of a single y^ is exact, 24 bits, in any order.) With scales of at least 2^-110 no
+subnormal numbers occur.
 
 A group that holds NaN, infinity or |y| >= 2^126 (8.5e37; for a transform 2^126 / n) gets the scale NaN and zeros as
-codes and zero point. It decodes to NaN throughout. Other groups do not notice. `error_bound` has the error of all the
-rest.
+codes and zero point. All its values are decoded to NaN. Other groups are not affected. `error_bound` gives the error of
+all other groups.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def decode_sum(wires: Tensor, layout: Layout, start: int, stop: int, out: Tensor
 
 
 def error_bound(x: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
-    """Return the largest |x - x^| that the contract allows, elementwise. It is 0 where values are sent as they are.
+    """Return the largest |x - x^| that the contract allows, elementwise. It is 0 for uncompressed values.
 
     |y - y^| is at most half of the stored scale, plus scale * 2^-14 + |y| * 2^-22 for the roundings of y * inverse,
     plus (1 - f) * max|y| if the smaller range may have been sent. For a transform, |x - x^| is at most the largest
@@ -129,7 +129,7 @@ def quantize(x: Tensor, step: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         x: float32 (groups, n).
-        step: The format; its own group size is not looked at.
+        step: The format; its group size is ignored.
 
     Returns:
         Codes: uint8 (groups, n).
@@ -152,7 +152,7 @@ def quantize(x: Tensor, step: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
 
 def _quantize_in_range(y: Tensor, low: Tensor, high: Tensor, step: StepFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and zero points, all float32, of y (groups, n) in the range from low to high (groups,)."""
-    scale = (high - low) / torch.full_like(low, step.levels)  # by a tensor: by a number CUDA multiplies
+    scale = (high - low) / torch.full_like(low, step.levels)  # by a number CUDA would not divide but multiply
     scale = round_up(scale.clamp_min(SCALE_MIN), step.mantissa)
     inverse = 1.0 / scale
     zero_point = 0.0 - torch.round(low * inverse)
@@ -161,7 +161,7 @@ def _quantize_in_range(y: Tensor, low: Tensor, high: Tensor, step: StepFormat) -
 
 
 def _square_error(y: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, inverse: Tensor) -> Tensor:
-    """The sum over each group of squares of integers: below 2^24, so that their order does not matter."""
+    """The sum of squared errors of each group, integers below 2^24: so the order of additions does not matter."""
     error = (y - scale[:, None] * (codes - zero_point[:, None])) * inverse[:, None]
     return torch.round(error * 16.0).square().sum(1)
 
@@ -181,7 +181,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def round_up(x: Tensor, mantissa: int) -> Tensor:
-    """Return x (float32, positive, finite) rounded up to `mantissa` bits behind the leading one, still float32."""
+    """Return x (float32, positive, finite) rounded up to `mantissa` bits behind the leading one, as float32."""
     low = (1 << (23 - mantissa)) - 1
     return ((x.view(torch.int32) + low) & ~low).view(torch.float32)
 
@@ -195,7 +195,7 @@ def pack_scales(scale: Tensor, zero_point: Tensor, step: StepFormat) -> Tensor:
 
 
 def unpack_scales(section: Tensor, step: StepFormat) -> tuple[Tensor, Tensor]:
-    """Return scales (float32) and zero points (int32) of a section of scales: 0 unless the format is `packed`."""
+    """Return scales (float32) and zero points (int32) of a section of scales. Zero points are 0 unless `packed`."""
     bits = section.to(torch.int32) & 0xFFFF
     if not step.packed:
         return (bits << 16).view(torch.float32), torch.zeros_like(bits)
@@ -245,16 +245,16 @@ def _section(wire: Tensor, offset: int, count: int, dtype: torch.dtype) -> Tenso
 
 @dataclass(frozen=True)
 class _Groups:
-    """Groups of n values of a range, and indices that say where they are."""
+    """Those groups of a range that have n values, and the indices of their data."""
 
     n: int
-    numbers: Tensor  # (groups,): their numbers among all groups of the range
-    values: Tensor  # (groups, n): the places of their values in the range
-    plane_bytes: list[Tensor]  # for each plane (groups, bytes): the places of their bytes in the wire buffer
+    numbers: Tensor  # (groups,): their indices among all groups of the range
+    values: Tensor  # (groups, n): the indices of their values in the range
+    plane_bytes: list[Tensor]  # for each plane (groups, bytes): the indices of their bytes in the wire buffer
 
 
 def _groups_by_size(layout: Layout, start: int, stop: int, device: torch.device) -> list[_Groups]:
-    """All groups of a range: full ones, and shorter ones at the ends of rows."""
+    """The full groups of a range, and the shorter ones at the ends of rows."""
     step, row, at = layout.step, layout.row, layout.sections(start, stop)
     number = torch.arange(layout.groups_before(start), layout.groups_before(stop), device=device)
     column = number % layout.groups_per_row * step.group
