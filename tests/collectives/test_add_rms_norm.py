@@ -145,7 +145,7 @@ class TestCommunicator:
         x, (residual, weight) = tough((2, 64), BF16), beside((2, 64), BF16)
         fine = {"x": x, "residual": residual, "weight": weight, "eps": 1e-5}
         bad: list[tuple[dict[str, object], str]] = [
-            ({"x": [1.0]}, "a torch.Tensor is needed"),
+            ({"x": [1.0]}, "x must be a torch.Tensor"),
             ({"residual": residual[:1]}, "residual must be like x"),
             ({"residual": residual.half()}, "residual must be like x"),
             ({"residual": None}, "residual must be like x"),

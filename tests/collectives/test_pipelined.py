@@ -107,7 +107,7 @@ def test_the_detour_over_the_cpu_that_gpu_tensors_take_without_nccl() -> None:
         exchanged, gathered, total = torch.zeros_like(mine), torch.zeros_like(mine), torch.ones(2) * rank
         outer.all_to_all(exchanged, mine, "exchange").wait()
         outer.all_gather(gathered, mine[0], "gather").wait()
-        outer.all_reduce_native(total, "sum").wait()
+        outer.all_reduce_backend(total, "sum").wait()
         outer.close()
         if rank != 1:
             pair = ProcessGroupTransport(group, torch.device("cpu"), 30, [0, 2])  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def test_shapes_that_differ_are_an_error_on_all_ranks(group: dist.ProcessGroup, 
 @ranks(2)
 def test_making_a_communicator_while_a_peer_calls_is_an_error_on_both(group: dist.ProcessGroup, rank: int) -> None:
     comm = Communicator(group, "int4")
-    with pytest.raises(InputError, match="rank 1: making a Communicator"):
+    with pytest.raises(InputError, match="rank 1: creating a Communicator"):
         Communicator(group, "int8") if rank else comm.all_reduce(torch.ones(4))
 
 
@@ -61,7 +61,7 @@ def test_dtypes_and_calls_that_differ_are_errors_on_all_ranks(group: dist.Proces
         (torch.ones(4).to_sparse(), "the tensor must be dense"),
         (torch.ones(4, requires_grad=True), "flashcomm is for inference"),
         (torch.ones((1,) * 9), "at most 8 dimensions"),
-        ([1.0, 2.0], "a torch.Tensor is needed"),
+        ([1.0, 2.0], "x must be a torch.Tensor"),
     ],
     ids=["int32", "float64", "meta", "sparse", "grad", "dims", "list"],
 )

@@ -24,7 +24,7 @@ def test_a_peer_that_never_comes_is_an_error_within_the_timeout() -> None:
     assert time.monotonic() - begin < 20
     for rank in (1, 2):
         assert isinstance(results[rank], CommunicationError)
-        assert f"rank {rank} of 3: the consistency check of making a Communicator failed" in str(results[rank])
+        assert f"rank {rank} of 3: the consistency check of creating a Communicator failed" in str(results[rank])
         assert "rank 0" in str(results[rank])
 
 

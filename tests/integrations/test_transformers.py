@@ -143,7 +143,7 @@ def plans_differ(ctx: RankContext, path: str) -> None:
 
     shift = torch.full((64,), 2 * ctx.rank, dtype=torch.int8)
     integration.enable(Plan(FMT, layers={"*": LayerPlan(FMT, shift, torch.zeros(64).bfloat16())}), min_bytes=0)
-    told = r"settings differ between ranks; give all of them the same:\n  plan: rank 0"
+    told = r"settings differ between ranks; use the same on all ranks:\n  plan: rank 0"
     with torch.inference_mode(), pytest.raises(SettingsError, match=told):
         load(path)(IDS)
 

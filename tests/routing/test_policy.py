@@ -55,7 +55,7 @@ def test_the_fastest_measured_route_is_taken() -> None:
     assert taken(choose(64 << 20, "none", FAST)) == ("two_shot", "none", "symmetric")
     text = str(choose(64 << 20, "int4", FAST))
     assert "two_shot as int4 over symmetric" in text
-    assert "70.0 us for 65536 KiB, fastest of those measured (made up)" in text
+    assert "70.0 us for 65536 KiB, the fastest measured (made up)" in text
     assert "not backend: 250.0 us" in text
 
 
@@ -219,7 +219,7 @@ def test_hierarchical_sends_a_quarter_of_the_message_to_other_nodes() -> None:
     assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
     told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
     crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
-    assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
+    assert f"not hierarchical: a third rounding, so only on request; {crossing}" in told
     assert "hierarchical" not in str(policy.choose(Message(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
 
 

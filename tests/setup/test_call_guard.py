@@ -63,14 +63,14 @@ class TestLeft:
                 comm.all_reduce(message(rank))
             for call in (comm.all_reduce, comm.reduce_scatter, comm.all_gather):
                 begin = time.monotonic()
-                with pytest.raises(CommunicationError, match=f"was left by {kind.__name__}") as caught:
+                with pytest.raises(CommunicationError, match=f"was interrupted by {kind.__name__}") as caught:
                     call(message(rank))
                 assert time.monotonic() - begin < 1
             time.sleep(3)  # the connection stays while the peer waits
             return str(caught.value)
 
         said, _ = raise_first(run_ranks(2, body))
-        assert "all_reduce was left by" in said
+        assert "all_reduce was interrupted by" in said
 
     def test_errors_of_all_ranks_leave_nothing(self) -> None:
         def body(group: dist.ProcessGroup, rank: int) -> None:
@@ -88,7 +88,7 @@ class TestLeft:
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int8")
             comm._guard.call("all_reduce")
-            with pytest.raises(CommunicationError, match="all_reduce was left by an exception"):
+            with pytest.raises(CommunicationError, match="all_reduce was interrupted by an exception"):
                 comm.all_reduce(torch.ones(4))
             comm.close()
 
@@ -99,7 +99,7 @@ class TestLeft:
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int8")
-            with comm._guard.call("all_gather"), pytest.raises(CommunicationError, match="all_gather was left by"):
+            with comm._guard.call("all_gather"), pytest.raises(CommunicationError, match="all_gather was interrupted"):
                 comm.all_reduce(torch.ones(4))
             assert comm.all_reduce(torch.ones(4)).tolist() == [1.0] * 4
 
@@ -325,7 +325,7 @@ def forks(ctx: RankContext) -> None:
                     try:
                         call(x)
                     except CommunicationError as why:
-                        code = 0 if "was forked from the one that made the Communicator" in str(why) else 2
+                        code = 0 if "was forked from the one that created the Communicator" in str(why) else 2
                 comm.close()
             finally:
                 os._exit(code)

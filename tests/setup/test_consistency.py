@@ -61,7 +61,7 @@ class TestSettings:
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int4")
-            with pytest.raises(InputError, match="format= is no wire format"):
+            with pytest.raises(InputError, match="format= is not a wire format"):
                 comm.all_reduce(torch.ones(4), format=bad if rank else "int4")
             assert comm.all_reduce(torch.ones(4)).tolist() == [2.0] * 4
 
@@ -170,7 +170,7 @@ class TestCalls:
     def test_ranks_that_counted_differently_agree_on_a_number(self) -> None:
         def body(group: dist.ProcessGroup, rank: int) -> list[int]:
             comm = Communicator(group, "int4")
-            with pytest.raises(InputError, match="rank 1: making a Communicator"):
+            with pytest.raises(InputError, match="rank 1: creating a Communicator"):
                 Communicator(group, "int4") if rank else comm.all_reduce(torch.ones(4))
             return [Communicator(group, "int4").transport.tags.communicator for _ in range(2)]
 
@@ -312,7 +312,7 @@ class TestCachedTimings:
 
         want = reference.two_shot([x, x], wire_format.WireFormat.parse("int8"))
         assert all(same_bits(r, want) for r in raise_first(run_ranks(2, body)))
-        assert "holds no timings and is ignored" in caplog.text
+        assert "is not a valid file of timings and is ignored" in caplog.text
 
     def test_a_good_file_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

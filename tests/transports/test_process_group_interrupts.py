@@ -92,7 +92,7 @@ def interrupted(ctx: RankContext, cases: list[tuple[str, int]], trials: int, see
                 seconds = time.perf_counter() - begin
             dist.barrier()
             for transport in (comm.transport, *(context.nodes or ())):
-                transport.timeout_s = TIMEOUT_S  # making a Communicator may take longer
+                transport.timeout_s = TIMEOUT_S  # creating a Communicator may take longer
             for turn in (1, 2, 3):
                 limit = max(1e-6, seconds * part) if turn == 1 and ctx.rank == victim else 0
                 became = outcome(comm, kind, message(ctx.rank, turn), want[turn], limit)

@@ -244,7 +244,7 @@ def first_reason(mine: str | None) -> str | None:
     """The reason of the first rank that has one, on every rank; None if no rank has any. Collective."""
     group: Any = dist.group.WORLD
     transport = ProcessGroupTransport(group, consistency.group_device(group, None), timeout_s=600)
-    reasons: list[str | None] = consistency.tell(transport, mine, "comparing why a baseline cannot run")
+    reasons: list[str | None] = consistency.exchange(transport, mine, "comparing why a baseline cannot run")
     return next((why for why in reasons if why is not None), None)
 
 
