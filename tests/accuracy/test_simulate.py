@@ -89,7 +89,7 @@ def test_one_inside_another_is_left_as_it_was() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="0 ranks asked for: at least 1"):
+    with pytest.raises(InputError, match="world_size=0: give at least 1 rank"):
         TensorParallel(tiny(), 0)
     with pytest.raises(InputError, match=r"3 ranks cannot share the inputs of model.layers.0.self_attn.o_proj \(64\)"):
         TensorParallel(tiny(), 3)

@@ -77,5 +77,5 @@ def test_a_plan_far_inside_the_budget_is_loosened() -> None:
 
 
 def test_a_measurement_that_is_no_number() -> None:
-    with pytest.raises(InputError, match="is no number: try it with --dtype fp32"):
+    with pytest.raises(InputError, match="is not a number: try --dtype fp32"):
         tune.tune(candidates(), lambda plan: math.nan, rise=0.01)

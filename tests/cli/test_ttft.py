@@ -65,7 +65,7 @@ def test_compiled() -> None:
 
 def test_refusals() -> None:
     refused(flashcomm("ttft", "--model", "llama-9b"), "--model llama-9b: no such directory and no such shape")
-    refused(flashcomm(*TINY, "--layers", 4), "--layers 4: tiny has 3; give 1 to that many")
+    refused(flashcomm(*TINY, "--layers", 4), "--layers 4: tiny has 3; give a number from 1 to that")
     refused(flashcomm(*TINY, "--world", 4), "4 ranks cannot share tiny", "--world 1, 2")
     refused(flashcomm(*TINY, "--batch", "1,x"), "--batch 1,x: give positive numbers")
     refused(flashcomm(*TINY, "--overlap"), "give batches of 2 and more")

@@ -129,7 +129,7 @@ def test_simulated_ranks_give_the_bits_of_the_reference() -> None:
     ranks = TensorParallel(model, 4, "int4", algorithm="hierarchical", local_world_size=2)
     assert same_bits(ranks.reduce(tensors, INT4), reference.hierarchical(tensors, INT4, 2))
     for wrong in (3, 0):
-        with pytest.raises(InputError, match=f"local_world_size={wrong}: 4 ranks do not make nodes"):
+        with pytest.raises(InputError, match=f"local_world_size={wrong}: 4 ranks cannot be divided"):
             TensorParallel(model, 4, algorithm="hierarchical", local_world_size=wrong)
 
 

@@ -188,7 +188,7 @@ def refuses(ctx: RankContext) -> None:
 
     model = tiny()
     model._tp_plan["model.layers.*.mlp.experts"] = "grouped_gemm"
-    with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: leave overlap out"):
+    with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: do not use overlap"):
         integration.overlap(model)
 
 

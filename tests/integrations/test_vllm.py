@@ -193,7 +193,7 @@ def a_plan_without_the_layer_plugin(ctx: RankContext, path: str) -> None:
     platform, config = standin.start({"flashcomm": integration.platform_plugin}), standin.make_config(HIDDEN)
     platform.apply_config_platform_defaults(config)
     group = standin.make_group(config, dist.group.WORLD)
-    with pytest.raises(PlanError, match="no layer of vLLM asks for them: add flashcomm to VLLM_PLUGINS"):
+    with pytest.raises(PlanError, match="no layer of vLLM uses them: add flashcomm to VLLM_PLUGINS"):
         group.all_reduce(torch.zeros(4, HIDDEN).bfloat16())
 
 
