@@ -65,5 +65,5 @@ def test_refusals(tmp_path: Path) -> None:
         plot([tmp_path / "none.csv"], tmp_path / "x.svg")
     with pytest.raises(InputError, match=r"give a name that ends in \.svg or \.png"):
         plot([RESULTS / "allreduce-2ranks-1gbit.csv"], tmp_path / "x.pdf")
-    with pytest.raises(InputError, match="holds no rows of `flashcomm bench`"):
+    with pytest.raises(InputError, match="has no rows of `flashcomm bench`"):
         plot([RESULTS / "codec-1-thread.csv"], tmp_path / "x.svg")

@@ -68,5 +68,5 @@ def test_refusals() -> None:
     refused(flashcomm(*TINY, "--layers", 4), "--layers 4: tiny has 3; give a number from 1 to that")
     refused(flashcomm(*TINY, "--world", 4), "4 ranks cannot share tiny", "--world 1, 2")
     refused(flashcomm(*TINY, "--batch", "1,x"), "--batch 1,x: give positive numbers")
-    refused(flashcomm(*TINY, "--overlap"), "give batches of 2 and more")
-    refused(flashcomm(*TINY, "--batch", 2, "--overlap", "--compile"), "cannot be interleaved")
+    refused(flashcomm(*TINY, "--overlap"), "give batches of at least 2")
+    refused(flashcomm(*TINY, "--batch", 2, "--overlap", "--compile"), "cannot take turns")

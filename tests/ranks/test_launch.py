@@ -413,7 +413,7 @@ def test_ranks_of_a_node_have_a_link_together() -> None:
     skip_if_it_cannot_be_had("1gbit")
     a, b, c, d = run(networks, 4, link="1gbit", local_world_size=2)  # type: ignore[misc]
     assert (a == b, b == c, c == d) == (True, False, True)
-    with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks do not make nodes of that many"):
+    with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks cannot be divided into nodes of that size"):
         run(networks, 4, link="1gbit", local_world_size=3)
 
 
@@ -421,7 +421,7 @@ def test_ranks_of_a_node_have_a_link_together() -> None:
 def test_torchrun_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
     for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match="world_size=3 was asked for under a torchrun of 2 ranks: ask for 2"):
+    with pytest.raises(SettingsError, match="world_size=3 was requested under a torchrun of 2 ranks: use world_size=2"):
         run(total, 3, (1,))
 
 

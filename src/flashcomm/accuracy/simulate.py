@@ -101,9 +101,7 @@ class TensorParallel:
         self._before: dict[torch.nn.Module, Any] = {}
         indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world_size]
         if indivisible:
-            raise InputError(
-                f"{world_size} ranks cannot share the inputs of {', '.join(indivisible[:3])}: they must be divisible by it"
-            )
+            raise InputError(f"{world_size} ranks cannot share the inputs of {', '.join(indivisible[:3])}")
         self.plan = plan
         self._columns = parallel_layers(model, COLWISE)
         self._sent = self._values = 0.0
