@@ -1,4 +1,4 @@
-"""Pictures of CSV files, new and old."""
+"""Plots of CSV files, new and old."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> dict[str, Any]:
-    """The lines of the left panel by label: their line style and their times in ms."""
+    """Return the line style and the times in ms of each line of the left panel, by label."""
     from matplotlib import pyplot
 
     figures: list[Any] = []

@@ -14,7 +14,7 @@ pytestmark = needs_model
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 900 tokens of English."""
+    """Return some 900 tokens of English."""
     path = tmp_path_factory.mktemp("text") / "pages.txt"
     lines = [
         f"On day {i} the ship sailed {i * 7 % 40} miles to the north and met {i * 3 % 11} birds." for i in range(40)
@@ -85,8 +85,8 @@ def test_probe(pages: Path, tmp_path: Path) -> None:
         assert abs(needles[context, "int8"]["nats"] - base) < 1
         assert needles[context, "int2"]["nats"] > base + 5
         assert needles[context, "int2"]["found_pct"] == 0
-    said = {r["format"]: r for r in got["rows"] if r["probe"] == "generation"}
-    assert said["int8"]["mean_same"] > said["int2"]["mean_same"]
+    by_format = {r["format"]: r for r in got["rows"] if r["probe"] == "generation"}
+    assert by_format["int8"]["mean_same"] > by_format["int2"]["mean_same"]
     assert {r["probe"] for r in csv.DictReader((tmp_path / "probe.csv").open())} == {"needle", "generation"}
 
 

@@ -1,4 +1,4 @@
-"""`flashcomm ttft`: of a real model, and of a shape with random weights, with every column."""
+"""`flashcomm ttft` for a real model and for a shape with random weights, with all columns."""
 
 from __future__ import annotations
 

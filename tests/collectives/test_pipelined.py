@@ -1,4 +1,4 @@
-"""Pipelined collectives over real gloo: the method by hand, and one workspace for calls of all kinds."""
+"""Pipelined collectives over gloo: the method computed by hand, and one workspace for all kinds of calls."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_reference_is_what_the_method_says(
 @pytest.mark.parametrize("fmt", ["int4-had", "int6-g32-had/int8-g32-had"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtype) -> None:
-    """Step by step: sums stay in the Hadamard domain, and only the last decoder transforms back."""
+    """Sums stay in the Hadamard domain between steps. Only the last decoder transforms back."""
     parsed, tensors = WireFormat.parse(fmt), [tough((6, 600), dtype, r) for r in range(3)]
     in_hadamard_domain = [replace(step, in_hadamard_domain=True) for step in (parsed.reduce, parsed.gather)]
     n = tensors[0].numel()
@@ -98,7 +98,7 @@ def test_out_may_be_the_input(group: dist.ProcessGroup, rank: int, algorithm: st
 
 
 def test_the_detour_over_the_cpu_that_gpu_tensors_take_without_nccl() -> None:
-    """The detour itself; here the tensors are on the CPU already."""
+    """Without a GPU this tests the copies alone, with tensors that are on the CPU already."""
 
     def body(group: object, rank: int) -> tuple[list[int], list[int], list[int], int]:
         outer, inner = (ProcessGroupTransport(group, torch.device("cpu"), 30) for _ in range(2))  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_two_hundred_calls_of_alternating_shapes_on_one_workspace(group: dist.Pr
     tensors = [
         [tough(s, torch.bfloat16, 7 * i + r + k) for r in range(2)] for k in range(2) for i, s in enumerate(shapes)
     ]
-    want = [reference.two_shot(everybody, fmt) for everybody in tensors]
+    want = [reference.two_shot(inputs, fmt) for inputs in tensors]
     with Communicator(group, fmt, algorithm="two_shot", check=False, chunk_bytes=3000) as comm:
         for call in range(200):
             i = call % len(tensors)

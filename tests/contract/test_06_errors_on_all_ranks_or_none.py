@@ -22,7 +22,7 @@ def test_a_format_that_does_not_exist_on_one_rank_is_an_error_on_all() -> None:
 @pytest.mark.parametrize("algorithm", ["auto", "two_shot"])
 @ranks(3)
 def test_shapes_that_differ_are_an_error_on_all_ranks(group: dist.ProcessGroup, rank: int, algorithm: str) -> None:
-    """Also across the minimum size, where one rank would quantize and another would not."""
+    """This includes sizes on both sides of min_bytes, where only one rank would quantize."""
     comm = Communicator(group, "int4", algorithm=algorithm)
     with pytest.raises(InputError) as caught:
         comm.all_reduce(torch.ones(200 if rank != 1 else 400, 576))
@@ -70,7 +70,7 @@ def test_dtypes_and_calls_that_differ_are_errors_on_all_ranks(group: dist.Proces
 def test_a_bad_tensor_on_one_rank_is_an_error_on_all(
     group: dist.ProcessGroup, rank: int, bad: object, advice: str, check: bool
 ) -> None:
-    """With check=False it is an error on that rank only, so there all ranks pass it."""
+    """With check=False only that rank raises the error, so all ranks pass the bad tensor."""
     comm = Communicator(group, "int4", check=check)
     with pytest.raises(InputError, match=advice):
         comm.all_reduce(bad if rank == 0 or not check else torch.ones(4))  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ def test_a_peer_that_dies_in_a_call_is_an_error_and_a_new_group_works() -> None:
 
 @ranks(3)
 def test_a_peer_that_leaves_between_chunks_is_an_error(group: dist.ProcessGroup, rank: int) -> None:
-    """The exchange runs on the transport's thread then; its error reaches the caller all the same."""
+    """The exchange then runs on the transport's thread. Its error must still reach the caller."""
     comm = Communicator(group, "int4", algorithm="two_shot", check=False, chunk_bytes=4000, timeout_s=2)
     comm.all_reduce(torch.ones(40, 576))
     if rank:

@@ -1,4 +1,4 @@
-"""Discovery: which ranks are a node together."""
+"""Discovery: which ranks form a node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def found(monkeypatch: pytest.MonkeyPatch, places: list[tuple[str, str]], **give
 
 
 def test_the_setting_counts_for_groups_that_make_such_nodes() -> None:
-    """The setting is of a process, whose groups are not all alike."""
+    """The setting applies to all groups of a process, which may differ in size."""
     for world_size, found in ((1, 1), (2, 2), (4, 4), (8, 4), (6, 0)):
         assert discovery.asked_local_world_size(Settings.resolve("cpu", {}, local_world_size=4), world_size) == found, (
             world_size
