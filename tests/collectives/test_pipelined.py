@@ -29,10 +29,10 @@ from flashcomm.wire.format import Layout, StepFormat
 def test_the_reference_is_what_the_method_says(
     fmt: str, bits: tuple[int, int], hadamard: bool, clip_ratios: tuple[float | None, float | None]
 ) -> None:
-    """Plain loops over values and ranks, sharing no code with the codec: the definition once more, by hand.
+    """Compare with plain loops over values and ranks, which share no code with the codec.
 
-    What is summed and quantized again are transforms; they are transformed back once, at the end. Rows end in a group
-    of 8, which is transformed, or of 7, which is not.
+    Transforms are summed and quantized again, and transformed back once, at the end. Rows end in a group of 8, which is
+    transformed, or of 7, which is not.
     """
     for row in (40, 39):
         tensors = [torch.randn(1, row) * (r + 1) for r in range(3)]

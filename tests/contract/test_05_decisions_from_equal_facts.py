@@ -1,6 +1,6 @@
 """Point 5 of the contract: decisions depend only on values that are equal on every rank.
 
-Ranks compare their settings when they make a Communicator, and each checked call says under which settings it runs.
+Ranks compare their settings when they create a Communicator. Each checked call also compares a digest of them.
 """
 
 from __future__ import annotations

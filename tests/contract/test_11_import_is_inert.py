@@ -1,6 +1,6 @@
 """Point 11 of the contract: importing flashcomm touches no GPU and loads no compiler and no engine.
 
-What is asked for by name and cannot run raises.
+A device or transport that was requested and is not available is an error.
 """
 
 from __future__ import annotations

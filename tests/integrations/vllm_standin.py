@@ -1,8 +1,8 @@
 """A stand-in for vLLM: the classes and modules that plugins use, with vLLM's names and signatures (0.26 to 0.32).
 
-`install()` puts it into sys.modules. What it does when called is what vLLM does, as far as plugins can tell: which
-platform is taken, that group sums go through an op where the platform wants it, that the CPU's sums are in place.
-tests/test_vllm.py compares its signatures with the real ones where vLLM is installed.
+`install()` puts it into sys.modules. For plugins it behaves like vLLM: it chooses the platform, runs all-reduces
+through an op if the platform requests it, and sums in place on CPUs. test_vllm.py compares its signatures with those of
+the real vLLM, if that is installed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`run` returns the result of rank 0, fails when any rank fails, and never leaves a process behind.
 
-Run as a script this file is the caller that the tests send signals to: `test_launch.py CASE [LINK ...]`. A rank takes
-seconds to import torch. So a caller that survives goes on to its next run, and what `processes` does with any child is
-tested with forked ones, which import nothing.
+As a script, `test_launch.py CASE [LINK ...]`, this file is the caller that the tests send signals to. A rank takes
+seconds to import torch. So a caller that survives continues with its next run, and `processes` is tested with forked
+children, which import nothing.
 """
 
 from __future__ import annotations

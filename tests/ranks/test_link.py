@@ -54,8 +54,8 @@ def in_child(body: Callable[[], object]) -> Any:
 def transfers(rate: int, flows: list[tuple[int, int]], count: int) -> list[float]:
     """Measure the bits per second of each flow (sending rank, receiving rank) of `count` bytes, all at the same time.
 
-    The clock starts before the first sender connects and stops at the last byte, so a late process, on a busy
-    machine, makes a flow look slower and never faster.
+    The time is from before the first sender connects until the last byte. So a late process on a busy machine makes a
+    flow look slower, never faster.
     """
 
     def lab() -> list[float]:
@@ -97,8 +97,8 @@ def transfers(rate: int, flows: list[tuple[int, int]], count: int) -> list[float
 def check_slowest(rate: int, flows: list[tuple[int, int]], count: int, share: float, at_least: float) -> None:
     """Assert that the slowest flow has `at_least` to 1.03 of its `share` of the link's payload rate.
 
-    It is never faster; it has five tries to be fast enough, for a busy machine may spoil some, and a filter that
-    holds back too much spoils them all.
+    It must never be faster. It has five tries to be fast enough, because a busy machine may slow down some of them. A
+    filter that limits too much slows down all of them.
     """
     speeds = []
     for _ in range(5):

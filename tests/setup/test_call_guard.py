@@ -1,6 +1,6 @@
 """Calls that a Communicator refuses: after an interrupted call, from other threads, after a fork; and its close.
 
-Where an abort or a hang was the fault the ranks are real processes: their death, or their silence, fails the run.
+Where the defect was an abort or a hang, the ranks are real processes. Then an abort or a hang fails the run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """An exception may interrupt a call at any instant. Then every rank has the right result or an error, and none dies.
 
-Real processes over gloo. A timer's signal handler raises in the middle of a call on one rank; the ranks then call
-again. A rank that is aborted, or that hangs, fails the run itself.
+The ranks are real processes over gloo. On one rank a timer's signal handler raises in the middle of a call. Then all
+ranks call again. If a rank aborts or hangs, the run fails.
 
-FLASHCOMM_TEST_THOROUGH=1 takes 200 instants instead of a few.
+With FLASHCOMM_TEST_THOROUGH=1 the test uses 200 instants instead of a few.
 """
 
 from __future__ import annotations

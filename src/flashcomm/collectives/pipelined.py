@@ -48,7 +48,7 @@ class Workspace:
         return kept[:n_bytes]
 
     def buffers(self) -> list[Tensor]:
-        """Return all current buffers. They stay valid for whoever holds them, even after the workspace grows."""
+        """Return all current buffers. A reference keeps them valid, even after the workspace grows."""
         return list(self._kept.values())
 
 

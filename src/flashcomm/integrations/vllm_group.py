@@ -192,7 +192,7 @@ class TensorParallelAllReduce:
         }
 
 
-def _create(made: Any) -> TensorParallelAllReduce | None:
+def _create(device_comm: Any) -> TensorParallelAllReduce | None:
     """Create the all-reduce of a new device communicator; None if vLLM keeps its own. Collective over the group.
 
     Raises:
@@ -200,14 +200,14 @@ def _create(made: Any) -> TensorParallelAllReduce | None:
     """
     from vllm.config import get_current_vllm_config_or_none
 
-    if made.unique_name.split(":")[0] != "tp" or made.world_size == 1:
+    if device_comm.unique_name.split(":")[0] != "tp" or device_comm.world_size == 1:
         return None
     config = get_current_vllm_config_or_none()
     reason = why_not(config)
-    if not reason and not is_registered(made.cpu_group):
+    if not reason and not is_registered(device_comm.cpu_group):
         reason = "the group is not one of torch.distributed's"
     if reason:
-        if made.rank_in_group == 0:
+        if device_comm.rank_in_group == 0:
             log.warning("vLLM's own all-reduce is used: %s", reason)
         return None
 
@@ -221,8 +221,8 @@ def _create(made: Any) -> TensorParallelAllReduce | None:
         return f", plan {digest}"
 
     advice = "all workers need the package, FLASHCOMM_FORMAT and the same VLLM_* variables, on every machine"
-    rank = made.ranks[made.rank_in_group]
-    rendezvous(default_store(), made.unique_name, rank, made.ranks, check_worker, advice)
+    rank = device_comm.ranks[device_comm.rank_in_group]
+    rendezvous(default_store(), device_comm.unique_name, rank, device_comm.ranks, check_worker, advice)
     plan = Plan.of(format_setting())
     hidden_size, max_tokens = config.model_config.get_hidden_size(), config.scheduler_config.max_num_batched_tokens
     settings: dict[str, Any] = {"plan": plan.digest if plan.layers or plan.decode else ""}
@@ -240,7 +240,11 @@ def _create(made: Any) -> TensorParallelAllReduce | None:
         if config.parallel_config.pipeline_parallel_size == 1:  # else this rank has only some of the layers
             plan.check(layers, config.model_config.hf_text_config)
 
-    planned = PlannedAllReduce(Communicator(made.device_group, plan.format, device=made.device.type, **settings), plan)
-    all_reduce = TensorParallelAllReduce(made.unique_name, planned, hidden_size, made.own_all_reduce, check_layers)
+    planned = PlannedAllReduce(
+        Communicator(device_comm.device_group, plan.format, device=device_comm.device.type, **settings), plan
+    )
+    all_reduce = TensorParallelAllReduce(
+        device_comm.unique_name, planned, hidden_size, device_comm.own_all_reduce, check_layers
+    )
     all_reduce.warm_up(max_tokens, config.model_config.dtype)
     return all_reduce

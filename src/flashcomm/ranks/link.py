@@ -231,7 +231,7 @@ def _index(netlink: Any, device: str) -> int:
 
 
 def _open_namespace() -> int:
-    """Open this thread's network namespace. The file descriptor keeps it alive, and `_enter` takes it."""
+    """Open this thread's network namespace. The file descriptor keeps it alive, and is an argument of `_enter`."""
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
