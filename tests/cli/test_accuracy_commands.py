@@ -94,7 +94,7 @@ def test_refusals(pages: Path, tmp_path: Path) -> None:
     both = ("--model", MODEL, "--text", pages)
     refused(flashcomm("eval", *both, "--context", 512, "--windows", 9), "pages.txt has", "windows of 512 need 4608")
     refused(flashcomm("eval", *both, "--worlds", "2,x"), "--worlds 2,x: give positive numbers")
-    refused(flashcomm("eval", *both, "--local-world", 4), "--local-world 4: not all of --worlds 2,4,8 are several")
+    refused(flashcomm("eval", *both, "--local-world", 4), "--local-world 4: each of --worlds 2,4,8 must be")
     refused(flashcomm("eval", *both, "--algorithm", "hierarchical"), "go together: give both or neither")
     refused(flashcomm("probe", *both, "--algorithm", "hierarchical"), "go together: give both or neither")
     refused(flashcomm("eval", *both, "--worlds", "5", "--windows", 1), "5 ranks cannot share the inputs of")

@@ -53,7 +53,9 @@ def test_sweep_with_overlap(tmp_path: Path) -> None:
         assert row["limit"] == pytest.approx(base["ttft_s"] / base["compute_s"], rel=0.02)
     as_json(flashcomm("plot", tmp_path / "t.csv", tmp_path / "t.csv", "-o", tmp_path / "t.svg", "--json"))
     assert (tmp_path / "t.svg").read_text().count("<!-- tiny, 2 of 3 layers, ") == 4
-    refused(flashcomm("plot", tmp_path / "t.csv", Path(__file__), "-o", tmp_path / "t.svg"), "several make one")
+    refused(
+        flashcomm("plot", tmp_path / "t.csv", Path(__file__), "-o", tmp_path / "t.svg"), "several files can be drawn"
+    )
 
 
 def test_compiled() -> None:
