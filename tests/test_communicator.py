@@ -31,7 +31,7 @@ def test_a_closed_communicator_refuses_calls(group: dist.ProcessGroup, rank: int
     with Communicator(group, "int4") as comm:
         assert repr(comm) == f"Communicator(rank {rank} of 2, int4, cpu)"
     comm.close()
-    with pytest.raises(ClosedError, match="all_reduce on a closed Communicator: make a new one"):
+    with pytest.raises(ClosedError, match="all_reduce on a closed Communicator: create a new one"):
         comm.all_reduce(torch.ones(3))
 
 

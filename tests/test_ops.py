@@ -66,7 +66,9 @@ def test_reduce_scatter_and_all_gather_as_functions_and_as_ops(ctx: RankContext)
     group = pair if ctx.rank < 2 else lonely
     assert torch.equal(flashcomm.reduce_scatter(x, fmt, group), shard[ctx.rank] if ctx.rank < 2 else x)
     assert torch.equal(flashcomm.all_gather(x, fmt, group), whole if ctx.rank < 2 else x)
-    with pytest.raises(SettingsError, match=r"world_size=2 was given for group .*, which has 3 ranks: give that"):
+    with pytest.raises(
+        SettingsError, match=r"world_size=2 was given for group .*, which has 3 ranks: pass world_size=3"
+    ):
         torch.ops.flashcomm.all_gather(x, name, 2)
 
 

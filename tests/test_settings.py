@@ -56,12 +56,12 @@ def test_workers_over_host_memory() -> None:
 
 
 def test_a_plan_is_no_format() -> None:
-    with pytest.raises(SettingsError, match=r"format='p\.json' is a plan, with formats by layer; one call has one"):
+    with pytest.raises(SettingsError, match=r"format='p\.json' is a plan with a format for each layer"):
         Settings.resolve("cpu", {"FLASHCOMM_FORMAT": "p.json"})
 
 
 def test_misspelt_arguments_are_errors() -> None:
-    with pytest.raises(SettingsError, match="unknown settings algoritm: there are format, algorithm"):
+    with pytest.raises(SettingsError, match="unknown settings algoritm: allowed are format, algorithm"):
         Settings.resolve("cpu", {}, algoritm="two_shot")
     with pytest.raises(SettingsError, match="timeout_s="):
         Settings.resolve("cpu", {}, timeout_s=[1])

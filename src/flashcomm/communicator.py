@@ -1,11 +1,10 @@
-"""A process group, a wire format and what its ranks can do together: the object that runs low-bit collectives.
+"""The Communicator: low-bit collectives over one process group.
 
     with flashcomm.Communicator(group, "int4") as comm:       # collective: ranks compare their settings
         y = comm.all_reduce(x)                                # a new tensor of x's shape and dtype
         print(comm.explain(x.shape, x.dtype))                 # which route, and why not the others
 
-A call is validated, routed (`routing.policy`), run (`collectives.executors`) and counted. Results are those of
-`flashcomm.reference`, the same bits on every rank, except for the backend's own sums.
+A call is validated, routed, run and counted. Every rank gets the bits of `flashcomm.reference`, except by the backend.
 """
 
 from __future__ import annotations
@@ -35,22 +34,21 @@ Format = Union[str, WireFormat, None]  # noqa: UP007  # evaluated at run time, o
 
 
 class Communicator:
-    """Low-bit collectives over one process group. Creating one is collective: every rank of the group must.
+    """Low-bit collectives over one process group. The constructor is collective: every rank of the group must call it.
 
-    Use one Communicator from one thread and, on GPUs, one stream at a time.
+    Use one Communicator from one thread and, on GPUs, on one stream at a time.
 
     Args:
-        group: A torch.distributed process group; None is the default group.
+        group: A torch.distributed process group. None: the default group.
         format: A wire format or its text: "int4", "int4-g32", "int4/int8", "none".
-        device: "cpu" or "cuda", where the tensors will be. None is CUDA if the group's backend is NCCL, else the CPU.
-            GPU tensors over a group without NCCL go through GPU or host memory if that can be had, else, slowly,
-            through the CPU.
-        plan: The `Plan.digest` of the plan that the caller follows. It is only compared between ranks.
-        **settings: The arguments of `flashcomm.settings.Settings`, which FLASHCOMM_* variables set, too.
+        device: "cpu" or "cuda", where the tensors will be. None: "cuda" if the group's backend is NCCL, else "cpu".
+            Without NCCL, GPU tensors travel through GPU or host memory if possible, else, slowly, through the CPU.
+        plan: The `Plan.digest` of the plan that the caller follows. Ranks only compare it.
+        **settings: Fields of `flashcomm.settings.Settings`. FLASHCOMM_* variables set the same.
 
     Raises:
         FormatError, SettingsError: On every rank, if any rank's settings are wrong or differ from the others'.
-        CommunicationError: A rank does not come within the time-out.
+        CommunicationError: A rank did not call it within the time-out.
     """
 
     def __init__(
@@ -66,37 +64,36 @@ class Communicator:
         self.group, self.device, self.transport = started.group, started.device, started.transport
         self.settings, self.machine, self.format = started.settings, started.machine, started.settings.format
         self._guard, self._executors = started.guard, started.executors
-        self._recent = RecentCalls(self.device)
-        self._n_calls, self.closed = 0, False
+        self._recent, self._n_calls, self.closed = RecentCalls(self.device), 0, False
         self.rank, self.world_size = self.transport.rank, self.transport.world_size
         self._counts = Counts(repr(self), self.settings.debug == "info")
         self.calls, self.sent = self._counts.calls, self._counts.sent
 
     @property
     def world(self) -> int:
+        """Deprecated: use `world_size`."""
         warnings.warn("Communicator.world is now world_size", DeprecationWarning, stacklevel=2)
         return self.world_size
 
     def all_reduce(
         self, x: Tensor, out: Tensor | None = None, *, format: Format = None, whole: int | None = None
     ) -> Tensor:
-        """The sum of x over all ranks: the same bits on every rank.
+        """Sum x over all ranks. Every rank gets the same bits.
 
         Args:
-            x: bf16, fp16 or fp32, any shape and strides; not modified. The last dimension is the row that quantization
-                groups do not cross.
-            out: Where to put the result: contiguous, like x in shape, dtype and device; may be x. None makes a tensor.
-            format: Another wire format for this call, equal on all ranks.
-            whole: Values of the message that x is some rows of, equal on all ranks. The route is chosen for that
-                message, so that rows come out as they would with the others beside them.
+            x: bf16, fp16 or fp32, any shape and strides; not modified. No quantization group spans two rows (last dim).
+            out: The result: contiguous, of x's shape, dtype and device; may be x. None: a new tensor.
+            format: The wire format of this call, equal on all ranks. None: that of the Communicator.
+            whole: If x is only some rows of a message: the number of values of that message, equal on all ranks. The
+                route is chosen for its size, so these rows get the same bits as in one call with all rows.
 
         Raises:
-            InputError: On all ranks, if any rank's arguments are wrong or differ (on GPUs only with check=True).
+            InputError: Arguments are wrong or differ between ranks: on all ranks with check=True (default on CPUs).
             ClosedError: The Communicator was closed.
-            CommunicationError: A peer died or did not come within the time-out.
+            CommunicationError: A peer died or did not answer within the time-out.
         """
         if out is None and not self._guard.busy:
-            self._guard.busy = True  # stays so if an exception leaves it halfway
+            self._guard.busy = True  # stays True if an exception interrupts the call
             recent = self._recent.repeat(x, format, whole)
             self._guard.busy = False
             if recent:
@@ -107,24 +104,24 @@ class Communicator:
         return self._collective("all_reduce", x, out, format, whole)
 
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None, *, format: Format = None) -> Tensor:
-        """This rank's shard, along dimension 0, of the sum of x over all ranks; quantized once, as `format.reduce`.
+        """Sum x over all ranks and return this rank's shard along dimension 0. Quantizes once, as `format.reduce`.
 
         Args:
-            x: Shape (world_size * n, ...), else as in `all_reduce`.
-            out: Shape (n, ...), else as in `all_reduce`; must not overlap x.
+            x: (world_size * n, ...), else as in `all_reduce`.
+            out: (n, ...), else as in `all_reduce`; must not overlap x.
             format: As in `all_reduce`.
 
         Raises:
-            InputError: As `all_reduce`, and where the number of ranks does not divide dimension 0.
+            InputError: As in `all_reduce`, or dimension 0 is not divisible by world_size.
         """
         return self._collective("reduce_scatter", x, out, format)
 
     def all_gather(self, x: Tensor, out: Tensor | None = None, *, format: Format = None) -> Tensor:
-        """Every rank's x, one after the other along dimension 0, quantized as `format.gather`, the own one included.
+        """Concatenate every rank's x along dimension 0. All are quantized as `format.gather`, this rank's own, too.
 
         Args:
-            x: Shape (n, ...), else as in `all_reduce`.
-            out: Shape (world_size * n, ...), else as in `all_reduce`; must not overlap x.
+            x: (n, ...), else as in `all_reduce`.
+            out: (world_size * n, ...), else as in `all_reduce`; must not overlap x.
             format: As in `all_reduce`.
         """
         return self._collective("all_gather", x, out, format)
@@ -132,17 +129,17 @@ class Communicator:
     def all_reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: Format = None
     ) -> tuple[Tensor, Tensor]:
-        """`reference.add_rms_norm` of `all_reduce(x)`, as layers have it: (normed, new residual), both new.
+        """Return (rms_norm(residual + all_reduce(x)), residual + all_reduce(x)), both new, as `reference.add_rms_norm`.
 
         Args:
             x: (..., hidden), bf16, fp16 or fp32.
-            residual: Like x.
-            weight: (hidden,), like x in dtype and device. Results are equal on all ranks if residual and weight are.
+            residual: Of x's shape, dtype and device.
+            weight: (hidden,), of x's dtype and device. Results are equal on all ranks if residual and weight are.
             eps: Added to the mean square.
             format: As in `all_reduce`.
         """
         eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
-        problem = consistency.problem_beside(x, residual, weight, eps, self.device, self.world_size)
+        problem = consistency.problem_with_add_rms_norm(x, residual, weight, eps, self.device, self.world_size)
         total = self._collective("all_reduce_add_rms_norm", x, None, format, eps, problem)
         return add_rms_norm(total, residual, weight, eps)
 
@@ -155,11 +152,11 @@ class Communicator:
         op: str = "all_reduce",
         whole: int | None = None,
     ) -> Choice:
-        """Which route a call of this rank's input shape and dtype takes, its bytes, and why not the alternatives.
+        """Return the route of a call with its reason and bytes, and why the alternatives were rejected.
 
         Args:
-            shape: Of the input on one rank.
-            dtype: Of the input.
+            shape: The shape of one rank's input.
+            dtype: The dtype of the input.
             format: As in `all_reduce`.
             op: "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter" or "all_gather".
             whole: As in `all_reduce`.
@@ -170,10 +167,10 @@ class Communicator:
         return policy.choose(message, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine)
 
     def synchronize(self) -> None:
-        """Wait, on the host, for this rank's calls so far. On GPUs calls return before they are done.
+        """Block the host until this rank's calls so far are done. On GPUs calls return before that.
 
         Raises:
-            CommunicationError: A peer did not come to one of them. Without this the next call raises it.
+            CommunicationError: A peer did not take part in one of them. Without `synchronize` the next call raises it.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -181,10 +178,9 @@ class Communicator:
             executor.check()
 
     def close(self) -> None:
-        """Free buffers and threads. Not collective; on GPUs it waits for this rank's calls. Closing again is fine.
+        """Free buffers and threads. Not collective. Waits for this rank's calls, also in other threads.
 
-        A call afterwards raises ClosedError; a CUDA graph that holds calls must not be replayed. A call that runs in
-        another thread ends first.
+        Later calls raise ClosedError. CUDA graphs that captured calls must not be replayed. Closing again is allowed.
         """
         with self._guard.closing():
             if not self.closed:
@@ -214,7 +210,7 @@ class Communicator:
         same: Any = None,
         problem: consistency.Problem | None = None,
     ) -> Tensor:
-        """Validate, route, run, count. same: What else must be equal on all ranks: `whole`, or eps."""
+        """Validate, route, run and count a call. `same` (whole or eps) must be equal on all ranks, too."""
         whole = same if op == "all_reduce" else None
         with self._guard.call(op):
             if problem is None:
@@ -226,22 +222,22 @@ class Communicator:
             if x.numel() == 0:
                 return out
             route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole).route
-            again = self._executors[route.executor].run(route, x, out)
+            launch = self._executors[route.executor].run(route, x, out)
             name, n_bytes = f"{op}/{route.label}", route.wire_bytes * x.numel() // (whole or x.numel())
             self._counts.add(name, n_bytes, x)
-            if again and op == "all_reduce" and x.is_cuda and self.settings.debug == "off" and not self.settings.check:
-                self._recent.keep(x, format, whole, name, n_bytes, again)
+            if launch and op == "all_reduce" and x.is_cuda and self.settings.debug == "off" and not self.settings.check:
+                self._recent.keep(x, format, whole, name, n_bytes, launch)
             return out
 
     def _validate(self, op: str, x: Tensor, format: Format, problem: consistency.Problem, same: object) -> WireFormat:
-        """The format of a call. Raises if this rank's input is wrong and, with check=True, if ranks differ."""
+        """Return the format of a call. Raise if this rank's input is wrong or, with check=True, if ranks differ."""
         if self.closed:
-            raise ClosedError(f"{op} on a closed Communicator: make a new one")
+            raise ClosedError(f"{op} on a closed Communicator: create a new one")
         fmt, unknown = self.format, None
         try:
             fmt = self.format if format is None else WireFormat.parse(format)
         except FormatError as why:
-            unknown = why  # raised below, once every rank knows of it
+            unknown = why  # raised below, after all ranks exchanged it
             problem = problem or consistency.Problem.FORMAT
         if self.settings.check and self.world_size > 1:
             consistency.check_call(self.transport, op, x, problem, self._n_calls + 1, (self.settings, fmt, same))

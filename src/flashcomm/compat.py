@@ -1,7 +1,7 @@
 """The private names of torch that flashcomm uses outside `gpu/`, each behind a function of ours.
 
-torch may change such names in any release: this file is then the only one to mend. Each docstring says what the name
-is for, why no public name serves, and in which releases it was found to work.
+torch may change such names in any release. Then only this file needs a change. Each docstring says what the name is
+for, why no public name would do, and with which releases it was tested.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def is_registered(group: dist.ProcessGroup) -> bool:
 
 
 def default_store() -> distributed_c10d.Store:
-    """Return the store at which the ranks of the default group met.
+    """Return the store that the ranks of the default group share.
 
-    `distributed_c10d._get_default_store`, torch 2.11 and 2.13. A store of our own would need an address of its own.
+    `distributed_c10d._get_default_store`, torch 2.11 and 2.13. Another store would need another address.
 
     Raises:
         ValueError: torch.distributed is not initialized.
@@ -53,7 +53,7 @@ def current_gpu() -> int:
 
 
 def current_stream_handle(device_index: int) -> int:
-    """Return the CUDA handle of the current stream, without making a `torch.cuda.Stream`.
+    """Return the CUDA handle of the current stream, without creating a `torch.cuda.Stream`.
 
     `torch._C._cuda_getCurrentRawStream`, torch 2.11 and 2.13. Triton's launchers use it, too.
     """
@@ -69,7 +69,7 @@ def start_sequence_numbers(backend: Any) -> None:
 
 
 def work_of(future: torch.futures.Future[Any]) -> dist.Work:
-    """Return a c10d Work that is done when the future is, for a backend written in Python to return.
+    """Return a c10d Work that completes with the future. A backend written in Python can return it.
 
     `torch._C._distributed_c10d._create_work_from_future`, torch 2.11 and 2.13. C++ callers cannot wait for a subclass
     of Work written in Python.

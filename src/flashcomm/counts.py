@@ -11,24 +11,30 @@ log = logging.getLogger("flashcomm")
 
 
 class Counts:
-    """What a Communicator did.
+    """The numbers of calls and bytes of a Communicator, and their log.
 
     Attributes:
-        calls: Calls by op and route, such as "all_reduce/two_shot"; replays of CUDA graphs are not seen.
-        sent: Payload bytes to other ranks, by the same names.
+        calls: Number of calls by op and route, such as "all_reduce/two_shot". Replays of CUDA graphs are not counted.
+        sent: Payload bytes sent to other ranks, by the same keys.
     """
 
     def __init__(self, who: str, verbose: bool) -> None:
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self._who, self._verbose = who, verbose
-        if verbose:  # to be seen also where the program has not set up logging
+        if verbose:  # visible even if the program has not configured logging
             log.setLevel(min(logging.INFO, log.getEffectiveLevel()))
             if not log.hasHandlers():
                 log.addHandler(logging.StreamHandler())
 
     def add(self, name: str, n_bytes: int, x: Tensor) -> None:
-        """Count a call of that name for x. The first is logged, and the sums at the 10th, the 100th, ..."""
+        """Count a call. If verbose, log the first call of a name, and the totals at the 10th, the 100th, ...
+
+        Args:
+            name: Op and route, such as "all_reduce/two_shot".
+            n_bytes: Payload bytes that this rank sent.
+            x: This rank's input.
+        """
         self.calls[name] += 1
         self.sent[name] += n_bytes
         if not self._verbose:

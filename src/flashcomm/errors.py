@@ -1,4 +1,4 @@
-"""Every exception flashcomm raises on purpose.
+"""The exceptions that flashcomm raises.
 
     FlashcommError
     ├── FormatError         a format string or a group size that does not exist       (also a ValueError)
@@ -7,12 +7,12 @@
     ├── InputError          a tensor that cannot be reduced, or ranks that called
     │                       with different shapes, dtypes or operations               (also a ValueError)
     ├── PlanError           a plan that cannot be read, or that is for another model  (also a ValueError)
-    ├── UnavailableError    an explicitly requested path that cannot run here
+    ├── UnavailableError    a transport, device or package that was requested and is not available here
     ├── CommunicationError  a peer died, or did not answer within the time-out
     └── ClosedError         a Communicator was used after close()
 
-Each message says what was asked, what is allowed and what to do. Where a collective is involved the same
-error is raised on every rank of the group.
+Each message says what was asked, what is allowed and what to do. In a collective, every rank of the group raises the
+same error.
 """
 
 
@@ -29,7 +29,7 @@ class SettingsError(FlashcommError, ValueError):
 
 
 class InputError(FlashcommError, ValueError):
-    """A tensor this call cannot take, or calls that differ between ranks."""
+    """A tensor that the call does not support, or calls that differ between ranks."""
 
 
 class PlanError(FlashcommError, ValueError):
@@ -37,7 +37,7 @@ class PlanError(FlashcommError, ValueError):
 
 
 class UnavailableError(FlashcommError):
-    """A path that was asked for by name and cannot run here."""
+    """A transport, device or package that was requested and is not available here."""
 
 
 class CommunicationError(FlashcommError):

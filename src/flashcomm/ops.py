@@ -1,8 +1,8 @@
-"""Functional collectives: `flashcomm.all_reduce` and its kin for people, `torch.ops.flashcomm.*` for compiled graphs.
+"""Functional collectives: `flashcomm.all_reduce` and others for users, `torch.ops.flashcomm.*` for compiled graphs.
 
-All run a Communicator that is made at the first call with its group and format; that call is collective and compares
-settings. The ops name it by one string, "group" or "format@group": the c10d name of a registered process group and the
-wire format, without which FLASHCOMM_FORMAT or the default decides.
+All of them run on a Communicator, created at the first call with a group and format. That first call is collective and
+compares settings. The ops name the Communicator by one string, "group" or "format@group": the c10d name of a registered
+process group and the wire format. Without a format, FLASHCOMM_FORMAT or the default applies.
 
     torch.ops.flashcomm.all_reduce(Tensor x, str group) -> Tensor
     torch.ops.flashcomm.reduce_scatter(Tensor x, str group, int world_size) -> Tensor  (world_size * n, ...) to (n, ...)
@@ -10,9 +10,9 @@ wire format, without which FLASHCOMM_FORMAT or the default decides.
     torch.ops.flashcomm.all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group)
         -> (Tensor, Tensor)
 
-All are functional: new contiguous tensors, x untouched. `world_size` is the size of the group, from which the result's
-shape follows while a graph is traced, without a group at hand. An engine's integration can `override` names of its own
-for sums of which it knows more than the group.
+All are functional: they return new contiguous tensors and leave x unchanged. `world_size` is the size of the group:
+tracing needs it for the result's shape, because it has no group to ask. An engine's integration can `override` names of
+its own, for all-reduces that depend on more than the group, such as the layer.
 """
 
 from __future__ import annotations
@@ -33,39 +33,48 @@ _overrides: dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of x over the ranks of a group, as a new tensor; see `Communicator.all_reduce`.
+    """Sum x over the ranks of a group, into a new tensor; see `Communicator.all_reduce`.
 
     Works under `torch.compile(fullgraph=True, dynamic=True)`.
 
     Args:
-        x: bf16, fp16 or fp32.
-        format: A wire format such as "int4". None leaves it to FLASHCOMM_FORMAT or the default.
-        group: None is the default group.
+        x: bf16, fp16 or fp32, any shape and strides.
+        format: A wire format such as "int4". None: FLASHCOMM_FORMAT, or the default.
+        group: The process group. None: the default group.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype.
 
     Raises:
-        FlashcommError: As `Communicator` and `Communicator.all_reduce`.
+        FlashcommError: As `Communicator` and `Communicator.all_reduce` raise it.
     """
     return all_reduce_by_name(x, op_name(format, group))
 
 
 def reduce_scatter(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """This rank's shard, along dimension 0, of the sum of x; see `Communicator.reduce_scatter`.
+    """Sum x over the ranks and return this rank's shard along dimension 0; see `Communicator.reduce_scatter`.
 
     Args:
-        x: (world_size * n, ...). It is quantized whatever its size, as the format's reduce step.
+        x: (world_size * n, ...). Messages of any size are quantized, in the format of the reduce step.
         format: As in `all_reduce`.
         group: As in `all_reduce`.
+
+    Returns:
+        A contiguous tensor (n, ...).
     """
     return reduce_scatter_by_name(x, op_name(format, group), _size(group))
 
 
 def all_gather(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Every rank's x, one after the other along dimension 0; see `Communicator.all_gather`.
+    """Concatenate every rank's x along dimension 0; see `Communicator.all_gather`.
 
     Args:
-        x: (n, ...). It is quantized whatever its size, as the format's gather step.
+        x: (n, ...). Messages of any size are quantized, in the format of the gather step.
         format: As in `all_reduce`.
         group: As in `all_reduce`.
+
+    Returns:
+        A contiguous tensor (world_size * n, ...).
     """
     return all_gather_by_name(x, op_name(format, group), _size(group))
 
@@ -78,15 +87,18 @@ def all_reduce_add_rms_norm(
     format: str | WireFormat | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The RMS norm of `all_reduce(x)` + residual, and that sum; see `Communicator.all_reduce_add_rms_norm`.
+    """All-reduce x, add the residual, normalize; see `Communicator.all_reduce_add_rms_norm`.
 
     Args:
-        x: (..., hidden).
-        residual: Like x.
-        weight: (hidden,).
+        x: (..., hidden), bf16, fp16 or fp32.
+        residual: Of x's shape, dtype and device.
+        weight: (hidden,), of x's dtype and device.
         eps: Added to the mean square.
         format: As in `all_reduce`.
         group: As in `all_reduce`.
+
+    Returns:
+        (normed, new residual), two new tensors like x.
     """
     name = op_name(format, group)
     if torch.compiler.is_compiling():
@@ -95,33 +107,41 @@ def all_reduce_add_rms_norm(
 
 
 def all_reduce_by_name(x: Tensor, name: str) -> Tensor:
-    """`all_reduce` in the Communicator of an `op_name`, which integrations make once; an op where x is traced."""
+    """`all_reduce` on the Communicator of an `op_name`. Under torch.compile it becomes an op of the graph."""
     if torch.compiler.is_compiling():
         return torch.ops.flashcomm.all_reduce(x, name)  # type: ignore[no-any-return]
     return _communicator_for(name, x).all_reduce(x)
 
 
 def reduce_scatter_by_name(x: Tensor, name: str, world_size: int) -> Tensor:
-    """`reduce_scatter` as `all_reduce_by_name` does it."""
+    """`reduce_scatter` on the Communicator of an `op_name`; see `all_reduce_by_name`."""
     if torch.compiler.is_compiling():
         return torch.ops.flashcomm.reduce_scatter(x, name, world_size)  # type: ignore[no-any-return]
     return _communicator_for(name, x).reduce_scatter(x)
 
 
 def all_gather_by_name(x: Tensor, name: str, world_size: int) -> Tensor:
-    """`all_gather` as `all_reduce_by_name` does it."""
+    """`all_gather` on the Communicator of an `op_name`; see `all_reduce_by_name`."""
     if torch.compiler.is_compiling():
         return torch.ops.flashcomm.all_gather(x, name, world_size)  # type: ignore[no-any-return]
     return _communicator_for(name, x).all_gather(x)
 
 
 def communicators() -> list[Communicator]:
-    """The open Communicators behind these functions: `calls` and `sent` say what they did."""
+    """Return the open Communicators behind these functions, whose `calls` and `sent` count calls and bytes."""
     return [comm for comm in _communicators.values() if not comm.closed]
 
 
 def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> str:
-    """The string by which the ops know a format and a group."""
+    """Return the string that names a format and a group in `torch.ops.flashcomm.*`.
+
+    Args:
+        format: As in `all_reduce`.
+        group: As in `all_reduce`.
+
+    Raises:
+        SettingsError: There is no default group.
+    """
     if group is None:
         if not dist.is_initialized():
             raise SettingsError("no process group: call torch.distributed.init_process_group first, or pass group=")
@@ -129,15 +149,15 @@ def op_name(format: str | WireFormat | None = None, group: dist.ProcessGroup | N
     assert group is not None
     if format is None:
         return group.group_name
-    text = format if isinstance(format, str) else str(format)  # parsed when it is run: Dynamo traces this function
+    text = format if isinstance(format, str) else str(format)  # parsed at run time, because Dynamo traces this function
     return f"{text}@{group.group_name}"
 
 
 def override(name: str, reduce: Callable[[Tensor], Tensor]) -> None:
-    """Make `torch.ops.flashcomm.all_reduce(x, name)` return reduce(x), in place of any earlier override of that name.
+    """Make `torch.ops.flashcomm.all_reduce(x, name)` return reduce(x). A later override of a name replaces this one.
 
     Args:
-        name: Any string; only the op looks it up.
+        name: Any string. Only the op uses it.
         reduce: Returns a new contiguous tensor of x's shape and dtype, and leaves x as it is.
     """
     _overrides[name] = reduce
@@ -148,7 +168,7 @@ def _size(group: dist.ProcessGroup | None) -> int:
 
 
 def _communicator_for(name: str, x: Tensor) -> Communicator:
-    """The Communicator of that name for x's device, made now if there is none for the group as it is now."""
+    """Return the Communicator of an `op_name` for x's device. Create it if the current group has none."""
     text, at, group_name = name.rpartition("@")
     try:
         group = process_group_named(group_name)
@@ -195,7 +215,7 @@ def _of_size(comm: Communicator, group: str, world_size: int) -> Communicator:
     if comm.world_size != world_size:  # the result would not have the shape that the graph was traced with
         ranks = comm.world_size
         raise SettingsError(
-            f"world_size={world_size} was given for group {group!r}, which has {ranks} ranks: give that"
+            f"world_size={world_size} was given for group {group!r}, which has {ranks} ranks: pass world_size={ranks}"
         )
     return comm
 

@@ -1,26 +1,25 @@
-"""The settings of a Communicator: keyword argument > `FLASHCOMM_*` environment variable > default, read once.
+"""The settings of a Communicator. A keyword argument wins over a `FLASHCOMM_*` variable, which wins over the default.
 
     FLASHCOMM_FORMAT       wire format                                          int6-had/int7-had
     FLASHCOMM_ALGORITHM    auto, backend, one_shot, two_shot or hierarchical    auto
-    FLASHCOMM_LOCAL_WORLD  consecutive ranks of a node, for hierarchical        the ranks of a host; on one host, those
+    FLASHCOMM_LOCAL_WORLD  consecutive ranks per node, for hierarchical         the ranks of a host; on one host, those
                            (argument: local_world_size)                         whose GPUs are near the same CPUs
-    FLASHCOMM_MIN_BYTES    message bytes from which on `auto` quantizes         auto: as measured, or
-                                                                                `policy.MIN_BYTES`
+    FLASHCOMM_MIN_BYTES    the smallest message, in bytes, that `auto`          auto: by measured times, else
+                           quantizes                                            `policy.MIN_BYTES`
     FLASHCOMM_TRANSPORT    auto, process_group, symmetric (GPU memory of        auto: symmetric, then host_memory; on
                            peers), host_memory (pinned, GPUs of one host),      CPUs process_group
                            cpu_shared (a test double for GPUs, on CPUs)
-    FLASHCOMM_WORKSPACE_BYTES  memory that a rank offers to its peers;          256M (host_memory takes at most 72M of
-                           larger messages go in parts                          it)
-    FLASHCOMM_HOST_WORKERS multiprocessors that quantize, send and sum a        auto: 32 or 48, by format and size
-                           message over host_memory, at most
-    FLASHCOMM_CHUNK_BYTES  message bytes encoded and sent at a time             4M on CPUs, 32M on GPUs
-                           (process_group)
+    FLASHCOMM_WORKSPACE_BYTES  memory of a rank that its peers write to;        256M (host_memory uses at most 72M)
+                           a larger message takes several launches
+    FLASHCOMM_HOST_WORKERS the most multiprocessors that quantize, send         auto: 32 or 48, by format and size
+                           and sum a message over host_memory
+    FLASHCOMM_CHUNK_BYTES  message bytes per chunk (process_group)              4M on CPUs, 32M on GPUs
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs
-    FLASHCOMM_DEBUG        info: log the first use of every route, and calls    off
-                           and bytes at its 10th, 100th, ... use
+    FLASHCOMM_DEBUG        info: log each route at its first use, and its       off
+                           calls and bytes at the 10th, 100th, ... use
 
-All of them must be equal on all ranks of a group.
+They are read when a Communicator is created, and must be equal on all ranks of its group.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from flashcomm.errors import SettingsError
 from flashcomm.routing import policy
 from flashcomm.wire.format import WireFormat
 
-DEFAULT_FORMAT = "int6-had/int7-had"  # the fewest bits with at most 1 % loss (docs/accuracy.md)
+DEFAULT_FORMAT = "int6-had/int7-had"  # the fewest bits that cost at most 1 % (docs/accuracy.md)
 TRANSPORTS = ("auto", "process_group", "symmetric", "host_memory", "cpu_shared")
 ALGORITHMS = (policy.AUTO, *policy.ALGORITHMS)
 _RENAMED = {"native": "backend", "host": "host_memory", "shared": "cpu_shared"}  # values of flashcomm 0.1
@@ -44,7 +43,7 @@ NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
     *("DEBUG", "LOCAL_WORLD", "HOST_WORKERS"),
 )
-MOST_HOST_WORKERS = 128  # as `gpu.host_sync.MAX_WORKERS`
+MOST_HOST_WORKERS = 128  # equal to `gpu.host_sync.MAX_WORKERS`
 _ELSEWHERE = ("GRADIENTS",)  # read by integrations.process_group
 _ARGUMENTS = {name: name.lower() for name in NAMES} | {"LOCAL_WORLD": "local_world_size"}
 _PREFIX = "FLASHCOMM_"
@@ -52,7 +51,7 @@ _SIZE = re.compile(r"([0-9]{1,18})\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
 class Arguments(TypedDict, total=False):
-    """What a Communicator can be given. None counts as not given."""
+    """The settings that are keyword arguments of `Communicator`. None counts as not given."""
 
     algorithm: str | None
     min_bytes: int | str | None
@@ -68,40 +67,64 @@ class Arguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """Resolved and checked; `fmt` is a WireFormat in text form, so that settings compare across ranks as text."""
+    """The settings of one Communicator, resolved and checked. Ranks compare them.
+
+    Attributes:
+        fmt: The wire format as text, because ranks compare text.
+        algorithm: "auto" or one of `policy.ALGORITHMS`.
+        min_bytes: The smallest message, in bytes, that is quantized, or "auto".
+        transport: One of `TRANSPORTS`.
+        workspace_bytes: Bytes of memory that peers write to.
+        chunk_bytes: Message bytes per chunk over `process_group`.
+        timeout_s: Seconds to wait for a peer.
+        check: Whether ranks compare every call before it runs.
+        debug: "off" or "info".
+        local_world_size: Consecutive ranks per node; 0 if not set.
+        host_workers: The most multiprocessors that work on a message over `host_memory`; 0 if not set.
+        plan: The digest of the plan that the caller follows, or "".
+    """
 
     fmt: str
     algorithm: str
-    min_bytes: int | str  # or "auto"
+    min_bytes: int | str
     transport: str
     workspace_bytes: int
     chunk_bytes: int
     timeout_s: float
     check: bool
     debug: str
-    local_world_size: int = 0  # 0: what is found
-    host_workers: int = 0  # 0: what was fastest
-    plan: str = ""  # the digest of the plan that an integration follows with these settings
+    local_world_size: int = 0
+    host_workers: int = 0
+    plan: str = ""
 
     @property
     def format(self) -> WireFormat:
+        """The wire format."""
         return WireFormat.parse(self.fmt)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return all fields by name, as text and numbers that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def resolve(cls, device_type: str, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
-        """Settings for a group whose tensors live on `device_type`; `given` values of None count as not given.
+        """Return the settings that arguments, environment and defaults give. Warn of unknown FLASHCOMM_* variables.
 
-        Raises FormatError or SettingsError. Warns of FLASHCOMM_* names it does not know.
+        Args:
+            device_type: "cpu" or "cuda", where the group's tensors are. Some defaults depend on it.
+            environ: The environment. None: `os.environ`.
+            **given: Keyword arguments, see `Arguments`. None counts as not given.
+
+        Raises:
+            FormatError: The format does not exist.
+            SettingsError: A setting is unknown, or its value is not allowed.
         """
         if "local_world" in given:
             warnings.warn("local_world= is now local_world_size=", DeprecationWarning, stacklevel=3)
             given["local_world_size"] = given.pop("local_world")
         unknown = sorted(set(given) - set(_ARGUMENTS.values()))
         if unknown:
-            raise SettingsError(f"unknown settings {', '.join(unknown)}: there are {', '.join(_ARGUMENTS.values())}")
+            raise SettingsError(f"unknown settings {', '.join(unknown)}: allowed are {', '.join(_ARGUMENTS.values())}")
         env = os.environ if environ is None else environ
         warn_unknown(env)
 
@@ -126,15 +149,19 @@ class Settings:
 
 
 def warn_unknown(environ: Mapping[str, str]) -> None:
-    """Warn of every FLASHCOMM_* variable that no setting reads: most likely a misspelling."""
+    """Warn of every FLASHCOMM_* variable that is not a setting: it is probably misspelled."""
     for name in sorted(environ):
         if name.startswith(_PREFIX) and name[len(_PREFIX) :] not in (*NAMES, *_ELSEWHERE):
             known = ", ".join(_PREFIX + n for n in NAMES)
-            warnings.warn(f"{name} is not a flashcomm setting and is ignored; there are {known}", stacklevel=3)
+            warnings.warn(f"{name} is not a flashcomm setting and is ignored; the settings are {known}", stacklevel=3)
 
 
 def parse_size(name: str, value: int | str, least: int = 0) -> int:
-    """A number of bytes: 65536, '64K', '16M', '1GiB' (powers of 1024)."""
+    """Parse a number of bytes such as 65536, '64K', '16M' or '1GiB' (powers of 1024).
+
+    Raises:
+        SettingsError: It is not a number of bytes, or less than `least`.
+    """
     match = _SIZE.fullmatch(str(value).strip())
     size = int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2].lower()] if match else -1
     if size < least:
@@ -145,7 +172,7 @@ def parse_size(name: str, value: int | str, least: int = 0) -> int:
 def _format(value: Any) -> str:
     if str(value).strip().lower().endswith(".json"):
         raise SettingsError(
-            f"format={value!r} is a plan, with formats by layer; one call has one format. Give plans to an "
+            f"format={value!r} is a plan with a format for each layer; a Communicator has one format. Pass plans to an "
             "integration: flashcomm.integrations.transformers.enable, or backend='flashcomm'"
         )
     return str(WireFormat.parse(value))
@@ -156,8 +183,8 @@ def _seconds(value: float | str) -> float:
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
         seconds = 0.0
-    if not 1e-3 <= seconds < 1e7:  # torch.distributed counts milliseconds, and takes 0 of them for no time-out
-        raise SettingsError(f"timeout_s={value!r}: give a number of seconds, at least 0.001")
+    if not 1e-3 <= seconds < 1e7:  # torch.distributed counts milliseconds, and 0 of them mean no time-out
+        raise SettingsError(f"timeout_s={value!r}: give a number of seconds from 0.001 to 1e7")
     return seconds
 
 
@@ -170,7 +197,7 @@ def _workers(value: int | str) -> int:
 
 def _ranks(value: int | str | None) -> int:
     if value is not None and not re.fullmatch(r"0*[1-9][0-9]{0,8}", str(value).strip()):
-        raise SettingsError(f"local_world_size={value!r}: give the number of ranks in a node")
+        raise SettingsError(f"local_world_size={value!r}: give the number of ranks per node")
     return 0 if value is None else int(value)
 
 

@@ -1,7 +1,7 @@
 """Start ranks for tests and experiments: processes in a process group, on CPUs or GPUs, over emulated slow links.
 
-`run` starts the ranks, calls a module-level function on each, and returns what rank 0 returns. An error on any rank is
-raised in the caller, and no process outlives the run.
+`run` starts the ranks, calls a module-level function on each, and returns rank 0's result. It raises an error of any
+rank in the caller. No process outlives it.
 
 Example:
     Two ranks sum their tensors, and rank 0 returns the result::
@@ -20,8 +20,8 @@ Example:
         if __name__ == "__main__":
             print(run(total, 2, (1.0,)))  # [3.0, 3.0]
 
-With `link="100mbit"` every rank has a network link of that rate to itself. `probe_link()` says why that is not possible
-on a machine, or returns None.
+With `link="100mbit"` every rank gets its own network link of that rate. `probe_link()` returns why a machine does not
+allow that, or None.
 """
 
 from flashcomm.ranks.launch import RankContext, run

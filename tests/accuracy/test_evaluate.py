@@ -14,24 +14,24 @@ from flashcomm.plan import Plan
 
 
 def test_rows_are_what_the_logits_say() -> None:
-    """Perplexity, rise, KL and agreement once more from the logits themselves."""
+    """Compute perplexity, rise, KL and equal tokens again, directly from the logits."""
     model, windows = tiny(), torch.randint(0, 200, (5, 24))
     fmt = Plan.of("int3")
     rows = evaluate.evaluate(TensorParallel(model, 2, algorithm="two_shot"), windows, 700, {"int3": fmt}, 6)
     with torch.inference_mode(), TensorParallel(model, 2, algorithm="two_shot") as ranks:
         base = model(windows).logits[:, :-1].log_softmax(-1)
         ranks.plan = fmt
-        coded = model(windows).logits[:, :-1].log_softmax(-1)
-    nats = [-lp.gather(-1, windows[:, 1:, None]).mean().item() for lp in (base, coded)]
+        low_bit = model(windows).logits[:, :-1].log_softmax(-1)
+    nats = [-lp.gather(-1, windows[:, 1:, None]).mean().item() for lp in (base, low_bit)]
     assert [r["format"] for r in rows] == ["none", "int3"]
     for row, n in zip(rows, nats, strict=True):
         assert row["perplexity"] == pytest.approx(math.exp(n), rel=1e-4)
         assert row["bits_per_byte"] == pytest.approx(n * 5 * 23 / math.log(2) / 700, rel=1e-4)
     assert rows[1]["rise_pct"] == pytest.approx(100 * math.expm1(nats[1] - nats[0]), abs=2e-3)
     assert rows[1]["low_pct"] < rows[1]["rise_pct"] < rows[1]["high_pct"]
-    kl = (base.exp() * (base - coded)).sum(-1).mean().item()
+    kl = (base.exp() * (base - low_bit)).sum(-1).mean().item()
     assert rows[1]["kl"] == pytest.approx(kl, rel=1e-3)
-    same = (base.argmax(-1) == coded.argmax(-1)).float().mean().item()
+    same = (base.argmax(-1) == low_bit.argmax(-1)).float().mean().item()
     assert rows[1]["same_top1_pct"] == pytest.approx(100 * same, abs=0.01)
     assert 0 <= rows[1]["greedy_pct"] <= 100
     assert rows[0]["kl"] == rows[0]["rise_pct"] == 0
@@ -48,7 +48,7 @@ def test_intervals() -> None:
 
 @pytest.mark.parametrize(("freedom", "t"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (63, 1.998)])
 def test_student(freedom: int, t: float) -> None:
-    """Against the printed table; the expansion is good to 1 %."""
+    """Compare with the printed table. The expansion is accurate to 1 %."""
     assert evaluate._student(freedom) == pytest.approx(t, rel=0.01)
 
 

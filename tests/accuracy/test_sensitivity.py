@@ -1,4 +1,4 @@
-"""Sensitivity of layers: by hand, and beside what is measured."""
+"""The sensitivity of layers, compared with hand-written code and with measured divergences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashcomm.wire.format import StepFormat
 
 
 def test_it_is_half_the_square_of_gradient_times_error() -> None:
-    """Worked out once more, with hooks of our own: one layer, its reduce and its gather step."""
+    """Compute it again with separate hooks, for the reduce and the gather step of one layer."""
     model, name, step = tiny(), LAYERS[2], StepFormat(3, 32, hadamard=True)
     found = sensitivity.measure(model, IDS, 2, [step])
     parts: list[Tensor] = []
@@ -48,7 +48,7 @@ def test_it_is_half_the_square_of_gradient_times_error() -> None:
 
 
 def test_conditioning_is_the_mean_and_the_balance_of_gradient_and_spread() -> None:
-    """Channel 9 of a layer gets a spread 128 times as large, which its scale shows."""
+    """Channel 9 of a layer gets a spread 128 times as large. Its scale must show that."""
     model = tiny()
     module = model.get_submodule(LAYERS[1])
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_conditioning_is_the_mean_and_the_balance_of_gradient_and_spread() -> No
 
 @needs_model
 def test_it_predicts_the_measured_divergence_of_a_real_model() -> None:
-    """To second order, so the more bits the nearer; docs/accuracy.md has it on more text."""
+    """The prediction is of second order, so it is closer with more bits. docs/accuracy.md has it on more text."""
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     ids = torch.randint(1000, 40000, (2, 192), generator=torch.Generator().manual_seed(1))
     fmt = WireFormat.parse("int5-had")
@@ -82,6 +82,6 @@ def test_it_predicts_the_measured_divergence_of_a_real_model() -> None:
     with torch.inference_mode():
         base = model(ids).logits.log_softmax(-1)
         with TensorParallel(model, 2, fmt, algorithm="two_shot"):
-            coded = model(ids).logits.log_softmax(-1)
-    measured = (base.exp() * (base - coded)).sum(-1).mean().item()
+            low_bit = model(ids).logits.log_softmax(-1)
+    measured = (base.exp() * (base - low_bit)).sum(-1).mean().item()
     assert 0.5 < predicted / measured < 2, (predicted, measured)

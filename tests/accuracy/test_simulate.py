@@ -1,4 +1,4 @@
-"""Simulated ranks compute what real ones do."""
+"""Simulated ranks give the same results as real ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashcomm.testing import RankContext, run
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As on the ranks, because kernels cut their work by threads; given back, because other tests need threads."""
+    """Use one thread, like the ranks, because kernels split their work by threads. Restored for other tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def test_uncompressed_ranks_compute_the_model_and_leave_it_as_it_was() -> None:
 
 
 def test_bits_are_those_on_the_wire() -> None:
-    """64 channels a row: 4 bits and a 16-bit word for 64 values; 6 bits and 24; 8 bits and 24 a gather step."""
+    """Rows have 64 channels. Each group of 64 values adds a 16-bit word to 4 bits per value, or 24 bits to 6 or 8."""
     model = tiny()
     cases = (("int4", 4.25), ("int6-had", 6.375), ("none", 16.0), ("int4/int8", (4.25 + 8.375) / 2))
     with TensorParallel(model, 2, algorithm="two_shot") as ranks, torch.inference_mode():
@@ -89,7 +89,7 @@ def test_one_inside_another_is_left_as_it_was() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InputError, match="0 ranks asked for: at least 1"):
+    with pytest.raises(InputError, match="world_size=0: give at least 1 rank"):
         TensorParallel(tiny(), 0)
     with pytest.raises(InputError, match=r"3 ranks cannot share the inputs of model.layers.0.self_attn.o_proj \(64\)"):
         TensorParallel(tiny(), 3)

@@ -20,7 +20,7 @@ def test_windows_are_spread_evenly_from_the_first_to_the_last_token(tmp_path: Pa
 
 def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a b c")
-    with pytest.raises(InputError, match=r"t\.txt has 3 tokens, 2 windows of 512 need 1024: give a longer text"):
+    with pytest.raises(InputError, match=r"t\.txt has 3 tokens, but 2 windows of 512 need 1024: give a longer text"):
         texts.read_windows(tmp_path / "t.txt", Words(), 512, 2)
     with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
         texts.read_windows(tmp_path / "none.txt", Words(), 8, 1)

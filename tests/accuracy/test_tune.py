@@ -14,7 +14,7 @@ from flashcomm.plan import Plan
 
 
 def candidates() -> tune.Candidates:
-    """Layers whose loss falls fourfold a bit from different heights; the first has a row twice as long."""
+    """Layers whose loss falls fourfold per bit, from different values. The first has rows twice as long."""
     formats = [WireFormat.parse(f"int{b}-had") for b in (3, 4, 5, 6)]
     heights = {"a": 8.0, "b": 1.0, "c": 0.05}
     by_layer = {n: [tune.Candidate(f, f.bits, h * 4.0**-f.reduce.bits) for f in formats] for n, h in heights.items()}
@@ -23,7 +23,7 @@ def candidates() -> tune.Candidates:
 
 @pytest.mark.parametrize("bits", [3.5, 4.0, 4.6, 5.4, 6.0])
 def test_the_least_loss_at_given_bits(bits: float) -> None:
-    """Against every choice there is."""
+    """Compare with all possible choices."""
     given = candidates()
     found = given.within(bits=bits)
     assert found.bits <= bits
@@ -63,7 +63,7 @@ def test_a_plan_whose_measured_rise_is_too_high_is_tightened() -> None:
 
 
 def test_a_plan_far_inside_the_budget_is_loosened() -> None:
-    """Rises are a tenth of those predicted: fewer bits are sent, and the budget is still met."""
+    """If rises are a tenth of those predicted, fewer bits are sent, and the budget is still met."""
     given = candidates()
     losses = {str(c.format): c.kl for c in given.by_layer["a"]}
 
@@ -77,5 +77,5 @@ def test_a_plan_far_inside_the_budget_is_loosened() -> None:
 
 
 def test_a_measurement_that_is_no_number() -> None:
-    with pytest.raises(InputError, match="is no number: try it with --dtype fp32"):
+    with pytest.raises(InputError, match="is not a number: try --dtype fp32"):
         tune.tune(candidates(), lambda plan: math.nan, rise=0.01)

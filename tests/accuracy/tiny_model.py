@@ -1,4 +1,4 @@
-"""A small model, and where the real one is, for the tests of accuracy."""
+"""A small model, and the directory of the real one, for the tests of accuracy."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ BF16 = torch.bfloat16
 
 
 def grown(ctx: RankContext, dtype: torch.dtype) -> list[float]:
-    """The largest value after as many sums in place as the bench makes, and after two more."""
+    """Return the largest value after as many sums in place as the benchmark runs, and after two more."""
     impl = baselines.Backend()
     impl.load([torch.full((64,), 31.0, dtype=dtype)])
     impl.refill(baselines.SMALL)
@@ -31,16 +31,16 @@ def grown(ctx: RankContext, dtype: torch.dtype) -> list[float]:
 def test_sums_in_place_stay_finite(dtype: torch.dtype, world_size: int) -> None:
     most, two_more = run(grown, world_size, (dtype,))  # type: ignore[misc]
     assert 0 < most < float("inf")
-    assert two_more == float("inf")  # so the limit is no lower than it must be
+    assert two_more == float("inf")  # so the limit is not lower than necessary
 
 
 def buffers_after_timing(ctx: RankContext) -> tuple[int, list[float]]:
-    """Calls a sample that the bench makes in fp16 at most, and what is in the buffers after it."""
+    """Return the most calls per sample in fp16, and the contents of the buffers after them."""
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         measure = timing.measure
         patch.setattr(timing, "measure", lambda *args: (seen.append(args), measure(*args))[1])
-        patch.setattr(time, "perf_counter", lambda: 0.0)  # so that every sample has as many calls as it may
+        patch.setattr(time, "perf_counter", lambda: 0.0)  # so that every sample has the most calls
         patch.setattr(all_reduce, "_rows", lambda *args: [])
         all_reduce.all_reduce(ctx, [], [256], 64, torch.float16, 3, ("eager",), {})
     backend = seen[0][1][0]

@@ -15,7 +15,7 @@ BF16 = torch.bfloat16
 
 
 def test_the_last_rows_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A codec that is wrong far from the beginning is not timed."""
+    """A codec that is wrong only at the end of a message is not timed."""
 
     class Wrong:
         encode = staticmethod(torch_codec.encode)

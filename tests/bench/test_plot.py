@@ -1,4 +1,4 @@
-"""Pictures of CSV files, new and old."""
+"""Plots of CSV files, new and old."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> dict[str, Any]:
-    """The lines of the left panel by label: their line style and their times in ms."""
+    """Return the line style and the times in ms of each line of the left panel, by label."""
     from matplotlib import pyplot
 
     figures: list[Any] = []
@@ -65,5 +65,5 @@ def test_refusals(tmp_path: Path) -> None:
         plot([tmp_path / "none.csv"], tmp_path / "x.svg")
     with pytest.raises(InputError, match=r"give a name that ends in \.svg or \.png"):
         plot([RESULTS / "allreduce-2ranks-1gbit.csv"], tmp_path / "x.pdf")
-    with pytest.raises(InputError, match="holds no rows of `flashcomm bench`"):
+    with pytest.raises(InputError, match="has no rows of `flashcomm bench`"):
         plot([RESULTS / "codec-1-thread.csv"], tmp_path / "x.svg")

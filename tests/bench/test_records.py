@@ -1,4 +1,4 @@
-"""CSV files: what is written is read, and older files are read under today's names."""
+"""CSV files: written rows are read again, and older files are read with current names."""
 
 from __future__ import annotations
 

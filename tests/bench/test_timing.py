@@ -21,7 +21,7 @@ BF16 = torch.bfloat16
 
 
 class StandIn:
-    """torch.cuda as far as timing needs it, on a CPU: work runs at once, a graph is a list of runs to be repeated."""
+    """The parts of torch.cuda that timing uses, on a CPU: work runs at once, and a graph is a list of runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.captured: list[Callable[[], None]] | None = None
@@ -104,7 +104,7 @@ def on_a_stand_in(ctx: RankContext, what: str = "") -> Any:
 
 
 def others_on_a_stand_in(ctx: RankContext, patch: pytest.MonkeyPatch) -> None:
-    """Symmetric memory that gloo sums, and a flashinfer whose ranks differ."""
+    """Provide symmetric memory that gloo sums, and a flashinfer whose results differ between ranks."""
 
     def in_place(x: torch.Tensor, op: str, group_name: str) -> torch.Tensor:
         dist.all_reduce(x)
@@ -123,7 +123,7 @@ def others_on_a_stand_in(ctx: RankContext, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_timing_by_events_and_graphs() -> None:
-    """A sample is one unit of the stand-in's clock, 1 ms, for ten calls; what `auto` takes is measured, too."""
+    """A sample of ten calls takes one unit of the stand-in's clock, 1 ms. The route of `auto` is measured, too."""
     found: Any = run(on_a_stand_in, 2, ())
     rows = found["rows"]
     assert set(found["unavailable"]) == {"vllm custom"}
@@ -170,7 +170,7 @@ def test_replays_are_compared_with_eager_calls() -> None:
 
 
 def test_calls_in_a_sample() -> None:
-    """Ten, fewer for huge messages, and each set of inputs at least once."""
+    """There are ten, or fewer for huge messages, but each set of inputs is used at least once."""
     assert timing.sets_for(1 << 20, torch.device("cpu")) == 2
     assert [timing.calls_for(n << 20, 2) for n in (1, 64, 128, 256, 1024)] == [10, 10, 5, 2, 2]
     assert timing.calls_for(1 << 16, 16) == 16

@@ -1,4 +1,4 @@
-"""The command line for tests: in this process, or as a process of its own."""
+"""Run the command line in tests, in this process or in a new one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_link = pytest.mark.skipif(NO_LINK is not None, reason=f"no network namespa
 
 
 def flashcomm(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in this process; the ranks that it starts are processes all the same."""
+    """Run a command in this process. The ranks that it starts are still processes."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", ["flashcomm", *map(str, args)]),
@@ -40,7 +40,7 @@ def flashcomm(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def process(*args: object, launcher: tuple[object, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does, in a process of its own."""
+    """Run a command in a new process, like a user."""
     command = [sys.executable, *launcher, "-m", "flashcomm.cli.main", *args]
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=200, env={**os.environ, **env}
@@ -48,13 +48,13 @@ def process(*args: object, launcher: tuple[object, ...] = (), **env: str) -> sub
 
 
 def as_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The one object on stdout of a command that went well."""
+    """Return the JSON object on stdout of a successful command."""
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 1 or 2, nothing on stdout, and one message without a traceback that holds all parts."""
+    """Assert exit code 1 or 2, an empty stdout, and a message with all parts and without a traceback."""
     assert done.returncode in (1, 2), done
     assert done.stdout == ""
     assert "Traceback" not in done.stderr

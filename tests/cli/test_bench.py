@@ -31,7 +31,7 @@ def test_json_csv_and_plot(tmp_path: Path) -> None:
 
 
 def test_table() -> None:
-    """Every path has a row, and what has none a reason."""
+    """Every path has a row, or a reason why it has none."""
     done = flashcomm(*BENCH, "--formats", "int8", "-b", 8192, "-e", 8192, "--turns", 1)
     assert done.returncode == 0, done.stderr
     for row in ("backend", "one_shot", "two_shot", "int8 +auto", "int8 +one_shot"):

@@ -1,4 +1,4 @@
-"""`flashcomm generate`: a real model on three ranks says what it says on one."""
+"""`flashcomm generate`: a real model generates the same text on three ranks as on one."""
 
 from __future__ import annotations
 

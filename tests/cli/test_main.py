@@ -1,4 +1,4 @@
-"""The console script: help, one line for what is missing or wrong, no orphans."""
+"""The console script: help, one line for each error, no orphans."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_error_is_one_line() -> None:
 
 
 def test_no_orphans_after_a_kill() -> None:
-    """The parent dies by SIGKILL, and so do its ranks, within seconds."""
+    """If the parent is killed by SIGKILL, its ranks end within seconds."""
     marker = f"FC_TEST_{os.getpid()}"
     sizes = ("-b", "16M", "-e", "64M", "--turns", "99")
     command = [sys.executable, "-m", "flashcomm.cli.main", "bench", "all_reduce", *sizes]

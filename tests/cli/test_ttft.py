@@ -1,4 +1,4 @@
-"""`flashcomm ttft`: of a real model, and of a shape with random weights, with every column."""
+"""`flashcomm ttft` for a real model and for a shape with random weights, with all columns."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def test_sweep_with_overlap(tmp_path: Path) -> None:
         assert row["limit"] == pytest.approx(base["ttft_s"] / base["compute_s"], rel=0.02)
     as_json(flashcomm("plot", tmp_path / "t.csv", tmp_path / "t.csv", "-o", tmp_path / "t.svg", "--json"))
     assert (tmp_path / "t.svg").read_text().count("<!-- tiny, 2 of 3 layers, ") == 4
-    refused(flashcomm("plot", tmp_path / "t.csv", Path(__file__), "-o", tmp_path / "t.svg"), "several make one")
+    refused(
+        flashcomm("plot", tmp_path / "t.csv", Path(__file__), "-o", tmp_path / "t.svg"), "several files can be drawn"
+    )
 
 
 def test_compiled() -> None:
@@ -65,8 +67,8 @@ def test_compiled() -> None:
 
 def test_refusals() -> None:
     refused(flashcomm("ttft", "--model", "llama-9b"), "--model llama-9b: no such directory and no such shape")
-    refused(flashcomm(*TINY, "--layers", 4), "--layers 4: tiny has 3; give 1 to that many")
+    refused(flashcomm(*TINY, "--layers", 4), "--layers 4: tiny has 3; give a number from 1 to that")
     refused(flashcomm(*TINY, "--world", 4), "4 ranks cannot share tiny", "--world 1, 2")
     refused(flashcomm(*TINY, "--batch", "1,x"), "--batch 1,x: give positive numbers")
-    refused(flashcomm(*TINY, "--overlap"), "give batches of 2 and more")
-    refused(flashcomm(*TINY, "--batch", 2, "--overlap", "--compile"), "cannot be interleaved")
+    refused(flashcomm(*TINY, "--overlap"), "give batches of at least 2")
+    refused(flashcomm(*TINY, "--batch", 2, "--overlap", "--compile"), "cannot take turns")

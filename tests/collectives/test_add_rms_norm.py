@@ -1,4 +1,4 @@
-"""The all-reduce with what follows it in a layer: residual added, RMS norm. One definition, the same bits everywhere"""
+"""All-reduce + add + RMSNorm: one definition, and the same bits on every device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HIDDEN = (512, 768, 4096, 5120, 1, 7, 577)
 
 
-def beside(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A residual like a message of that shape, and a weight."""
+def residual_and_weight(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a residual like a message of this shape, and a weight."""
     generator = torch.Generator().manual_seed(900 + seed)
     weight = torch.randn(shape[-1], generator=generator) * 0.3 + 1
     return tough(shape, dtype, 500 + seed), weight.to(dtype)
@@ -32,7 +32,7 @@ def same_pair(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, 
 
 
 def pairs(values: list[np.float32]) -> np.float32:
-    """The sum by the words of the definition: halves of the next power of two."""
+    """Sum as the definition says: pairs, pairs of pairs, up to the next power of two."""
     if len(values) == 1:
         return values[0]
     half = 1 << (len(values) - 1).bit_length() - 1
@@ -42,7 +42,7 @@ def pairs(values: list[np.float32]) -> np.float32:
 class TestDefinition:
     @pytest.mark.parametrize("hidden", HIDDEN)
     def test_in_single_float32_operations(self, hidden: int) -> None:
-        total, (residual, weight) = tough((2, hidden), FP32, 3), beside((2, hidden), FP32)
+        total, (residual, weight) = tough((2, hidden), FP32, 3), residual_and_weight((2, hidden), FP32)
         eps = 1e-6
         normed, summed = reference.add_rms_norm(total, residual, weight, eps)
         for row in range(2):
@@ -54,7 +54,7 @@ class TestDefinition:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_is_the_formula(self, dtype: torch.dtype) -> None:
-        total, (residual, weight) = tough((5, 600), dtype, 1), beside((5, 600), dtype)
+        total, (residual, weight) = tough((5, 600), dtype, 1), residual_and_weight((5, 600), dtype)
         normed, summed = reference.add_rms_norm(total, residual, weight, 1e-5)
         assert same_bits(summed, total + residual)
         y = summed.double()
@@ -62,8 +62,8 @@ class TestDefinition:
         torch.testing.assert_close(normed.double(), want, rtol=2.1 * torch.finfo(dtype).eps, atol=1e-30)
 
     def test_rounds_before_the_weight(self) -> None:
-        """What is normalized is the stored sum; it is rounded, multiplied with the weight, and rounded again."""
-        total, (residual, weight) = tough((1, 512), BF16, 1), beside((1, 512), BF16)
+        """The stored sum is normalized. The result is rounded, multiplied by the weight, and rounded again."""
+        total, (residual, weight) = tough((1, 512), BF16, 1), residual_and_weight((1, 512), BF16)
         normed, summed = reference.add_rms_norm(total, residual, weight, 1e-5)
         inverse = 1 / (summed.double().square().mean() + 1e-5).sqrt()
         exact, unrounded = summed.double() * inverse, (total.double() + residual.double()) * inverse
@@ -79,7 +79,10 @@ class TestImplementations:
         kernel = pytest.importorskip("flashcomm.gpu.add_rms_norm", reason="triton is not installed")
         device = "cuda" if N_GPUS else "cpu"
         for n_rows in (1, 3, 9):
-            total, (residual, weight) = tough((n_rows, hidden), dtype, n_rows), beside((n_rows, hidden), dtype)
+            total, (residual, weight) = (
+                tough((n_rows, hidden), dtype, n_rows),
+                residual_and_weight((n_rows, hidden), dtype),
+            )
             total[-1, -1] = float("nan")
             if hidden > 1:
                 residual[0, 0] = float("inf")
@@ -90,7 +93,7 @@ class TestImplementations:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_blocks_of_rows_strides_and_nothing(self, dtype: torch.dtype) -> None:
         shape = (3, 50, 576)
-        total, (residual, weight) = tough(shape, dtype, 2), beside(shape, dtype)
+        total, (residual, weight) = tough(shape, dtype, 2), residual_and_weight(shape, dtype)
         want = reference.add_rms_norm(total, residual, weight, 1e-5)
         assert same_pair(add_rms_norm.add_rms_norm(total, residual, weight, 1e-5), want)
         spread = torch.stack((residual, residual), -1)[..., 0]
@@ -107,25 +110,25 @@ class TestCommunicator:
     @ranks(3)
     def test_equals_the_reference(self, group: dist.ProcessGroup, rank: int, algorithm: str) -> None:
         shape = (4, 3, 600)
-        everybody = [tough(shape, BF16, r) for r in range(3)]
-        residual, weight = beside(shape, BF16)
-        kept = [t.clone() for t in (everybody[rank], residual)]
+        inputs = [tough(shape, BF16, r) for r in range(3)]
+        residual, weight = residual_and_weight(shape, BF16)
+        kept = [t.clone() for t in (inputs[rank], residual)]
         with Communicator(group, "int4-had", algorithm=algorithm) as comm:
             for fmt, eps in (("int4-had", 1e-5), ("int8", 0.0)):
-                got = comm.all_reduce_add_rms_norm(everybody[rank], residual, weight, eps, format=fmt)
+                got = comm.all_reduce_add_rms_norm(inputs[rank], residual, weight, eps, format=fmt)
                 if algorithm == "backend":
-                    total = comm.all_reduce(everybody[rank])
+                    total = comm.all_reduce(inputs[rank])
                 else:
-                    total = getattr(reference, algorithm)(everybody, WireFormat.parse(fmt))
+                    total = getattr(reference, algorithm)(inputs, WireFormat.parse(fmt))
                 assert same_pair(got, reference.add_rms_norm(total, residual, weight, eps)), fmt
             assert comm.calls[f"all_reduce_add_rms_norm/{algorithm}"] == 2
-        assert same_bits(kept[0], everybody[rank])
+        assert same_bits(kept[0], inputs[rank])
         assert same_bits(kept[1], residual)
 
     @pytest.mark.contract(7)
     @ranks(1)
     def test_a_world_of_one_and_no_rows(self, group: dist.ProcessGroup, rank: int) -> None:
-        x, (residual, weight) = tough((2, 64), FP16), beside((2, 64), FP16)
+        x, (residual, weight) = tough((2, 64), FP16), residual_and_weight((2, 64), FP16)
         comm = Communicator(group, "int4")
         got = comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
         assert same_pair(got, reference.add_rms_norm(x, residual, weight, 1e-5))
@@ -141,19 +144,19 @@ class TestCommunicator:
     def test_a_bad_argument_on_one_rank_is_an_error_on_all(
         self, group: dist.ProcessGroup, rank: int, check: bool
     ) -> None:
-        """With check=False it is an error on that rank only, so there all ranks pass it."""
-        x, (residual, weight) = tough((2, 64), BF16), beside((2, 64), BF16)
+        """With check=False only that rank raises the error, so all ranks pass the bad argument."""
+        x, (residual, weight) = tough((2, 64), BF16), residual_and_weight((2, 64), BF16)
         fine = {"x": x, "residual": residual, "weight": weight, "eps": 1e-5}
         bad: list[tuple[dict[str, object], str]] = [
-            ({"x": [1.0]}, "a torch.Tensor is needed"),
-            ({"residual": residual[:1]}, "residual must be like x"),
-            ({"residual": residual.half()}, "residual must be like x"),
-            ({"residual": None}, "residual must be like x"),
-            ({"residual": residual.to("meta")}, "residual must be like x"),
-            ({"weight": weight[:63]}, r"weight must be \(hidden,\)"),
-            ({"weight": weight.float()}, r"weight must be \(hidden,\)"),
-            ({"weight": torch.nn.Parameter(weight)}, "without a gradient"),
-            ({"x": x[0, 0], "residual": residual[0, 0], "weight": weight[0]}, r"weight must be \(hidden,\)"),
+            ({"x": [1.0]}, "x must be a torch.Tensor"),
+            ({"residual": residual[:1]}, "residual must have x's shape"),
+            ({"residual": residual.half()}, "residual must have x's shape"),
+            ({"residual": None}, "residual must have x's shape"),
+            ({"residual": residual.to("meta")}, "residual must have x's shape"),
+            ({"weight": weight[:63]}, r"weight must have shape \(hidden,\)"),
+            ({"weight": weight.float()}, r"weight must have shape \(hidden,\)"),
+            ({"weight": torch.nn.Parameter(weight)}, "need no gradient"),
+            ({"x": x[0, 0], "residual": residual[0, 0], "weight": weight[0]}, r"weight must have shape \(hidden,\)"),
             ({"eps": -1.0}, "eps must be a finite number"),
             ({"eps": float("nan")}, "eps must be a finite number"),
             ({"eps": "1e-5"}, "eps must be a finite number"),
@@ -170,7 +173,7 @@ class TestCommunicator:
                     comm.all_reduce_add_rms_norm(**fine | (other if rank else {}))  # type: ignore[arg-type]
             with pytest.raises(InputError, match="rank 0: all_reduce number"):
                 comm.all_reduce_add_rms_norm(**fine) if rank else comm.all_reduce(x)  # type: ignore[arg-type]
-        with torch.no_grad():  # too small a message to be quantized
+        with torch.no_grad():  # the message is too small to be quantized
             got = comm.all_reduce_add_rms_norm(x, residual, torch.nn.Parameter(weight), 1e-5)
         assert same_pair(got, reference.add_rms_norm(x + x, residual, weight, 1e-5))
 
@@ -178,9 +181,9 @@ class TestCommunicator:
 @ranks(2)
 def test_as_an_op_and_compiled(ctx: RankContext) -> None:
     shape = (64, 1152)
-    everybody = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
-    x, (residual, weight) = everybody[ctx.rank], beside(shape, BF16)
-    want = reference.add_rms_norm(reference.one_shot(everybody, WireFormat.parse("int4")), residual, weight, 1e-5)
+    inputs = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
+    x, (residual, weight) = inputs[ctx.rank], residual_and_weight(shape, BF16)
+    want = reference.add_rms_norm(reference.one_shot(inputs, WireFormat.parse("int4")), residual, weight, 1e-5)
     assert same_pair(flashcomm.all_reduce_add_rms_norm(x, residual, weight, 1e-5, "int4"), want)
     op, name = torch.ops.flashcomm.all_reduce_add_rms_norm, ops.op_name("int4")
     assert same_pair(op(x, residual, weight, 1e-5, name), want)
@@ -198,8 +201,8 @@ def test_as_an_op_and_compiled(ctx: RankContext) -> None:
     def block(x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return flashcomm.all_reduce_add_rms_norm(x * 2, residual, weight, 1e-5, "int4")
 
-    for n_rows in (64, 50, 61):  # of memory of their own: a view is another kind of input
-        total = reference.one_shot([t[:n_rows] * 2 for t in everybody], WireFormat.parse("int4"))
+    for n_rows in (64, 50, 61):  # new memory: for the compiler a view is another kind of input
+        total = reference.one_shot([t[:n_rows] * 2 for t in inputs], WireFormat.parse("int4"))
         got = block(x[:n_rows].clone(), residual[:n_rows].clone())
         assert same_pair(got, reference.add_rms_norm(total, residual[:n_rows], weight, 1e-5))
     assert graphs == 1
@@ -215,16 +218,16 @@ DEVICE, TRANSPORT = ("cuda", "symmetric") if ON_GPUS else ("cpu", "cpu_shared")
 @pytest.mark.contract(2)
 @ranks(2, device=DEVICE, timeout_s=1000 if ON_GPUS else 280)
 def test_over_peers_memory(ctx: RankContext) -> None:
-    """Behind the kernel over peers' memory: rows shorter and longer than a tile, and rows that end in a short group."""
+    """After the kernel over peers' memory: rows shorter and longer than a tile, and rows that end in a short group."""
     settings = {"transport": TRANSPORT, "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60}
     for fmt, algorithm in (("int4", "one_shot"), ("int6-had/int7-had", "two_shot")):
         with Communicator(None, fmt, device=DEVICE, algorithm=algorithm, **settings) as comm:  # type: ignore[arg-type]
             for seed, shape in enumerate(((9, 512), (2, 11, 768), (1, 64), (2, 600))):
-                everybody = [tough(shape, BF16, seed + 100 * rank) for rank in range(ctx.world_size)]
-                residual, weight = beside(shape, BF16, seed)
-                total = getattr(reference, algorithm)(everybody, comm.format)
+                inputs = [tough(shape, BF16, seed + 100 * rank) for rank in range(ctx.world_size)]
+                residual, weight = residual_and_weight(shape, BF16, seed)
+                total = getattr(reference, algorithm)(inputs, comm.format)
                 want = reference.add_rms_norm(total, residual, weight, 1e-5)
-                mine = [t.to(ctx.device) for t in (everybody[ctx.rank], residual, weight)]
+                mine = [t.to(ctx.device) for t in (inputs[ctx.rank], residual, weight)]
                 got = comm.all_reduce_add_rms_norm(*mine, 1e-5)  # type: ignore[arg-type]
                 assert same_pair(got, want), (fmt, algorithm, shape)
             assert dict(comm.calls) == {f"all_reduce_add_rms_norm/{algorithm}": 4}

@@ -1,4 +1,4 @@
-"""All-reduce over nodes: what it returns and sends, over gloo and through host memory."""
+"""The hierarchical all-reduce: its results and bytes, over gloo and on GPUs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(group: Any, fmt: str, local_world_size: int | None, **more: Any) -> Com
 def test_ranks_give_the_bits_of_the_reference(
     group: dist.ProcessGroup, rank: int, world_size: int, local_world_size: int, fmt: str, dtype: torch.dtype
 ) -> None:
-    """Chunks of a few rows, and shards of which some ranks have nothing."""
+    """The cases include chunks of a few rows, and empty shards."""
     with make(group, fmt, local_world_size, chunk_bytes=2000) as comm:
         for s, shape in enumerate(SHAPES):
             tensors = [tough(shape, dtype, 10 * s + r) for r in range(world_size)]
@@ -56,11 +56,11 @@ def test_ranks_give_the_bits_of_the_reference(
 def test_it_sends_what_explain_says(group: dist.ProcessGroup, rank: int) -> None:
     int4, int8 = 16 * (32 + 2), 16 * (64 + 3)  # a shard has 16 groups of 64: codes, then scale and zero point
     with make(group, "int4/int8", 3) as comm:
-        comm.all_reduce(torch.ones(6, 512, dtype=BF16))  # two rows a shard: no rank has more than another
+        comm.all_reduce(torch.ones(6, 512, dtype=BF16))  # two rows per shard, equal for all ranks
         sent = comm.transport.n_bytes_sent
         assert sent == sum(comm.sent.values()) == 2 * int4 + int4 + 2 * int8
-        told = str(comm.explain((6, 512), BF16))
-    assert f"hierarchical as int4/int8 over process_group: {sent} bytes a rank" in told
+        output = str(comm.explain((6, 512), BF16))
+    assert f"hierarchical as int4/int8 over process_group: {sent} bytes a rank" in output
 
 
 @pytest.mark.contract(2, 3)
@@ -68,7 +68,7 @@ def test_it_sends_what_explain_says(group: dist.ProcessGroup, rank: int) -> None
     ("fmt", "bits", "hadamard"), [("int4-g16/int8-g16", (4, 8), False), ("int5-g16-had", (5, 5), True)]
 )
 def test_the_reference_is_what_the_method_says(fmt: str, bits: tuple[int, int], hadamard: bool) -> None:
-    """Plain loops over nodes and ranks: values, nodes' sums and the sum are quantized; the end transforms back once."""
+    """Compare with plain loops that quantize values, nodes' sums and the sum, and transform back once at the end."""
     tensors = [torch.randn(1, 39) * (r + 1) for r in range(6)]
     want: list[float] = []
     for begin in range(0, 39, 16):
@@ -76,9 +76,9 @@ def test_the_reference_is_what_the_method_says(fmt: str, bits: tuple[int, int], 
         n = len(groups[0])
         transformed = hadamard and n != 7
 
-        def summed(everybodys: list[list[float]], n: int = n) -> list[float]:
+        def summed(rank_inputs: list[list[float]], n: int = n) -> list[float]:
             total = [0.0] * n
-            for sent in everybodys:
+            for sent in rank_inputs:
                 decoded = by_hand(sent, bits[0], None)
                 total = [rounded(t + v) for t, v in zip(total, decoded, strict=True)]
             return total
@@ -92,7 +92,7 @@ def test_the_reference_is_what_the_method_says(fmt: str, bits: tuple[int, int], 
 
 @pytest.mark.contract(4)
 def test_the_error_of_three_steps_is_within_the_sum_of_their_bounds() -> None:
-    """Half a step for every rank, for every node's sum and for the sum, one rounding to the dtype."""
+    """The bound is half a step for every rank, for every node's sum and for the sum, and a rounding to the dtype."""
     tensors = [tough((6, 576), FP32, r) for r in range(4)]
     layout = Layout(INT4.reduce, 576, 4)
 
@@ -129,7 +129,7 @@ def test_simulated_ranks_give_the_bits_of_the_reference() -> None:
     ranks = TensorParallel(model, 4, "int4", algorithm="hierarchical", local_world_size=2)
     assert same_bits(ranks.reduce(tensors, INT4), reference.hierarchical(tensors, INT4, 2))
     for wrong in (3, 0):
-        with pytest.raises(InputError, match=f"local_world_size={wrong}: 4 ranks do not make nodes"):
+        with pytest.raises(InputError, match=f"local_world_size={wrong}: 4 ranks cannot be divided"):
             TensorParallel(model, 4, algorithm="hierarchical", local_world_size=wrong)
 
 
@@ -141,15 +141,15 @@ def test_simulated_ranks_give_the_bits_of_the_reference() -> None:
 @pytest.mark.parametrize("transport", ["host_memory", "process_group"])
 @ranks(4, device="cuda")
 def test_on_four_gpus(ctx: RankContext, transport: str) -> None:
-    """Twice as they are, then as one graph launch a call; small messages take the same route."""
+    """Run twice eagerly, then one graph replay per call. Small messages take the same route."""
     shapes: list[tuple[int, ...]] = [(700, 4096), (5, 600), (3, 64), (0, 64)]
     for fmt in ("int4", "int6-had/int7-had", "none"):
         with make(None, fmt, 2, device="cuda", transport=transport, timeout_s=30) as comm:
             for turn in range(5):
                 for i, shape in enumerate(shapes):
-                    everybody = [tough(shape, BF16, 100 * turn + 10 * i + r) for r in range(ctx.world_size)]
-                    got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
-                    want = reference.hierarchical(everybody, comm.format, 2)
+                    inputs = [tough(shape, BF16, 100 * turn + 10 * i + r) for r in range(ctx.world_size)]
+                    got = comm.all_reduce(inputs[ctx.rank].to(ctx.device)).cpu()
+                    want = reference.hierarchical(inputs, comm.format, 2)
                     assert same_bits(got, want), (fmt, shape, turn)
             assert set(comm.calls) == {"all_reduce/hierarchical"}
             assert comm.explain((700, 4096), BF16).route.transport == transport

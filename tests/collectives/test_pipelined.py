@@ -1,4 +1,4 @@
-"""Pipelined collectives over real gloo: the method by hand, and one workspace for calls of all kinds."""
+"""Pipelined collectives over gloo: the method computed by hand, and one workspace for all kinds of calls."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from flashcomm.wire.format import Layout, StepFormat
 def test_the_reference_is_what_the_method_says(
     fmt: str, bits: tuple[int, int], hadamard: bool, clip_ratios: tuple[float | None, float | None]
 ) -> None:
-    """Plain loops over values and ranks, sharing no code with the codec: the definition once more, by hand.
+    """Compare with plain loops over values and ranks, which share no code with the codec.
 
-    What is summed and quantized again are transforms; they are transformed back once, at the end. Rows end in a group
-    of 8, which is transformed, or of 7, which is not.
+    Transforms are summed and quantized again, and transformed back once, at the end. Rows end in a group of 8, which is
+    transformed, or of 7, which is not.
     """
     for row in (40, 39):
         tensors = [torch.randn(1, row) * (r + 1) for r in range(3)]
@@ -54,7 +54,7 @@ def test_the_reference_is_what_the_method_says(
 @pytest.mark.parametrize("fmt", ["int4-had", "int6-g32-had/int8-g32-had"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_two_shot_has_no_transform_between_its_steps(fmt: str, dtype: torch.dtype) -> None:
-    """Step by step: sums stay in the Hadamard domain, and only the last decoder transforms back."""
+    """Sums stay in the Hadamard domain between steps. Only the last decoder transforms back."""
     parsed, tensors = WireFormat.parse(fmt), [tough((6, 600), dtype, r) for r in range(3)]
     in_hadamard_domain = [replace(step, in_hadamard_domain=True) for step in (parsed.reduce, parsed.gather)]
     n = tensors[0].numel()
@@ -98,7 +98,7 @@ def test_out_may_be_the_input(group: dist.ProcessGroup, rank: int, algorithm: st
 
 
 def test_the_detour_over_the_cpu_that_gpu_tensors_take_without_nccl() -> None:
-    """The detour itself; here the tensors are on the CPU already."""
+    """Without a GPU this tests the copies alone, with tensors that are on the CPU already."""
 
     def body(group: object, rank: int) -> tuple[list[int], list[int], list[int], int]:
         outer, inner = (ProcessGroupTransport(group, torch.device("cpu"), 30) for _ in range(2))  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def test_the_detour_over_the_cpu_that_gpu_tensors_take_without_nccl() -> None:
         exchanged, gathered, total = torch.zeros_like(mine), torch.zeros_like(mine), torch.ones(2) * rank
         outer.all_to_all(exchanged, mine, "exchange").wait()
         outer.all_gather(gathered, mine[0], "gather").wait()
-        outer.all_reduce_native(total, "sum").wait()
+        outer.all_reduce_backend(total, "sum").wait()
         outer.close()
         if rank != 1:
             pair = ProcessGroupTransport(group, torch.device("cpu"), 30, [0, 2])  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_two_hundred_calls_of_alternating_shapes_on_one_workspace(group: dist.Pr
     tensors = [
         [tough(s, torch.bfloat16, 7 * i + r + k) for r in range(2)] for k in range(2) for i, s in enumerate(shapes)
     ]
-    want = [reference.two_shot(everybody, fmt) for everybody in tensors]
+    want = [reference.two_shot(inputs, fmt) for inputs in tensors]
     with Communicator(group, fmt, algorithm="two_shot", check=False, chunk_bytes=3000) as comm:
         for call in range(200):
             i = call % len(tensors)

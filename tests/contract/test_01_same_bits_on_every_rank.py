@@ -26,7 +26,7 @@ def test_every_rank_returns_the_same_bits(algorithm: str, fmt: str) -> None:
 
     first, *others = raise_first(run_ranks(4, body))
     assert all(same_bits(other, first) for other in others)
-    assert not same_bits(first, sum(tensors))  # quantized, or the claim would be an easy one
+    assert not same_bits(first, sum(tensors))  # quantized; otherwise the test would prove little
 
 
 @ranks(3)

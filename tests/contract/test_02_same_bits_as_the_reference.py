@@ -1,4 +1,4 @@
-"""Point 2 of the contract: the same bits as `flashcomm.reference`, whatever the algorithm's chunks."""
+"""Point 2 of the contract: the same bits as `flashcomm.reference`, with chunks of any size."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_reduce_scatter_and_all_gather_equal_the_reference(
 @pytest.mark.parametrize("chunk_bytes", [1, 300, 2000, 5001, 1 << 30])
 @ranks(3)
 def test_the_size_of_chunks_changes_no_bit(group: dist.ProcessGroup, rank: int, chunk_bytes: int) -> None:
-    """Chunks of any size, of one or three ranks' shards."""
+    """Chunk sizes from less than one shard to several."""
     tensors = [tough((9, 1000), torch.bfloat16, r) for r in range(3)]
     with Communicator(group, "int4", algorithm="two_shot", chunk_bytes=chunk_bytes) as comm:
         assert same_bits(comm.all_reduce(tensors[rank]), reference.two_shot(tensors, comm.format))

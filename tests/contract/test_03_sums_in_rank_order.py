@@ -1,6 +1,6 @@
-"""Point 3 of the contract: sums run in float32 in rank order, and a group never straddles a row.
+"""Point 3 of the contract: sums run in float32 in rank order, and a group never crosses the end of a row.
 
-So a row's result does not depend on its batch.
+Therefore the result of a row does not depend on its batch.
 """
 
 from __future__ import annotations

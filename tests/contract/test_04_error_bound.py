@@ -1,4 +1,4 @@
-"""Point 4 of the contract: the error is bounded elementwise, tightly."""
+"""Point 4 of the contract: the error has a tight bound per element."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Point 5 of the contract: decisions depend only on facts equal on every rank.
+"""Point 5 of the contract: decisions depend only on values that are equal on every rank.
 
-Ranks compare their settings when they make a Communicator, and each checked call says under which settings it runs.
+Ranks compare their settings when they create a Communicator. Each checked call also compares a digest of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def test_formats_that_differ_are_an_error_on_all_ranks() -> None:
 def test_formats_of_one_call_that_differ_are_an_error_and_the_group_goes_on(
     group: dist.ProcessGroup, rank: int, theirs: str
 ) -> None:
-    """An unknown format on one rank, or another one than on the others."""
+    """One rank has an unknown format, or a format that differs from the others'."""
     x = exact_in_int4(64, 576)
     comm = Communicator(group, "int4", min_bytes=0)
     with pytest.raises(InputError, match="did not make the same valid call"):
@@ -38,7 +38,7 @@ def test_formats_of_one_call_that_differ_are_an_error_and_the_group_goes_on(
 
 @ranks(2)
 def test_calls_of_two_communicators_in_different_order_are_told_apart(group: dist.ProcessGroup, rank: int) -> None:
-    """Their messages differ in size, or worse, only in meaning: the calls are told apart by the settings."""
+    """Messages of the two may have equal sizes but different formats. The comparison of settings finds that."""
     comms = [Communicator(group, fmt) for fmt in ("int4-g32", "int4-g16-had")]
     x = exact_in_int4(64, 1152)
     with pytest.raises(InputError, match="did not make the same valid call"):
@@ -49,12 +49,12 @@ def test_calls_of_two_communicators_in_different_order_are_told_apart(group: dis
 @pytest.mark.parametrize("strided", [{0, 1}, {1}], ids=["on both ranks", "on one rank"])
 @ranks(2)
 def test_strides_decide_nothing(group: dist.ProcessGroup, rank: int, strided: set[int]) -> None:
-    """They are what a rank alone knows: the result is the same, contiguous, and the input is not touched."""
-    everybody = [tough((576, 6), torch.bfloat16, r).t() for r in range(2)]
-    x = everybody[rank] if rank in strided else everybody[rank].contiguous()
+    """Strides may differ between ranks. The result is the same and contiguous, and the input is not modified."""
+    inputs = [tough((576, 6), torch.bfloat16, r).t() for r in range(2)]
+    x = inputs[rank] if rank in strided else inputs[rank].contiguous()
     kept = x.clone()
     with Communicator(group, "int4", algorithm="one_shot") as comm:
         got = comm.all_reduce(x)
-    assert same_bits(got, reference.one_shot([t.contiguous() for t in everybody], WireFormat.parse("int4")))
+    assert same_bits(got, reference.one_shot([t.contiguous() for t in inputs], WireFormat.parse("int4")))
     assert got.is_contiguous()
     assert same_bits(x, kept)

@@ -22,7 +22,7 @@ def test_a_format_that_does_not_exist_on_one_rank_is_an_error_on_all() -> None:
 @pytest.mark.parametrize("algorithm", ["auto", "two_shot"])
 @ranks(3)
 def test_shapes_that_differ_are_an_error_on_all_ranks(group: dist.ProcessGroup, rank: int, algorithm: str) -> None:
-    """Also across the minimum size, where one rank would quantize and another would not."""
+    """This includes sizes on both sides of min_bytes, where only one rank would quantize."""
     comm = Communicator(group, "int4", algorithm=algorithm)
     with pytest.raises(InputError) as caught:
         comm.all_reduce(torch.ones(200 if rank != 1 else 400, 576))
@@ -34,7 +34,7 @@ def test_shapes_that_differ_are_an_error_on_all_ranks(group: dist.ProcessGroup, 
 @ranks(2)
 def test_making_a_communicator_while_a_peer_calls_is_an_error_on_both(group: dist.ProcessGroup, rank: int) -> None:
     comm = Communicator(group, "int4")
-    with pytest.raises(InputError, match="rank 1: making a Communicator"):
+    with pytest.raises(InputError, match="rank 1: creating a Communicator"):
         Communicator(group, "int8") if rank else comm.all_reduce(torch.ones(4))
 
 
@@ -61,7 +61,7 @@ def test_dtypes_and_calls_that_differ_are_errors_on_all_ranks(group: dist.Proces
         (torch.ones(4).to_sparse(), "the tensor must be dense"),
         (torch.ones(4, requires_grad=True), "flashcomm is for inference"),
         (torch.ones((1,) * 9), "at most 8 dimensions"),
-        ([1.0, 2.0], "a torch.Tensor is needed"),
+        ([1.0, 2.0], "x must be a torch.Tensor"),
     ],
     ids=["int32", "float64", "meta", "sparse", "grad", "dims", "list"],
 )
@@ -70,7 +70,7 @@ def test_dtypes_and_calls_that_differ_are_errors_on_all_ranks(group: dist.Proces
 def test_a_bad_tensor_on_one_rank_is_an_error_on_all(
     group: dist.ProcessGroup, rank: int, bad: object, advice: str, check: bool
 ) -> None:
-    """With check=False it is an error on that rank only, so there all ranks pass it."""
+    """With check=False only that rank raises the error, so all ranks pass the bad tensor."""
     comm = Communicator(group, "int4", check=check)
     with pytest.raises(InputError, match=advice):
         comm.all_reduce(bad if rank == 0 or not check else torch.ones(4))  # type: ignore[arg-type]

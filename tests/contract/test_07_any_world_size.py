@@ -1,4 +1,4 @@
-"""Point 7 of the contract: any world size. A world of one copies."""
+"""Point 7 of the contract: any number of ranks works. A group of one rank copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_world_of_one_copies(group: dist.ProcessGroup, rank: int) -> None:
 
 
 def test_each_group_of_some_ranks_has_a_sum_of_its_own() -> None:
-    """Four ranks, of which {0, 1, 3} and {2} are groups."""
+    """Four ranks form the groups {0, 1, 3} and {2}."""
     store = dist.HashStore()
     tensors = [tough((4, 576), torch.bfloat16, r) for r in range(4)]
     members = {0: [0, 1, 3], 1: [0, 1, 3], 2: [2], 3: [0, 1, 3]}

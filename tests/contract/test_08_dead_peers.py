@@ -24,7 +24,7 @@ def test_a_peer_that_never_comes_is_an_error_within_the_timeout() -> None:
     assert time.monotonic() - begin < 20
     for rank in (1, 2):
         assert isinstance(results[rank], CommunicationError)
-        assert f"rank {rank} of 3: the consistency check of making a Communicator failed" in str(results[rank])
+        assert f"rank {rank} of 3: the consistency check of creating a Communicator failed" in str(results[rank])
         assert "rank 0" in str(results[rank])
 
 
@@ -48,7 +48,7 @@ def test_a_peer_that_dies_in_a_call_is_an_error_and_a_new_group_works() -> None:
 
 @ranks(3)
 def test_a_peer_that_leaves_between_chunks_is_an_error(group: dist.ProcessGroup, rank: int) -> None:
-    """The exchange runs on the transport's thread then; its error reaches the caller all the same."""
+    """The exchange then runs on the transport's thread. Its error must still reach the caller."""
     comm = Communicator(group, "int4", algorithm="two_shot", check=False, chunk_bytes=4000, timeout_s=2)
     comm.all_reduce(torch.ones(40, 576))
     if rank:

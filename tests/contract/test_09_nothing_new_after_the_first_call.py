@@ -1,4 +1,4 @@
-"""Point 9 of the contract: after the first call of a kind over peers' memory nothing is allocated but the result."""
+"""Point 9 of the contract: after the first call of a kind over peers' memory, only the result is allocated."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 def shared_mappings() -> int:
-    """How many regions of the ranks' shared memory this process maps."""
+    """Return how many regions of the ranks' shared memory this process maps."""
     return Path("/proc/self/maps").read_text().count("/memfd:flashcomm")
 
 
 @pytest.mark.skipif(N_GPUS > 0, reason="kernels are not interpreted where there are GPUs")
 @ranks(2)
 def test_no_memory_is_shared_after_the_first_call(ctx: RankContext) -> None:
-    """Over the memory of CPU processes, in Triton's interpreter. What only GPUs show is in gpu/test_on_gpus.py."""
+    """Uses the memory of CPU processes, in Triton's interpreter. gpu/test_on_gpus.py has the tests that need GPUs."""
     settings = {"transport": "cpu_shared", "workspace_bytes": 4 << 20, "min_bytes": 0, "timeout_s": 60}
     with Communicator(None, "int4", algorithm="one_shot", device="cpu", **settings) as comm:
         before = shared_mappings()

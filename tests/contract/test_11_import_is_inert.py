@@ -1,6 +1,6 @@
 """Point 11 of the contract: importing flashcomm touches no GPU and loads no compiler and no engine.
 
-What is asked for by name and cannot run raises.
+A device or transport that was requested and is not available is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.contract(11)
 
 
 def test_importing_loads_no_compiler_no_engine_and_touches_no_gpu() -> None:
-    """Nor what plots or prints; the ops are there."""
+    """It loads no plotting and no command-line packages either. The ops are registered."""
     code = (
         "import sys, flashcomm, torch\n"
         "heavy = [m for m in ('llvmlite', 'triton', 'transformers', 'vllm', 'sglang', 'pyroute2', 'typer',"

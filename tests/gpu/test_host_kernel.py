@@ -48,7 +48,7 @@ def make(ctx: RankContext, workspace: int = 1 << 20, timeout_s: float = 60, dela
     region = memory.create(ctx.device, launch.region_bytes(4 << 20), shared_bytes(workspace))
     places: list[str] = [""] * ctx.world_size
     dist.all_gather_object(places, region.place)
-    region.join(dist.group.WORLD, places)
+    region.rendezvous(dist.group.WORLD, places)
     dist.barrier()
     return HostCollectives(region, workspace, timeout_s, delay=delay)
 

@@ -107,7 +107,7 @@ def make_kernels(ctx: RankContext, workspace: int) -> launch.KernelCollectives:
     region = (symmetric if ON_GPUS else cpu_shared).create(ctx.device, launch.region_bytes(workspace))
     places: list[str] = [""] * ctx.world_size
     dist.all_gather_object(places, region.place)
-    region.join(dist.group.WORLD, places)
+    region.rendezvous(dist.group.WORLD, places)
     dist.barrier()
     return launch.KernelCollectives(region, 60)
 

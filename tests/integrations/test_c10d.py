@@ -1,4 +1,4 @@
-"""`backend="flashcomm"` in real processes: sums are low-bit, and all else is as over gloo."""
+"""`backend="flashcomm"` in real processes: all-reduces are low-bit, and everything else is as with gloo."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from flashcomm.ranks.launch import RankContext, run
 
 
 def c10d_asynchronous(ctx: RankContext, path: str) -> None:
-    """A sum that is not waited for must not wait: the peer does something else first."""
+    """An asynchronous all-reduce must return at once, while the peer does something else first."""
     use_backend(ctx, path)
-    everybody = [big(r) for r in range(ctx.world_size)]
-    want = reference.one_shot(everybody, FMT)
+    inputs = [big(r) for r in range(ctx.world_size)]
+    want = reference.one_shot(inputs, FMT)
     for _ in range(3):
-        x = everybody[ctx.rank].clone()
+        x = inputs[ctx.rank].clone()
         if ctx.rank == 0:
             work = dist.all_reduce(x, async_op=True)
             assert not work.is_completed()
@@ -38,20 +38,20 @@ def c10d_asynchronous(ctx: RankContext, path: str) -> None:
             dist.recv(torch.empty(2), 0)
             dist.all_reduce(x)
         assert torch.equal(x, want)
-    # Many at once, among others: in the order of their calls.
-    xs = [everybody[ctx.rank] * i for i in range(6)]
+    # Many at once, with other collectives in between: they run in the order of their calls.
+    xs = [inputs[ctx.rank] * i for i in range(6)]
     works = []
     for x in xs:
         works += [dist.all_reduce(x, async_op=True), dist.all_reduce(torch.ones(3), async_op=True)]
     done = [work.get_future().then(lambda f: f.value()[0]) for work in works[::2]]
     for i, future in enumerate(done):
-        assert torch.equal(future.wait(), reference.one_shot([t * i for t in everybody], FMT))
+        assert torch.equal(future.wait(), reference.one_shot([t * i for t in inputs], FMT))
     for work in works:
         work.wait()
 
 
 def c10d_a_failed_sum(ctx: RankContext, path: str) -> None:
-    """The error is raised by `wait`, and by the future."""
+    """`wait` and the future both raise the error."""
     use_backend(ctx, path)
     work = dist.all_reduce(big(ctx.rank)[: 64 - 8 * ctx.rank].contiguous(), async_op=True)
     with pytest.raises(RuntimeError, match="did not make the same valid call"):
@@ -63,23 +63,23 @@ def c10d_a_failed_sum(ctx: RankContext, path: str) -> None:
 
 def c10d_inference(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
-    everybody = [big(r) for r in range(ctx.world_size)]
-    want = reference.one_shot(everybody, FMT)
+    inputs = [big(r) for r in range(ctx.world_size)]
+    want = reference.one_shot(inputs, FMT)
     with torch.inference_mode():
-        x = everybody[ctx.rank].clone()
+        x = inputs[ctx.rank].clone()
         inside = x.clone()
         dist.all_reduce(inside)
-    dist.all_reduce(x)  # made in inference mode, outside of it
+    dist.all_reduce(x)  # created in inference mode, used outside of it
     assert x.is_inference()
     assert torch.equal(x, want)
     assert torch.equal(inside, want)
-    negative = torch._neg_view(-everybody[ctx.rank])
+    negative = torch._neg_view(-inputs[ctx.rank])
     dist.all_reduce(negative)
     assert torch.equal(negative, want)
 
 
 def c10d_gradients(ctx: RankContext, path: str, exact: bool) -> None:
-    """Of DDP, whose buckets are large enough, and of a sum that the autograd engine makes."""
+    """Gradients of DDP, whose buckets are large enough, and all-reduces in a backward pass are exact."""
     use_backend(ctx, path)
     torch.manual_seed(0)
     model = torch.nn.Linear(256, 256)
@@ -109,7 +109,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 
 
 def operations(rank: int, world_size: int) -> dict[str, Callable[[], Any]]:
-    """What a program may do with a group, by name; each returns what can be compared."""
+    """Use a group in every way that a program may. Each case returns a value to compare."""
     group: Any = dist.group.WORLD
     other = 1 - rank
 
@@ -267,17 +267,17 @@ def outcomes(ctx: RankContext, path: str, backend: str) -> dict[str, str]:
 
 def test_the_same_script_over_gloo_and_over_flashcomm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHCOMM_FORMAT", "int8")
-    told: dict[str, dict[int, dict[str, str]]] = {}
+    events_of: dict[str, dict[int, dict[str, str]]] = {}
     for backend in ("gloo", "flashcomm"):
         events: list[Any] = []
         run(outcomes, 2, (str(tmp_path / "store"), backend), on_event=events.append, timeout_s=200)
-        told[backend] = dict(events)
-    assert len(told["gloo"][0]) > 140
+        events_of[backend] = dict(events)
+    assert len(events_of["gloo"][0]) > 140
     for rank in range(2):
         differ = {
-            name: (text, told["flashcomm"][rank][name])
-            for name, text in told["gloo"][rank].items()
-            if told["flashcomm"][rank][name] != text
+            name: (text, events_of["flashcomm"][rank][name])
+            for name, text in events_of["gloo"][rank].items()
+            if events_of["flashcomm"][rank][name] != text
         }
         assert not differ, differ
 

@@ -23,7 +23,7 @@ def big(rank: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def use_backend(ctx: RankContext, path: str) -> None:
-    """Replace the launcher's gloo group by one of our backend."""
+    """Replace the launcher's gloo group by one of the flashcomm backend."""
     import flashcomm.integrations.process_group  # noqa: F401
 
     dist.destroy_process_group()
@@ -34,13 +34,13 @@ def use_backend(ctx: RankContext, path: str) -> None:
 
 def c10d_sums(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
-    everybody = [big(r) for r in range(ctx.world_size)]
-    want = reference.two_shot(everybody, FMT)
-    x = everybody[ctx.rank].clone()
+    inputs = [big(r) for r in range(ctx.world_size)]
+    want = reference.two_shot(inputs, FMT)
+    x = inputs[ctx.rank].clone()
     assert dist.all_reduce(x) is None
     assert torch.equal(x, want)
 
-    x = everybody[ctx.rank].clone()
+    x = inputs[ctx.rank].clone()
     work = dist.all_reduce(x, async_op=True)
     work.wait()
     assert work.is_completed()
@@ -48,26 +48,26 @@ def c10d_sums(ctx: RankContext, path: str) -> None:
 
     from torch.distributed import _functional_collectives as functional
 
-    assert torch.equal(functional.all_reduce(everybody[ctx.rank], "sum", dist.group.WORLD), want)
+    assert torch.equal(functional.all_reduce(inputs[ctx.rank], "sum", dist.group.WORLD), want)
 
-    strided = everybody[ctx.rank].t().contiguous().t()
+    strided = inputs[ctx.rank].t().contiguous().t()
     dist.all_reduce(strided)
     assert torch.equal(strided, want)
 
     from torch.distributed.tensor import DTensor, Partial, Replicate, init_device_mesh
 
     mesh = init_device_mesh("cpu", (ctx.world_size,))
-    partial = DTensor.from_local(everybody[ctx.rank], mesh, [Partial()])
+    partial = DTensor.from_local(inputs[ctx.rank], mesh, [Partial()])
     assert torch.equal(partial.redistribute(mesh, [Replicate()]).to_local(), want)
 
 
 def c10d_plan(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
-    everybody = [big(r) for r in range(ctx.world_size)]
-    x = everybody[ctx.rank].clone()
+    inputs = [big(r) for r in range(ctx.world_size)]
+    x = inputs[ctx.rank].clone()
     dist.all_reduce(x)
-    assert torch.equal(x, reference.two_shot(everybody, FMT))
-    one_token = [t[:, None] for t in everybody]
+    assert torch.equal(x, reference.two_shot(inputs, FMT))
+    one_token = [t[:, None] for t in inputs]
     x = one_token[ctx.rank].clone()
     dist.all_reduce(x)
     assert torch.equal(x, reference.two_shot(one_token, WireFormat.parse("int6-had")))
@@ -99,9 +99,9 @@ def c10d_passes_the_rest_through(ctx: RankContext, path: str) -> None:
     gathered = torch.empty(3 * world_size, dtype=mine.dtype)
     dist.all_gather_into_tensor(gathered, mine)
     assert gathered.tolist() == [r for r in range(world_size) for _ in range(3)]
-    told = mine.clone()
-    dist.broadcast(told, 1)
-    assert told.tolist() == [1, 1, 1]
+    output = mine.clone()
+    dist.broadcast(output, 1)
+    assert output.tolist() == [1, 1, 1]
     dist.barrier()
     objects: list[Any] = [None] * world_size
     dist.all_gather_object(objects, {"rank": rank})
@@ -121,7 +121,7 @@ def c10d_settings_differ(ctx: RankContext, path: str) -> None:
 
 
 def c10d_stress(ctx: RankContext, path: str) -> None:
-    """Many collectives whose tensors die at once, each followed by a barrier: where the GIL was held, this hung."""
+    """Run collectives whose tensors are freed at once, each followed by a barrier. With the GIL held, this hung."""
     use_backend(ctx, path)
     for i in range(400):
         gathered = torch.empty(ctx.world_size * 3)
@@ -156,7 +156,7 @@ class TestProcessGroup:
         run(c10d_stress, 2, (str(tmp_path / "store"),), timeout_s=60)
 
     def test_every_collective_is_passed_on(self) -> None:
-        """Nothing that torch could call on a group is left to the inherited method, which would hold the GIL."""
+        """No collective uses the inherited method, which would hold the GIL."""
         from flashcomm.integrations.process_group import FlashProcessGroup
 
         names = {n for n in vars(torch.distributed.ProcessGroup) if "gather" in n or "reduce" in n or "all_to_all" in n}

@@ -1,4 +1,4 @@
-"""The DTensor styles: every collective is the reference's, eager and compiled, also where lengths do not divide."""
+"""The DTensor styles: all collectives equal the reference, eager and compiled, also for indivisible lengths."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def block(seed: int = 0) -> Block:
 
 
 def partials(model: Block, x: torch.Tensor, world_size: int) -> list[torch.Tensor]:
-    """What each rank's part of the second Linear gives, without the bias; x is what enters the first one."""
+    """Return each rank's partial sum of the second Linear, without the bias, for an input x of the first Linear."""
     ups = zip(model.up.weight.chunk(world_size, 0), model.up.bias.chunk(world_size, 0), strict=True)
     hidden = [torch.relu(nn.functional.linear(x, w, b)) for w, b in ups]
     return [nn.functional.linear(h, w) for h, w in zip(hidden, model.down.weight.chunk(world_size, 1), strict=True)]
@@ -58,9 +58,9 @@ def tokens(n: int, seed: int = 0, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, n, HIDDEN, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def shards(everybody: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
-    """The reference's reduce-scatter along dim, in the parts of torch.chunk."""
-    rows, world_size = [t.movedim(dim, 0) for t in everybody], len(everybody)
+def shards(inputs: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
+    """Return the reference's reduce-scatter along dim, in the shards of torch.chunk."""
+    rows, world_size = [t.movedim(dim, 0) for t in inputs], len(inputs)
     n = rows[0].shape[0]
     share = -(-n // world_size)
     rows = [torch.cat([t, t.new_zeros(share * world_size - n, *t.shape[1:])]).contiguous() for t in rows]
@@ -69,7 +69,7 @@ def shards(everybody: list[torch.Tensor], dim: int) -> list[torch.Tensor]:
 
 
 def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """The reference's all-gather along dim of parts of which the last ones may be smaller."""
+    """Return the reference's all-gather along dim. The last shards may be smaller."""
     n = sum(p.shape[dim] for p in parts)
     share = parts[0].shape[dim]
     rows = [p.movedim(dim, 0) for p in parts]
@@ -78,7 +78,7 @@ def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 
 def all_reduces(ctx: RankContext) -> None:
-    """Replicate: the reference's sum, then the bias, under no_grad and inference_mode, local or not."""
+    """Replicate() gives the reference's sum plus the bias, under no_grad and inference_mode, local or not."""
     mesh = init_device_mesh("cpu", (ctx.world_size,))
     for local in (True, False):
         model = block()
@@ -89,12 +89,12 @@ def all_reduces(ctx: RankContext) -> None:
             for n in (64, 65):
                 with mode():
                     x = tokens(n, n)
-                    everybody = partials(model, model.norm(x), ctx.world_size)
-                    want = reference.two_shot(everybody, FMT) + model.down.bias
+                    inputs = partials(model, model.norm(x), ctx.world_size)
+                    want = reference.two_shot(inputs, FMT) + model.down.bias
                     got = sharded(x)
                     assert isinstance(got, DTensor) != local
                     assert torch.equal(got if local else got.full_tensor(), want)
-                    assert not torch.equal(want, sum(everybody) + model.down.bias)
+                    assert not torch.equal(want, sum(inputs) + model.down.bias)
     (comm,) = ops.communicators()
     assert (comm.format, dict(comm.calls)) == (FMT, {"all_reduce/two_shot": 8})
     route = comm.explain((2, 64, HIDDEN), torch.bfloat16).route
@@ -102,7 +102,7 @@ def all_reduces(ctx: RankContext) -> None:
 
 
 def sequence_parallel(ctx: RankContext, compile: bool) -> int:
-    """Shard(1) between the blocks: reduce-scatter at the end of one, all-gather at the entrance of the next."""
+    """Shard(1) between blocks: a block ends in a reduce-scatter, and the next one begins with an all-gather."""
     mesh, world_size, graphs = init_device_mesh("cpu", (ctx.world_size,)), ctx.world_size, 0
     model = block()
     plan: dict[str, Any] = {
@@ -132,7 +132,7 @@ def sequence_parallel(ctx: RankContext, compile: bool) -> int:
 
 
 class Layer(nn.Module):
-    """A block whose MLP is a module of its own, as models have it."""
+    """A block with its MLP as a submodule, as in models."""
 
     def __init__(self, parts: Block) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Layer(nn.Module):
 
 
 def the_how_tos_block(ctx: RankContext) -> None:
-    """The sequence-parallel plan of docs/dtensor.md, eager and compiled: one gather, one scatter, the residual kept."""
+    """The sequence-parallel plan of docs/dtensor.md, eager and compiled: one all-gather and one reduce-scatter."""
     mesh, world_size, model = init_device_mesh("cpu", (ctx.world_size,)), ctx.world_size, block()
     gather = FlashPrepareModuleInput(format=FMT, input_layouts=Shard(1), desired_input_layouts=Replicate())
     scatter = FlashRowwiseParallel(format=FMT, output_layouts=Shard(1), use_local_output=False)
@@ -164,7 +164,7 @@ def the_how_tos_block(ctx: RankContext) -> None:
 
 
 def uneven(ctx: RankContext) -> None:
-    """Lengths that do not divide, also shorter than the world: the parts of torch.chunk, as DTensor has them."""
+    """Lengths not divisible by the number of ranks, or less than it, give the shards of torch.chunk, as in DTensor."""
     mesh, world_size, model = init_device_mesh("cpu", (ctx.world_size,)), ctx.world_size, block()
     plan: dict[str, Any] = {
         "up": FlashPrepareModuleInput(format=FMT, input_layouts=Shard(1), desired_input_layouts=Replicate()),
@@ -189,7 +189,7 @@ def uneven(ctx: RankContext) -> None:
 
 
 def keeps_torchs_path(ctx: RankContext) -> None:
-    """Gradients, float64, embeddings and layouts along rows: the very results of torch's styles; nothing low-bit."""
+    """Gradients, float64, embeddings and layouts along rows give the results of torch's styles, without low-bit."""
     mesh = init_device_mesh("cpu", (ctx.world_size,))
 
     def twins(make: Any, plain: Any, flash: Any) -> tuple[Any, Any]:
@@ -227,7 +227,7 @@ def keeps_torchs_path(ctx: RankContext) -> None:
 
 
 def compiled(ctx: RankContext, backend_name: str) -> int:
-    """A block with the low-bit sum inside, fullgraph, over many lengths: the eager bits, one graph."""
+    """A block compiled with fullgraph gives the eager bits for many lengths, with one graph."""
     mesh, graphs = init_device_mesh("cpu", (ctx.world_size,)), 0
     model = block()
     plan = {"up": ColwiseParallel(), "down": FlashRowwiseParallel(format=FMT)}
@@ -249,8 +249,8 @@ def compiled(ctx: RankContext, backend_name: str) -> int:
             x = tokens(n, n)
             got = fast(x)
             if backend_name == "":
-                everybody = partials(model, model.norm(x), ctx.world_size)
-                assert torch.equal(got, reference.one_shot(everybody, FMT) + model.down.bias)
+                inputs = partials(model, model.norm(x), ctx.world_size)
+                assert torch.equal(got, reference.one_shot(inputs, FMT) + model.down.bias)
             else:  # generated code rounds the norm elsewhere: close to the exact sum, as far as int4 is
                 exact = model(x).float()
                 assert ((got - exact).norm() / exact.norm()).item() < 0.15
@@ -295,7 +295,7 @@ def test_unknown_formats_are_refused_when_a_style_is_made() -> None:
 
 
 def test_drop_in_names_and_arguments() -> None:
-    """A style takes what torch's takes, and is one."""
+    """A style takes the arguments of torch's style, and is a subclass of it."""
     assert issubclass(FlashRowwiseParallel, RowwiseParallel)
     assert issubclass(FlashColwiseParallel, ColwiseParallel)
     assert issubclass(FlashPrepareModuleInput, PrepareModuleInput)

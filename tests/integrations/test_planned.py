@@ -1,4 +1,4 @@
-"""The all-reduce that every integration runs: formats by layer, scaling only where it goes low-bit, one decision."""
+"""The all-reduce of all integrations: formats by layer, scaling only for low-bit messages, a single decision."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def scaled_plan() -> Plan:
 
 
 def on_ranks(body: Any, min_bytes: int = 0) -> None:
-    """body(planned, rank) on every rank."""
+    """Run body(planned, rank) on every rank."""
 
     def rank_main(group: Any, rank: int) -> None:
         plan = scaled_plan()
@@ -42,7 +42,7 @@ def messages(*shape: int) -> list[torch.Tensor]:
 
 
 def by_hand(given: list[torch.Tensor], fmt: WireFormat, plan: Plan | None = None) -> torch.Tensor:
-    """The reference's sum; with a plan, scaled before and scaled back after it."""
+    """Return the reference's sum. With a plan, values are scaled before it and scaled back after it."""
     if plan is None:
         return reference.one_shot(given, fmt)
     total = reference.one_shot([plan.before_reduce(LAYER, x, WORLD_SIZE) for x in given], fmt)
@@ -82,7 +82,7 @@ def test_a_message_that_is_not_low_bit_is_not_scaled() -> None:
 
 
 def test_rows_of_a_larger_message_go_its_route() -> None:
-    """7,680 bytes are below min_bytes; as a part of 15,360 bytes they go low-bit, scaling included."""
+    """7,680 bytes are below min_bytes. As a part of 15,360 bytes they are low-bit and scaled."""
 
     def body(planned: PlannedAllReduce, rank: int) -> None:
         given = messages(60, HIDDEN)

@@ -26,7 +26,7 @@ FMT = WireFormat.parse("int4")
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that says sglang 0.5.23 and flashcomm, with its entry points, are installed; children see it too."""
+    """Create metadata as if sglang 0.5.23 and flashcomm, with its entry points, were installed, also for children."""
     declared = re.search(
         r'^\[project\.entry-points\."sglang\.srt\.plugins"\]\n(.*?)\n\n', (ROOT / "pyproject.toml").read_text(),
         re.MULTILINE | re.DOTALL,
@@ -52,15 +52,15 @@ def write_info(site: Path, name: str, version: str, entry_points: str = "") -> N
 
 
 def python(code: str, **env: str) -> tuple[str, int]:
-    """stderr and stdout of a fresh Python, and its exit status."""
-    told = subprocess.run(
+    """Run code in a new Python process. Return its stderr and stdout, and its exit status."""
+    output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
     )
-    return told.stderr + told.stdout, told.returncode
+    return output.stderr + output.stdout, output.returncode
 
 
 def start(ctx: RankContext, group_name: str = "tp", ranks: list[list[int]] | None = None, **more: Any) -> Any:
-    """What an SGLang worker does at its start: plugins, then its groups."""
+    """Start like an SGLang worker: load plugins, then create groups."""
     from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.layers import add_norm  # noqa: F401  before the plugins are loaded
     from sglang.srt.plugins import load_plugins
@@ -77,10 +77,10 @@ def big(seed: int, rows: int = 64) -> torch.Tensor:
     return torch.randn(rows, 1152, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def exact(everybody: list[torch.Tensor]) -> torch.Tensor:
-    """gloo's own sum of two ranks."""
-    assert len(everybody) == 2
-    return everybody[0] + everybody[1]
+def exact(inputs: list[torch.Tensor]) -> torch.Tensor:
+    """Return gloo's own sum of two ranks."""
+    assert len(inputs) == 2
+    return inputs[0] + inputs[1]
 
 
 def takes_large_sums(ctx: RankContext) -> None:
@@ -89,10 +89,10 @@ def takes_large_sums(ctx: RankContext) -> None:
     from flashcomm.integrations import sglang as integration
 
     group = start(ctx)
-    everybody = [big(r) for r in range(ctx.world_size)]
-    mine, want = everybody[ctx.rank].clone(), reference.one_shot(everybody, FMT)
+    inputs = [big(r) for r in range(ctx.world_size)]
+    mine, want = inputs[ctx.rank].clone(), reference.one_shot(inputs, FMT)
     assert torch.equal(group.all_reduce(mine), want)
-    assert torch.equal(mine, everybody[ctx.rank]), "the input is left alone"
+    assert torch.equal(mine, inputs[ctx.rank]), "the input is not modified"
     small = torch.full((2, 1152), 0.1 * (ctx.rank + 1), dtype=torch.bfloat16)
     assert torch.equal(group.all_reduce(small.clone()), exact([0 * small + 0.1, 0 * small + 0.2]))
     whole = torch.arange(100_000).view(100, -1) * (ctx.rank + 1)
@@ -115,7 +115,7 @@ def takes_large_sums(ctx: RankContext) -> None:
     assert comm.closed
     assert group.qr_comm is None
     assert flashinfer_ar_fusion_applies(8)
-    assert torch.equal(group.all_reduce(everybody[ctx.rank].clone()), exact(everybody))
+    assert torch.equal(group.all_reduce(inputs[ctx.rank].clone()), exact(inputs))
     assert start(ctx).qr_comm is None
     integration.plugin()
     again = start(ctx)
@@ -132,8 +132,8 @@ def compiles(ctx: RankContext) -> int:
 
     fast = torch.compile(lambda x: group.all_reduce(x * 2) + 1, fullgraph=True, dynamic=True, backend=backend)
     for rows in (64, 65, 300):
-        everybody = [big(10 * rows + r, rows) for r in range(ctx.world_size)]
-        assert torch.equal(fast(everybody[ctx.rank]), reference.one_shot([2 * x for x in everybody], FMT) + 1)
+        inputs = [big(10 * rows + r, rows) for r in range(ctx.world_size)]
+        assert torch.equal(fast(inputs[ctx.rank]), reference.one_shot([2 * x for x in inputs], FMT) + 1)
     few = [big(r, 3) for r in range(ctx.world_size)]
     assert torch.equal(fast(few[ctx.rank]), exact([2 * x for x in few]) + 1)
     assert group.ca_comm.calls == 1, "the few rows"
@@ -145,8 +145,8 @@ def inert(ctx: RankContext) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     assert not HookRegistry._hooks
-    everybody = [big(r) for r in range(ctx.world_size)]
-    assert torch.equal(group.all_reduce(everybody[ctx.rank].clone()), exact(everybody))
+    inputs = [big(r) for r in range(ctx.world_size)]
+    assert torch.equal(group.all_reduce(inputs[ctx.rank].clone()), exact(inputs))
     assert group.qr_comm is None
 
 
@@ -171,13 +171,13 @@ def joins_later(ctx: RankContext) -> None:
 
 
 def warns_of_others(ctx: RankContext) -> None:
-    """A qr_comm that is there, one that comes later, deterministic inference: SGLang's own path, one warning each."""
+    """An existing qr_comm, a later one, and deterministic inference keep SGLang's all-reduce, each with a warning."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    told: list[str] = []
+    output: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: output.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("flashcomm").addHandler(handler)
 
     class Other:
@@ -188,26 +188,26 @@ def warns_of_others(ctx: RankContext) -> None:
         self.qr_comm = Other() if os.environ.get("OTHER") else None
 
     HookRegistry.register(f"{parallel_state.__name__}.GroupCoordinator.__init__", first, HookType.AROUND)
-    everybody = [big(r) for r in range(ctx.world_size)]
+    inputs = [big(r) for r in range(ctx.world_size)]
     os.environ["OTHER"] = "1"
     for _ in range(2):
         there = start(ctx)
         assert type(there.qr_comm) is Other
-        assert torch.equal(there.all_reduce(everybody[ctx.rank].clone()), exact(everybody))
-    (warning,) = told
-    assert "Other already has the place of qr_comm" in warning
+        assert torch.equal(there.all_reduce(inputs[ctx.rank].clone()), exact(inputs))
+    (warning,) = output
+    assert "Other is already set as qr_comm" in warning
 
     del os.environ["OTHER"]
     later = start(ctx)
     later.qr_comm = Other()
     for _ in range(2):
-        assert torch.equal(later.all_reduce(everybody[ctx.rank].clone()), exact(everybody))
-    assert "Other took the place of flashcomm's qr_comm" in told[1]
+        assert torch.equal(later.all_reduce(inputs[ctx.rank].clone()), exact(inputs))
+    assert "Other replaced flashcomm's qr_comm" in output[1]
 
     os.environ["SGLANG_ENABLE_DETERMINISTIC_INFERENCE"] = "True"
     assert start(ctx).qr_comm is None
-    assert "deterministic inference is on" in told[2]
-    assert len(told) == 3
+    assert "deterministic inference is on" in output[2]
+    assert len(output) == 3
 
 
 class TestPlugin:
@@ -253,19 +253,19 @@ HOOKS = "from sglang.srt.plugins.hook_registry import HookRegistry; print(len(Ho
 
 
 class TestVersions:
-    def told(self, code: str = LOAD + HOOKS) -> str:
+    def output(self, code: str = LOAD + HOOKS) -> str:
         return python(code, FLASHCOMM_FORMAT="int8")[0]
 
     def test_hooks_in_place(self, site: Path) -> None:
-        assert self.told() == "3 hooks\n"
+        assert self.output() == "3 hooks\n"
 
     @pytest.mark.parametrize("version", ["0.5.15.post1", "0.6.0", "0.5.24"])
     def test_a_version_not_checked(self, site: Path, version: str) -> None:
         write_info(site, "sglang", version)
-        told = self.told()
-        assert told.count("flashcomm in SGLang") == 1
-        assert f"sglang {version} is not one of 0.5.16 to 0.5.23, which flashcomm was written for" in told
-        assert told.endswith("SGLang's own all-reduce is used\n0 hooks\n")
+        output = self.output()
+        assert output.count("flashcomm in SGLang") == 1
+        assert f"sglang {version} is not supported: install a version from 0.5.16 to 0.5.23" in output
+        assert output.endswith("SGLang's own all-reduce is used\n0 hooks\n")
 
     @pytest.mark.parametrize(
         ("gone", "message"),
@@ -273,7 +273,7 @@ class TestVersions:
             ("del G._resolve_outplace_all_reduce_method", r"has no \S+\._resolve_outplace_all_reduce_method, which"),
             ("del p.GroupCoordinator", r"has no \S+GroupCoordinator.__init__, \S+_resolve_"),
             ("G._all_reduce_out_place = lambda self, x, method: x", "does not call qr_comm.quick_all_reduce, which"),
-            ("G._resolve_outplace_all_reduce_method = lambda self, x: None", "takes no input_, which"),
+            ("G._resolve_outplace_all_reduce_method = lambda self, x: None", "has no parameter input_, which"),
             ("del f.is_flashinfer_allreduce_unavailable", r"has no \S+\.is_flashinfer_allreduce_unavailable, which"),
             ("del h.HookType", "has no HookType.AROUND"),
         ],
@@ -281,22 +281,22 @@ class TestVersions:
     def test_names_that_are_gone(self, site: Path, gone: str, message: str) -> None:
         named = "import sglang.srt.distributed.parallel_state as p, sglang.srt.layers.flashinfer_comm_fusion as f\n"
         named += f"import sglang.srt.plugins.hook_registry as h\nG = p.GroupCoordinator\n{gone}\n"
-        told = self.told(named + LOAD + HOOKS)
-        assert re.search(message, told), told
-        assert told.count("flashcomm in SGLang") == 1
-        assert told.endswith("0 hooks\n")
+        output = self.output(named + LOAD + HOOKS)
+        assert re.search(message, output), output
+        assert output.count("flashcomm in SGLang") == 1
+        assert output.endswith("0 hooks\n")
 
     def test_the_check_people_run(self, site: Path) -> None:
         code = "import runpy; runpy.run_module('flashcomm.integrations.sglang', run_name='__main__')"
         assert python(code, FLASHCOMM_FORMAT="int8") == ("sglang 0.5.23: the hooks fit\nformat int8\n", 0)
         page = (ROOT / "docs" / "sglang.md").read_text()
         assert "```text\nsglang 0.5.23: the hooks fit\nformat int8\n```" in page
-        told, status = python(code)
-        assert (told, status) == (
+        output, status = python(code)
+        assert (output, status) == (
             "sglang 0.5.23: the hooks fit\nFLASHCOMM_FORMAT is not set: the plugin does nothing\n", 0
         )  # fmt: skip
-        told, status = python(code, FLASHCOMM_FORMAT="int1")
-        assert "2 to 8 are allowed" in told
+        output, status = python(code, FLASHCOMM_FORMAT="int1")
+        assert "2 to 8 are allowed" in output
         assert status == 1
 
     def test_without_sglang(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,8 +307,8 @@ class TestVersions:
         assert integration.why_not() == "sglang is not installed here: pip install sglang"
 
     def test_importing_the_plugin_imports_no_engine(self) -> None:
-        told, status = python("import sys, flashcomm.integrations.sglang; assert 'sglang' not in sys.modules")
-        assert status == 0, told
+        output, status = python("import sys, flashcomm.integrations.sglang; assert 'sglang' not in sys.modules")
+        assert status == 0, output
 
 
 def test_plans_give_their_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ IDS = torch.arange(48).view(1, 48)
 
 
 def equals_by_hand(ctx: RankContext, path: str) -> None:
-    """Two all-reduces a layer, each of them the reference's sum of what the ranks' Linears give, then the bias."""
+    """Each layer has two all-reduces, which equal the reference's sum of the partial sums, plus the bias."""
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int4", min_bytes=0)
@@ -64,10 +64,10 @@ def equals_by_hand(ctx: RankContext, path: str) -> None:
         model(IDS)
     assert len(partials) == 4
     for mine, out in zip(partials, outputs, strict=True):
-        everybody = [torch.empty_like(mine) for _ in range(ctx.world_size)]
-        dist.all_gather(everybody, mine)
-        assert torch.equal(out, reference.one_shot(everybody, FMT))
-        assert not torch.equal(out, sum(everybody))  # type: ignore[arg-type]
+        inputs = [torch.empty_like(mine) for _ in range(ctx.world_size)]
+        dist.all_gather(inputs, mine)
+        assert torch.equal(out, reference.one_shot(inputs, FMT))
+        assert not torch.equal(out, sum(inputs))  # type: ignore[arg-type]
     (comm,) = integration.communicators()
     assert comm.calls == {"all_reduce/one_shot": 4}
     route = comm.explain(partials[0].shape, partials[0].dtype).route
@@ -76,7 +76,7 @@ def equals_by_hand(ctx: RankContext, path: str) -> None:
 
 
 def switches_formats(ctx: RankContext, path: str) -> None:
-    """Uncompressed, disabled and training are as transformers alone; int8 is close to it; formats switch."""
+    """Uncompressed, disabled and training equal transformers alone. int8 is close to it. Formats can be switched."""
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel
 
     from flashcomm.integrations import transformers as integration
@@ -105,7 +105,7 @@ def switches_formats(ctx: RankContext, path: str) -> None:
 
 
 def takes_a_plan(ctx: RankContext, path: str, plan_file: str) -> None:
-    """Each layer takes its format and the scaling of `Plan`, single tokens take the decode format."""
+    """Each layer uses its format and scaling of the plan. Single tokens use the decode format."""
     from flashcomm.integrations import transformers as integration
     from flashcomm.plan import Plan
 
@@ -126,13 +126,13 @@ def takes_a_plan(ctx: RankContext, path: str, plan_file: str) -> None:
         model(IDS[:, :1])
     assert len(seen) == 8
     for mine, layer, out in seen:
-        everybody = [torch.empty_like(mine) for _ in range(ctx.world_size)]
-        dist.all_gather(everybody, mine)
-        formats = {plan.format_of(layer, x) for x in everybody}
+        inputs = [torch.empty_like(mine) for _ in range(ctx.world_size)]
+        dist.all_gather(inputs, mine)
+        formats = {plan.format_of(layer, x) for x in inputs}
         want = "int8" if mine.shape[1] == 1 else "int3-had" if layer == "model.layers.1.mlp.down_proj" else "int6-g32"
         assert {str(f) for f in formats} == {want}
         total = reference.one_shot(
-            [plan.before_reduce(layer, x, ctx.world_size) for x in everybody], WireFormat.parse(want)
+            [plan.before_reduce(layer, x, ctx.world_size) for x in inputs], WireFormat.parse(want)
         )
         assert torch.equal(out, plan.after_reduce(layer, total, ctx.world_size, total.dtype))
 
@@ -143,13 +143,13 @@ def plans_differ(ctx: RankContext, path: str) -> None:
 
     shift = torch.full((64,), 2 * ctx.rank, dtype=torch.int8)
     integration.enable(Plan(FMT, layers={"*": LayerPlan(FMT, shift, torch.zeros(64).bfloat16())}), min_bytes=0)
-    told = r"settings differ between ranks; give all of them the same:\n  plan: rank 0"
-    with torch.inference_mode(), pytest.raises(SettingsError, match=told):
+    message = r"settings differ between ranks; use the same on all ranks:\n  plan: rank 0"
+    with torch.inference_mode(), pytest.raises(SettingsError, match=message):
         load(path)(IDS)
 
 
 def leaves_uncompressed_sums_alone(ctx: RankContext, path: str) -> None:
-    """What does not go low-bit is not scaled: below min_bytes the logits are those of no plan at all."""
+    """Messages that are not low-bit are not scaled: below min_bytes the logits are those without a plan."""
     from flashcomm.integrations import transformers as integration
     from flashcomm.plan import LayerPlan, Plan
 

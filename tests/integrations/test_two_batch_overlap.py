@@ -1,4 +1,4 @@
-"""Two-batch overlap: the same bits and caches, one order of all-reduces on all ranks, errors that come out."""
+"""Two-batch overlap: equal bits and caches, the same order of all-reduces on all ranks, errors for the caller."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TestTwoBatchOverlap:
             got = overlap.run((lambda: micro_batch(0, 3), lambda: micro_batch(1, 4)))
         assert got == ("micro-batch 0", "micro-batch 1")
         assert log == ["0.0", "1.0", "0.1", "1.1", "0.2", "1.2", "1.3"]
-        assert sum(met) >= 5  # all but the last ones have somebody to compute beside them
+        assert sum(met) >= 5  # all but the last ones overlap with computation
         assert current() is None
 
     @pytest.mark.parametrize("failing", [0, 1])
@@ -88,14 +88,14 @@ class TestTwoBatchOverlap:
 
 
 def tiny(kind: str = "llama") -> Any:
-    """A sharded model of random weights, the same on every call."""
+    """Return a sharded model with random weights, equal in every call."""
     from flashcomm.bench.shapes import build
 
     return build("tiny" if kind == "llama" else kind, None, dist.get_world_size(), CPU, torch.bfloat16)
 
 
 def overlaps(ctx: RankContext, min_bytes: int) -> None:
-    """Logits, caches given and made, odd batches, padding, decoding on the cache: the same bits."""
+    """Logits and caches have the same bits for given and new caches, odd batches, padding and decoding."""
     from transformers import DynamicCache
 
     from flashcomm.integrations import transformers as integration
@@ -156,7 +156,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
 
 
 def continues(ctx: RankContext) -> None:
-    """A second stretch of prompt on a filled cache, and what the Communicator was given."""
+    """A second part of the prompt on a filled cache, and the arguments of the Communicator."""
     from flashcomm.communicator import Communicator
     from flashcomm.integrations import transformers as integration
 
@@ -188,12 +188,12 @@ def refuses(ctx: RankContext) -> None:
 
     model = tiny()
     model._tp_plan["model.layers.*.mlp.experts"] = "grouped_gemm"
-    with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: leave overlap out"):
+    with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: do not use overlap"):
         integration.overlap(model)
 
 
 def fails_in_a_reduce(ctx: RankContext) -> None:
-    """An all-reduce that fails in a micro-batch is the caller's error, and the model runs on afterwards."""
+    """The error of an all-reduce in a micro-batch reaches the caller, and the model can run again afterwards."""
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int4", min_bytes=0)
@@ -234,7 +234,7 @@ def real_text(ctx: RankContext) -> None:
 class TestTransformers:
     @pytest.mark.parametrize("min_bytes", [0, 1 << 13])
     def test_bits(self, min_bytes: int) -> None:
-        """With min_bytes of 8 KiB some whole messages go low-bit of which a half by itself would not."""
+        """With min_bytes of 8 KiB some messages are low-bit although half of them would be too small."""
         run(overlaps, 2, (min_bytes,))
 
     def test_a_filled_cache_and_the_whole_message(self) -> None:

@@ -1,4 +1,4 @@
-"""The vLLM integration, against a stand-in for vLLM in real ranks; against vLLM itself with `scripts/test-vllm`."""
+"""The vLLM integration in real ranks: with a stand-in for vLLM, and with vLLM itself under `scripts/test-vllm`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INT4, INT6 = WireFormat.parse("int4"), WireFormat.parse("int6-g32")
 
 
 def start(hidden: int = HIDDEN, **setting: str) -> tuple[Any, Any]:
-    """A vLLM with our plugins and these FLASHCOMM_* settings: its platform and config, as its front end makes them."""
+    """Start the stand-in with flashcomm's plugins and these FLASHCOMM_* settings. Return platform and config."""
     os.environ.update({f"FLASHCOMM_{name.upper()}": value for name, value in setting.items()})
     standin.install()
     from flashcomm.integrations import vllm as integration
@@ -42,8 +42,8 @@ def start(hidden: int = HIDDEN, **setting: str) -> tuple[Any, Any]:
     return platform, config
 
 
-def everybody(ctx: RankContext, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
-    """What each rank brings to a sum, known to all."""
+def all_inputs(ctx: RankContext, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """Return the inputs of all ranks."""
     return [torch.randn(shape, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(ctx.world_size)]
 
 
@@ -57,12 +57,12 @@ def low_bit_and_own(ctx: RankContext) -> None:
     assert isinstance(group.device_communicator, standin.CpuCommunicator), "graph capture asserts the subclass"
     assert standin.own_sums == []
     for tokens, way in ((200, "one_shot"), (500, "two_shot"), (200, "one_shot")):
-        given = everybody(ctx, (tokens, HIDDEN))
+        given = all_inputs(ctx, (tokens, HIDDEN))
         x = given[ctx.rank].clone()
         assert torch.equal(group.all_reduce(x), getattr(reference, way)(given, INT4))
         assert torch.equal(x, given[ctx.rank]), "the op contract: inputs stay"
-    strided = torch.empty(HIDDEN, 200, dtype=torch.bfloat16).t().copy_(everybody(ctx, (200, HIDDEN))[ctx.rank])
-    assert torch.equal(group.all_reduce(strided), reference.one_shot(everybody(ctx, (200, HIDDEN)), INT4))
+    strided = torch.empty(HIDDEN, 200, dtype=torch.bfloat16).t().copy_(all_inputs(ctx, (200, HIDDEN))[ctx.rank])
+    assert torch.equal(group.all_reduce(strided), reference.one_shot(all_inputs(ctx, (200, HIDDEN)), INT4))
     assert standin.own_sums == []
     others = [(8, HIDDEN), (200, 2 * HIDDEN), (200 * HIDDEN,), (2, 100, HIDDEN)]
     for shape in others:
@@ -93,15 +93,15 @@ def low_bit_and_own(ctx: RankContext) -> None:
     assert comm.settings.timeout_s == 600, "a rank may compile the model while the others wait"
     sums = torch.compile(lambda x: group.all_reduce(x * 2), fullgraph=True, dynamic=True, backend="eager")
     for tokens, way in ((500, reference.two_shot), (9, None), (200, reference.one_shot)):
-        given = [x * 2 for x in everybody(ctx, (tokens, HIDDEN))]
-        got = sums(everybody(ctx, (tokens, HIDDEN))[ctx.rank])  # which way is decided as it runs, not as it is traced
+        given = [x * 2 for x in all_inputs(ctx, (tokens, HIDDEN))]
+        got = sums(all_inputs(ctx, (tokens, HIDDEN))[ctx.rank])  # the route is chosen at run time, not while tracing
         assert torch.equal(got, way(given, INT4)) if way else len(standin.own_sums) == len(others) + 3
 
 
 def other_groups_are_left_alone(ctx: RankContext) -> None:
     _, config = start(format="int4", min_bytes="0")
     group = standin.make_group(config, dist.group.WORLD, "dp")
-    given = everybody(ctx, (200, HIDDEN))
+    given = all_inputs(ctx, (200, HIDDEN))
     torch.testing.assert_close(group.all_reduce(given[ctx.rank]), sum(given))  # type: ignore[arg-type]
     assert group.device_communicator.flashcomm is None
     alone = dist.new_group([ctx.rank], use_local_synchronization=True)
@@ -109,11 +109,11 @@ def other_groups_are_left_alone(ctx: RankContext) -> None:
 
 
 def a_group_of_some(ctx: RankContext) -> None:
-    """TP 2 of 4 ranks, twice: each group reduces its own."""
+    """Two groups of TP 2 in 4 ranks: each reduces its own messages."""
     _, config = start(format="int4", min_bytes="0")
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group = standin.make_group(config, pairs[ctx.rank // 2])
-    given = everybody(ctx, (9, HIDDEN))[ctx.rank // 2 * 2 :][:2]
+    given = all_inputs(ctx, (9, HIDDEN))[ctx.rank // 2 * 2 :][:2]
     assert torch.equal(group.all_reduce(given[ctx.rank % 2].clone()), reference.one_shot(given, INT4))
     dist.barrier()
 
@@ -172,7 +172,7 @@ def a_plan_by_layer(ctx: RankContext, path: str) -> None:
     flash = group.device_communicator.flashcomm
     assert flash.layers == ["model.layers.0.mlp.down_proj", name]
     assert model.second.flashcomm_name == f"vllm/tp:0/{name}", "cached graphs hold it: the same in every run"
-    given = everybody(ctx, (40, HIDDEN))
+    given = all_inputs(ctx, (40, HIDDEN))
     assert torch.equal(group.all_reduce(given[ctx.rank]), reference.one_shot(given, INT6)), "a message without a layer"
     assert torch.equal(group.all_reduce(given[ctx.rank][:1]), reference.one_shot([x[:1] for x in given], INT4))
     assert standin.own_sums == []
@@ -193,7 +193,7 @@ def a_plan_without_the_layer_plugin(ctx: RankContext, path: str) -> None:
     platform, config = standin.start({"flashcomm": integration.platform_plugin}), standin.make_config(HIDDEN)
     platform.apply_config_platform_defaults(config)
     group = standin.make_group(config, dist.group.WORLD)
-    with pytest.raises(PlanError, match="no layer of vLLM asks for them: add flashcomm to VLLM_PLUGINS"):
+    with pytest.raises(PlanError, match="no layer of vLLM uses them: add flashcomm to VLLM_PLUGINS"):
         group.all_reduce(torch.zeros(4, HIDDEN).bfloat16())
 
 
@@ -207,34 +207,34 @@ def one_lacks_the_package(ctx: RankContext) -> None:
         standin.make_group(config, dist.group.WORLD)
 
 
-def workers_differ(ctx: RankContext, mine: list[str], told: str) -> None:
+def workers_differ(ctx: RankContext, mine: list[str], message: str) -> None:
     _, config = start(format="int4")
     os.environ["FLASHCOMM_FORMAT"] = mine[ctx.rank]
-    with pytest.raises(UnavailableError, match=told):
+    with pytest.raises(UnavailableError, match=message):
         standin.make_group(config, dist.group.WORLD)
 
 
 def versions_differ(ctx: RankContext) -> None:
     _, config = start(format="int4")
     flashcomm.__version__ = f"0.{ctx.rank}"
-    told = r"give all its workers the same: rank 0: flashcomm 0\.0, plan .*; rank 1: flashcomm 0\.1, plan"
-    with pytest.raises(UnavailableError, match=told):
+    message = r"give all its workers the same: rank 0: flashcomm 0\.0, plan .*; rank 1: flashcomm 0\.1, plan"
+    with pytest.raises(UnavailableError, match=message):
         standin.make_group(config, dist.group.WORLD)
 
 
 def debug_tells_of_each_route(ctx: RankContext) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     logger, handler = logging.getLogger("flashcomm"), logging.Handler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     _, config = start(format="int4", debug="info")
     group = standin.make_group(config, dist.group.WORLD)
-    told.clear()
+    messages.clear()
     for tokens in (200, 1, 1, 1):
         group.all_reduce(torch.ones(tokens, HIDDEN, dtype=torch.bfloat16))
     group.all_reduce(torch.ones(7))
-    low_bit, *own = told
+    low_bit, *own = messages
     assert "one_shot" in low_bit, "the Communicator's own line"
     assert own == [
         f"vLLM's own all-reduce: first message too small to pay: (1, {HIDDEN}) torch.bfloat16",
@@ -270,7 +270,11 @@ class TestInRanks:
         run(one_lacks_the_package, 2)
 
     def test_workers_that_differ(self) -> None:
-        run(workers_differ, 2, (["int4", "int8"], r"rank 1: this worker's FLASHCOMM_FORMAT='int8' is not what vLLM's"))
+        run(
+            workers_differ,
+            2,
+            (["int4", "int8"], r"rank 1: this worker's FLASHCOMM_FORMAT='int8' differs from that of vLLM's"),
+        )
         run(workers_differ, 2, (["int12", "int4"], r"cannot use flashcomm: rank 0: 12 bits asked for"))
         run(versions_differ, 2)
 
@@ -283,7 +287,7 @@ class TestInRanks:
 
 @pytest.fixture
 def integration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """`flashcomm.integrations.vllm` as new, in a process with a stand-in for vLLM."""
+    """Import `flashcomm.integrations.vllm` again, in a process with a stand-in for vLLM."""
     before = set(sys.modules)
     standin.install()
     made = importlib.reload(importlib.import_module("flashcomm.integrations.vllm"))
@@ -332,7 +336,7 @@ class TestStartUp:
     def test_versions_not_tested(
         self, integration: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
     ) -> None:
-        monkeypatch.setenv("FLASHCOMM_FORMAT", "plan.json")  # which is not there, and not even looked for
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "plan.json")  # does not exist, and is not read
         standin.install(version)
         assert integration.platform_plugin() is None
         assert integration.platform_plugin() is None
@@ -348,7 +352,7 @@ class TestStartUp:
         monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")
         sys.modules["vllm.platforms"].builtin_platform_plugins["cpu"] = lambda: None  # type: ignore[attr-defined]
         assert integration.platform_plugin() is None
-        assert "neither on CUDA nor on a CPU" in caplog.text
+        assert "does not run on CUDA or a CPU" in caplog.text
 
     @pytest.mark.parametrize(
         ("text", "error"), [("int12", FormatError), ("no.json", PlanError), ("none/int4x", FormatError)]
@@ -389,7 +393,7 @@ class TestStartUp:
         config.compilation_config.pass_config.fuse_allreduce_rms = before
         standin.start({"flashcomm": integration.platform_plugin}).apply_config_platform_defaults(config)
         assert config.compilation_config.pass_config.fuse_allreduce_rms is after
-        assert ("messages that FlashInfer fuses with RMSNorm do not go low-bit" in caplog.text) == bool(before)
+        assert ("messages that FlashInfer fuses with RMSNorm are not low-bit" in caplog.text) == bool(before)
 
     def test_graphs_are_cached_by_format(self, integration: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         marks = set()
@@ -444,7 +448,7 @@ only_asked = pytest.mark.skipif(not PYTHON, reason="vLLM itself, heavy: run scri
 
 @only_asked
 def test_the_stand_in_has_vllms_signatures() -> None:
-    """Every parameter that the stand-in's classes have, vLLM's have."""
+    """vLLM's classes have every parameter of the stand-in's classes."""
     wanted = {
         "vllm.platforms.interface.Platform": standin.Platform,
         "vllm.distributed.device_communicators.cpu_communicator.CpuCommunicator": standin.CpuCommunicator,

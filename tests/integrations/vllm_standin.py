@@ -1,8 +1,8 @@
-"""A vLLM of one page: the classes and modules its plugins meet, with its names, signatures and rules (0.26 to 0.32).
+"""A stand-in for vLLM: the classes and modules that plugins use, with vLLM's names and signatures (0.26 to 0.32).
 
-`install()` puts it into sys.modules. What it does when called is what vLLM does, as far as plugins can tell: which
-platform is taken, that group sums go through an op where the platform wants it, that the CPU's sums are in place.
-tests/test_vllm.py compares its signatures with the real ones where vLLM is installed.
+`install()` puts it into sys.modules. For plugins it behaves like vLLM: it chooses the platform, runs all-reduces
+through an op if the platform requests it, and sums in place on CPUs. test_vllm.py compares its signatures with those of
+the real vLLM, if that is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _state: dict[str, Any] = {"config": None, "groups": {}, "platform": None, "tp": None}
-own_sums: list[tuple[int, ...]] = []  # shapes of what vLLM summed itself
+own_sums: list[tuple[int, ...]] = []  # shapes of the messages of vLLM's own all-reduce
 op_registry_oot: dict[str, type] = {}
 envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False)
 
@@ -168,7 +168,7 @@ def resolve(path: str) -> Any:
 
 
 def start(plugins: dict[str, Callable[[], str | None]]) -> Any:
-    """Choose the platform as vLLM does: a plugin that raises counts as a no, two that say yes are an error."""
+    """Choose the platform like vLLM: a plugin that raises is ignored, and two that return a platform are an error."""
     active = {}
     for name, plugin in plugins.items():
         try:
@@ -184,7 +184,7 @@ def start(plugins: dict[str, Callable[[], str | None]]) -> Any:
 
 
 def make_config(hidden: int, tokens: int = 512, dtype: torch.dtype = torch.bfloat16, **parallel: Any) -> Any:
-    """A VllmConfig, as far as we read it."""
+    """Return a VllmConfig with the fields that flashcomm reads."""
     model = SimpleNamespace(
         dtype=dtype, get_hidden_size=lambda: hidden, hf_text_config=SimpleNamespace(model_type="llama")
     )
@@ -206,7 +206,7 @@ def current_config(config: Any) -> Iterator[None]:
 
 
 def make_group(config: Any, group: Any, name: str = "tp") -> GroupCoordinator:
-    """A group, as a worker makes it."""
+    """Create a group like a worker."""
     with current_config(config):
         made = GroupCoordinator(group, name)
     if name == "tp":
@@ -215,7 +215,7 @@ def make_group(config: Any, group: Any, name: str = "tp") -> GroupCoordinator:
 
 
 def install(version: str = "0.32.0") -> None:
-    """Be the `vllm` of this process."""
+    """Install this module as `vllm` in this process."""
 
     def module(name: str, **names: Any) -> None:
         made = ModuleType(name)

@@ -1,8 +1,8 @@
-"""`run` brings back what rank 0 returns, fails when any rank fails, and never leaves a process behind.
+"""`run` returns the result of rank 0, fails when any rank fails, and never leaves a process behind.
 
-Run as a script this file is the caller that the tests send signals to: `test_launch.py CASE [LINK ...]`. A rank takes
-seconds to import torch. So a caller that survives goes on to its next run, and what `processes` does with any child is
-tested with forked ones, which import nothing.
+As a script, `test_launch.py CASE [LINK ...]`, this file is the caller that the tests send signals to. A rank takes
+seconds to import torch. So a caller that survives continues with its next run, and `processes` is tested with forked
+children, which import nothing.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from flashcomm.ranks.launch import RankContext, run
 from flashcomm.ranks.processes import Emit
 
 TOKEN = "FLASHCOMM_TEST_TOKEN"
-SOON_S = 30  # for what takes two seconds on a quiet machine, and ENDLESS_S where it does not work
+SOON_S = 30  # limit for actions that take two seconds on a quiet machine, and ENDLESS_S if they fail
 ENDLESS_S = 600
 SIGINT, SIGTERM, SIGKILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 
-pytestmark = pytest.mark.alone  # processes come and go, within times
+pytestmark = pytest.mark.alone  # it depends on the times of processes
 
 no_link = functools.cache(links.probe)
 
@@ -70,10 +70,10 @@ def total(ctx: RankContext, factor: int) -> dict[str, Any]:
 
 
 def networks(ctx: RankContext) -> list[int] | None:
-    """Of every rank the network namespace it is in."""
-    everybodys: list[int] = [0] * ctx.world_size
-    dist.all_gather_object(everybodys, os.stat("/proc/self/ns/net").st_ino)
-    return everybodys
+    """Return the network namespace of every rank."""
+    namespaces: list[int] = [0] * ctx.world_size
+    dist.all_gather_object(namespaces, os.stat("/proc/self/ns/net").st_ino)
+    return namespaces
 
 
 def fail(ctx: RankContext, how: str) -> None:
@@ -89,7 +89,7 @@ def fail(ctx: RankContext, how: str) -> None:
         if how == "kill":
             os.kill(os.getpid(), SIGKILL)
     if how == "kill":
-        dist.all_reduce(torch.ones(1))  # fails as well, with "connection closed": not what the caller should read
+        dist.all_reduce(torch.ones(1))  # fails, too, with "connection closed", which the caller must not see
     if how == "exit":
         signal.signal(SIGTERM, signal.SIG_IGN)  # only SIGKILL helps
     time.sleep(ENDLESS_S)
@@ -101,7 +101,7 @@ def wait_forever(ctx: RankContext) -> None:
 
 
 def child(emit: Emit, how: str) -> object:
-    """Body of a forked child. It has the handlers of the watching process, so that only SIGKILL ends it early."""
+    """Run in a forked child. It inherits the handlers of the watching process, so only SIGKILL ends it early."""
     if how == "fails":
         raise KeyError("first line\nsecond line")
     if how == "leaves":
@@ -153,7 +153,7 @@ class Caller(subprocess.Popen[str]):
 
 @contextlib.contextmanager
 def script(*args: str, **more: Any) -> Iterator[Caller]:
-    """The caller in a process group of its own; at the end nothing of it may be left, which is asserted."""
+    """Run the caller in its own process group. Assert at the end that none of its processes are left."""
     token = str(uuid.uuid4())
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), TOKEN: token, **more.pop("env", {})}
     process = Caller(
@@ -163,7 +163,7 @@ def script(*args: str, **more: Any) -> Iterator[Caller]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL),  # whoever runs the tests in the background ignores it
+        preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL),  # a background job would ignore it
         **more,
     )
     process.token = token
@@ -178,7 +178,7 @@ def script(*args: str, **more: Any) -> Iterator[Caller]:
 
 
 def holders(token: str) -> list[int]:
-    """Every process that has the token in its environment: descendants keep it, even when orphaned."""
+    """Return every process with the token in its environment. Descendants keep it, even if orphaned."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -188,7 +188,7 @@ def holders(token: str) -> list[int]:
 
 
 def assert_gone(token: str, but: int | None = None) -> None:
-    """Soon no process has the token, except for `but` and the tracker that multiprocessing keeps for its life."""
+    """Assert that soon no process has the token, except for `but` and multiprocessing's resource tracker."""
     deadline = time.monotonic() + SOON_S
     while True:
         left = {}
@@ -202,18 +202,18 @@ def assert_gone(token: str, but: int | None = None) -> None:
 
 
 def until(process: Caller, line: str) -> list[str]:
-    """Read the caller's stdout up to `line`; the lines before it."""
+    """Read the caller's stdout up to `line`. Return the lines before it."""
     assert process.stdout is not None
     before = []
     for text in process.stdout:
         if text.strip() == line:
             return before
         before.append(text.strip())
-    raise EOFError(f"the caller ended before it said {line!r}")
+    raise EOFError(f"the caller ended before it printed {line!r}")
 
 
 def children() -> set[int]:
-    """Children of this process, except for the one tracker that multiprocessing keeps for its life."""
+    """Return the children of this process, except for multiprocessing's resource tracker."""
     tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
     pids = {int(pid) for task in tasks for pid in task.read_text().split()}
     return {pid for pid in pids if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()}
@@ -221,7 +221,7 @@ def children() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No process, no device in the root namespace, no named namespace that was not there before."""
+    """Assert that no process, no device in the root namespace and no named namespace is left."""
 
     def state() -> tuple[object, ...]:
         named = os.listdir("/run/netns") if os.path.isdir("/run/netns") else []
@@ -239,7 +239,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def outcome() -> tuple[dict[str, Any], str]:
-    """What a caller printed about a run without a link and, where it can be had, one with; and its stderr."""
+    """Return the output of a caller about a run without a link and, if possible, with one; and its stderr."""
     with script("results", "", *([] if no_link() else ["1gbit"])) as process:
         stdout, stderr = process.communicate(timeout=120)
     return json.loads(stdout), stderr
@@ -261,13 +261,13 @@ def test_result_and_events(outcome: tuple[dict[str, Any], str], link: str | None
 
 
 def test_stdout_belongs_to_the_caller(outcome: tuple[dict[str, Any], str]) -> None:
-    """The JSON alone was on stdout, else there were no `outcome`."""
+    """Only the JSON was on stdout. Otherwise `outcome` would have failed."""
     printed, stderr = outcome
     assert len(printed["events"]) == 2 * len(printed["results"])
     for noise in ("printed by a rank", "written by a rank"):
         assert stderr.count(noise) == 2 * len(printed["results"])
         stderr = stderr.replace(noise, "")
-    assert stderr.strip() == ""  # no warning, of gloo or of anyone else
+    assert stderr.strip() == ""  # no warning, from gloo or others
 
 
 @pytest.mark.parametrize(
@@ -370,13 +370,13 @@ def test_requests_that_are_not_allowed(asked: dict[str, Any], message: str) -> N
     ids=lambda value: " ".join(f"{m}-{n.name}" for m, n in value) if isinstance(value, list) else None,
 )
 def test_signals_end_everything(link: str | None, steps: list[tuple[str, signal.Signals]], status: int) -> None:
-    """Ctrl-C ends a run, and the caller goes on to the next. Ranks that still boot find out when they have booted."""
+    """Ctrl-C ends a run, and the caller starts the next one. Ranks that are still starting end as well."""
     skip_if_it_cannot_be_had(link)
     with script("wait", *[link or ""] * len(steps)) as process:
         for moment, number in steps:
             until(process, moment)
             if moment == "starting":
-                time.sleep(0.4)  # the ranks are there, and have not imported torch
+                time.sleep(0.4)  # the ranks have started, but not imported torch
             sent = time.monotonic()
             (os.killpg if number == SIGINT else os.kill)(process.pid, number)  # Ctrl-C reaches the whole group
             if number == SIGINT:
@@ -401,7 +401,7 @@ def test_joins_torchrun() -> None:
     ):
         (out0, err0), (out1, _) = rank0.communicate(timeout=60), rank1.communicate(timeout=60)
     assert (rank0.returncode, rank1.returncode) == (0, 0)
-    # What goes past sys.stdout reaches the caller's own stdout here: there is one process for both.
+    # Output that bypasses sys.stdout reaches the caller's stdout here, because both are one process.
     first, second = (json.loads(out.replace("written by a rank\n", "")) for out in (out0, out1))
     assert first["result"]["sum"] == 30
     assert first["events"] == [["rank", 0]]
@@ -413,7 +413,7 @@ def test_ranks_of_a_node_have_a_link_together() -> None:
     skip_if_it_cannot_be_had("1gbit")
     a, b, c, d = run(networks, 4, link="1gbit", local_world_size=2)  # type: ignore[misc]
     assert (a == b, b == c, c == d) == (True, False, True)
-    with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks do not make nodes of that many"):
+    with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks cannot be divided into nodes of that size"):
         run(networks, 4, link="1gbit", local_world_size=3)
 
 
@@ -421,7 +421,7 @@ def test_ranks_of_a_node_have_a_link_together() -> None:
 def test_torchrun_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
     for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match="world_size=3 was asked for under a torchrun of 2 ranks: ask for 2"):
+    with pytest.raises(SettingsError, match="world_size=3 was requested under a torchrun of 2 ranks: use world_size=2"):
         run(total, 3, (1,))
 
 
@@ -434,7 +434,7 @@ def test_link_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_link_without_root() -> None:
-    """As nobody: the ranks live in a user namespace, and die with a caller that is killed; or the clear error."""
+    """Run as nobody: the ranks run in a user namespace and die with a killed caller, or there is a clear error."""
     nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
     try:
         subprocess.run([sys.executable, "-c", "import torch, pyroute2"], capture_output=True, check=True, **nobody)

@@ -1,4 +1,4 @@
-"""The link is as fast as asked and no faster, in each direction and for short messages; and it leaves nothing."""
+"""A link has the requested rate in each direction, also for short messages, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_link = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """No device in the root namespace and no named namespace that was not there before."""
+    """Assert that no device in the root namespace and no named namespace is left."""
 
     def state() -> tuple[set[str], set[str]]:
         return set(os.listdir("/sys/class/net")), set(os.listdir("/run/netns") if os.path.isdir("/run/netns") else ())
@@ -37,7 +37,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def in_child(body: Callable[[], object]) -> Any:
-    """What `body` returns in a forked child: it may change its namespaces as it likes."""
+    """Run `body` in a forked child, which may change its namespaces, and return its result."""
     receiver, sender = FORK.Pipe(duplex=False)
     child = FORK.Process(target=lambda: sender.send(body()))
     with link.forking():
@@ -52,10 +52,10 @@ def in_child(body: Callable[[], object]) -> Any:
 
 
 def transfers(rate: int, flows: list[tuple[int, int]], count: int) -> list[float]:
-    """Bits per second of each flow (sending rank, receiving rank) of `count` bytes, all at the same time.
+    """Measure the bits per second of each flow (sending rank, receiving rank) of `count` bytes, all at the same time.
 
-    The clock starts before the first sender connects and stops at the last byte, so a late process, on a busy
-    machine, makes a flow look slower and never faster.
+    The time is from before the first sender connects until the last byte. So a late process on a busy machine makes a
+    flow look slower, never faster.
     """
 
     def lab() -> list[float]:
@@ -95,10 +95,10 @@ def transfers(rate: int, flows: list[tuple[int, int]], count: int) -> list[float
 
 
 def check_slowest(rate: int, flows: list[tuple[int, int]], count: int, share: float, at_least: float) -> None:
-    """The slowest flow has `at_least` to 1.03 of its `share` of the link's payload rate.
+    """Assert that the slowest flow has `at_least` to 1.03 of its `share` of the link's payload rate.
 
-    It is never faster; it has five tries to be fast enough, for a busy machine may spoil some, and a filter that
-    holds back too much spoils them all.
+    It must never be faster. It has five tries to be fast enough, because a busy machine may slow down some of them. A
+    filter that limits too much slows down all of them.
     """
     speeds = []
     for _ in range(5):
@@ -127,14 +127,14 @@ def test_parse_rate_says_what_is_allowed(text: str) -> None:
 @needs_link
 @pytest.mark.parametrize("rate", [10**7, 10**8, 2 * 10**8, 10**9])
 def test_goodput_is_the_payload_share_of_the_rate(rate: int) -> None:
-    """Never more, and not much less: two cores that are busy with other things fill 1 Gbit/s to some 90 %."""
+    """It is never more, and not much less: two cores with other load reach some 90 % of 1 Gbit/s."""
     check_slowest(rate, [(0, 1)], rate // 8 // 2, share=1, at_least=0.92 if rate < 10**9 else 0.8)
 
 
 @pytest.mark.alone
 @needs_link
 def test_short_messages_are_limited_too() -> None:
-    """32 KB at 10 Mbit/s take 27 ms: a bucket with a burst of that size would let them pass at once."""
+    """32 KB at 10 Mbit/s take 27 ms. A bucket with a burst of that size would not delay them."""
     (speed,) = transfers(10**7, [(0, 1)], 32 * 1024)
     assert speed < 1.15 * 10**7
 
@@ -149,13 +149,13 @@ def test_download_is_limited() -> None:
 @pytest.mark.alone
 @needs_link
 def test_both_directions_are_independent() -> None:
-    """Each way has its own bucket; one bucket for both would leave each half. Acknowledgements cost some."""
+    """Each direction has its own bucket. With one for both, each would get half. Acknowledgements take some rate."""
     check_slowest(10**8, [(0, 1), (1, 0)], 6 * 10**6, share=1, at_least=0.8)
 
 
 @needs_link
 def test_network_is_sealed_off() -> None:
-    """A rank sees its own eth0 and lo, and has no way out."""
+    """A rank has only its own eth0 and lo, and no route to other networks."""
 
     def look() -> tuple[list[str], bool]:
         network = link.Network(2, 10**8)
@@ -181,7 +181,7 @@ def test_too_many_ranks() -> None:
 
 
 def test_refusal_is_clear() -> None:
-    """In a user namespace that may hold no network namespace, the kernel's refusal is named, with the way out."""
+    """In a user namespace without network namespaces, the error has the kernel's reason and what to do."""
 
     uid = os.getuid()
 
@@ -216,7 +216,7 @@ def test_missing_pyroute2_is_clear(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_without_root() -> None:
-    """As nobody: a link at its rate, made through a user namespace, or the clear error."""
+    """Run as nobody: a link created through a user namespace has its rate, or there is a clear error."""
 
     try:
         command = [sys.executable, "-c", "import pyroute2"]

@@ -1,4 +1,4 @@
-"""The policy: which route a message takes, with and without measured times. Pure functions, so no group is needed."""
+"""The choice of routes, with and without measured times. These are pure functions, so no group is needed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_fastest_measured_route_is_taken() -> None:
     assert taken(choose(64 << 20, "none", FAST)) == ("two_shot", "none", "symmetric")
     text = str(choose(64 << 20, "int4", FAST))
     assert "two_shot as int4 over symmetric" in text
-    assert "70.0 us for 65536 KiB, fastest of those measured (made up)" in text
+    assert "70.0 us for 65536 KiB, the fastest measured (made up)" in text
     assert "not backend: 250.0 us" in text
 
 
@@ -142,7 +142,7 @@ def test_malformed_timings_are_refused(wrong: dict[str, object]) -> None:
 def choose_on_cpus(
     numel: int, world_size: int, fmt: str = "int4", algorithm: str = "auto", row: int = 576, min_bytes: int = 65536
 ) -> Choice:
-    """Over gloo, without measured times."""
+    """Choose for gloo, without measured times."""
     return policy.choose(Message(numel, row, 2, world_size, "cpu"), WireFormat.parse(fmt), algorithm, min_bytes)
 
 
@@ -179,7 +179,7 @@ def test_every_route_not_taken_has_a_reason() -> None:
 
 
 def test_wire_bytes_are_those_of_the_layout() -> None:
-    """int4 over 3 ranks, two-shot: 4.25 bits, two thirds of the message sent in each of two steps."""
+    """int4 over 3 ranks in two-shot: 4.25 bits per value, and each of two steps sends two thirds of the message."""
     row_bytes = 288 + 9 * 2
     assert choose_on_cpus(513 * 576, 3).route.wire_bytes == 2 * 2 * (171 * row_bytes + -171 * 18 % 16)
     assert choose_on_cpus(512 * 576, 2).route.wire_bytes == 512 * row_bytes
@@ -190,7 +190,7 @@ def test_wire_bytes_are_those_of_the_layout() -> None:
 
 
 def test_hierarchical_is_two_shot_where_nodes_gain_nothing() -> None:
-    """One node, nodes of one rank, and so many that less crosses in two-shot."""
+    """This holds for one node, for nodes of one rank, and for so many nodes that two-shot sends less between them."""
     for world_size, local_world_size, algorithm in (
         *((4, 4, "two_shot"), (4, 1, "two_shot"), (4, 0, "two_shot"), (8, 2, "two_shot")),
         *((4, 2, "hierarchical"), (6, 2, "hierarchical"), (8, 4, "hierarchical")),
@@ -207,19 +207,19 @@ def test_hierarchical_leaves_small_messages_to_the_backend() -> None:
     ):
         call = Message(numel, 512, 2, 4, "cpu", 2)
         assert policy.choose(call, INT4, "hierarchical", given).route.algorithm == algorithm, numel
-    told = str(policy.choose(Message(64, 64, 2, 4, "cpu", 2), INT4, "hierarchical", 1 << 20))
-    assert "128 message bytes are fewer than min_bytes=1048576" in told
+    output = str(policy.choose(Message(64, 64, 2, 4, "cpu", 2), INT4, "hierarchical", 1 << 20))
+    assert "128 message bytes are fewer than min_bytes=1048576" in output
 
 
 def test_hierarchical_sends_a_quarter_of_the_message_to_other_nodes() -> None:
-    """Of 8 ranks in 2 nodes: 3/4 of the message twice within the node, 1/4 once across."""
+    """8 ranks in 2 nodes: each rank sends 3/4 of the message twice within its node, and 1/4 once to the other."""
     call = Message(1 << 20, 4096, 2, 8, "cpu", 4)
     message = policy.wire_bytes("one_shot", call, INT4) // 7
     assert policy.wire_bytes("hierarchical", call, INT4) == message * (3 + 1 + 3) // 4
     assert policy.wire_bytes("two_shot", call, INT4) == message * (7 + 7) // 8
-    told = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
+    output = str(policy.choose(call, INT4, "auto", 0, Machine(local_world_size=4)))
     crossing = f"{message // 4} bytes a rank to other nodes, two_shot {message * 4 * 2 // 8}"
-    assert f"not hierarchical: a third rounding, so only if asked for: {crossing}" in told
+    assert f"not hierarchical: a third rounding, so only on request; {crossing}" in output
     assert "hierarchical" not in str(policy.choose(Message(1 << 20, 4096, 2, 8, "cpu"), INT4, "auto", 0))
 
 

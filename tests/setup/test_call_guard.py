@@ -1,6 +1,6 @@
-"""What a Communicator refuses: calls after one that was left, from other threads, in a forked process; and how it ends.
+"""Calls that a Communicator refuses: after an interrupted call, from other threads, after a fork; and its close.
 
-Where an abort or a hang was the fault the ranks are real processes: their death, or their silence, fails the run.
+Where the defect was an abort or a hang, the ranks are real processes. Then an abort or a hang fails the run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TestLeft:
     def test_later_calls_raise_at_once_and_say_why(
         self, kind: type[BaseException], at: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The peer must not take the next call's messages for those of this one."""
+        """The peer must not receive the next call's messages as those of this one."""
         from flashcomm.cpu import codec
 
         real, victim = getattr(codec, at), threading.local()
@@ -55,7 +55,7 @@ class TestLeft:
             comm.all_reduce(message(rank))
             if rank:
                 with pytest.raises(CommunicationError, match=r"rank 0 did not answer within 2 s|rank 0 was lost"):  # noqa: PT012
-                    comm.all_reduce(message(rank))  # right, if the other left at its very end
+                    comm.all_reduce(message(rank))  # succeeds if the other rank was interrupted at the very end
                     comm.all_reduce(message(rank))
                 return ""
             victim.left = 2 if at == "encode" else 1
@@ -63,14 +63,14 @@ class TestLeft:
                 comm.all_reduce(message(rank))
             for call in (comm.all_reduce, comm.reduce_scatter, comm.all_gather):
                 begin = time.monotonic()
-                with pytest.raises(CommunicationError, match=f"was left by {kind.__name__}") as caught:
+                with pytest.raises(CommunicationError, match=f"was interrupted by {kind.__name__}") as caught:
                     call(message(rank))
                 assert time.monotonic() - begin < 1
             time.sleep(3)  # the connection stays while the peer waits
             return str(caught.value)
 
-        said, _ = raise_first(run_ranks(2, body))
-        assert "all_reduce was left by" in said
+        error, _ = raise_first(run_ranks(2, body))
+        assert "all_reduce was interrupted by" in error
 
     def test_errors_of_all_ranks_leave_nothing(self) -> None:
         def body(group: dist.ProcessGroup, rank: int) -> None:
@@ -83,23 +83,23 @@ class TestLeft:
         raise_first(run_ranks(2, body))
 
     def test_an_exception_that_nothing_noted(self) -> None:
-        """It came between the mark and the `with` block."""
+        """It is raised between the mark and the `with` block."""
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int8")
             comm._guard.call("all_reduce")
-            with pytest.raises(CommunicationError, match="all_reduce was left by an exception"):
+            with pytest.raises(CommunicationError, match="all_reduce was interrupted by an exception"):
                 comm.all_reduce(torch.ones(4))
             comm.close()
 
         raise_first(run_ranks(1, body))
 
     def test_a_call_inside_a_call(self) -> None:
-        """As from a signal handler."""
+        """A signal handler can do this."""
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int8")
-            with comm._guard.call("all_gather"), pytest.raises(CommunicationError, match="all_gather was left by"):
+            with comm._guard.call("all_gather"), pytest.raises(CommunicationError, match="all_gather was interrupted"):
                 comm.all_reduce(torch.ones(4))
             assert comm.all_reduce(torch.ones(4)).tolist() == [1.0] * 4
 
@@ -185,7 +185,7 @@ def a_group_each(ctx: RankContext) -> None:
 class TestClose:
     @pytest.mark.parametrize("after_s", [0.0, 0.01, 0.05, 0.2])
     def test_during_a_call_of_another_thread(self, after_s: float) -> None:
-        """The call ends as if nothing had happened, and the next one says that the Communicator is closed."""
+        """The call ends normally, and the next one raises that the Communicator is closed."""
         x = [message(r, 2048) for r in range(2)]
         want = reference.two_shot(x, flashcomm.WireFormat.parse("int8"))
 
@@ -230,7 +230,7 @@ class TestClose:
         run(closed_by_a_signal, 2, timeout_s=60)
 
     def test_from_another_call_that_left(self) -> None:
-        """Closing after an exception does not wait for the call that nobody ends."""
+        """Closing after an exception does not wait for the interrupted call, which never ends."""
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
             with pytest.raises(KeyError), Communicator(group, "int8") as comm, comm._guard.call("all_reduce"):
@@ -284,7 +284,7 @@ except flashcomm.FlashcommError as why:
 
 @pytest.mark.parametrize("close", ["close", "leave"])
 def test_a_survivor_exits_as_it_wants(close: str, tmp_path: Path) -> None:
-    """Its exchange thread used to be ended inside gloo: SIGABRT in half of the runs."""
+    """Earlier its exchange thread was ended inside gloo, with SIGABRT in half of the runs."""
     for i in range(3):
         ranks = [
             subprocess.Popen(
@@ -293,14 +293,14 @@ def test_a_survivor_exits_as_it_wants(close: str, tmp_path: Path) -> None:
             )
             for rank in range(2)
         ]  # fmt: skip
-        told = [rank.communicate(timeout=100)[1] for rank in ranks]
+        output = [rank.communicate(timeout=100)[1] for rank in ranks]
         assert ranks[1].returncode == -9
-        assert ranks[0].returncode == 0, told[0]
-        assert "rank 1" in told[0]
+        assert ranks[0].returncode == 0, output[0]
+        assert "rank 1" in output[0]
 
 
 def test_the_exchange_thread_is_joined_at_exit(tmp_path: Path) -> None:
-    """The same without chance: a job still runs when the program ends."""
+    """The same, but deterministic: a job still runs when the program ends."""
     code = """
 import threading, time
 from flashcomm.transports.process_group import Lane
@@ -326,7 +326,7 @@ def forks(ctx: RankContext) -> None:
                     try:
                         call(x)
                     except CommunicationError as why:
-                        code = 0 if "was forked from the one that made the Communicator" in str(why) else 2
+                        code = 0 if "was forked from the one that created the Communicator" in str(why) else 2
                 comm.close()
             finally:
                 os._exit(code)

@@ -1,4 +1,4 @@
-"""What ranks compare: one rank's mistake is the same error on all ranks, soon, and in words."""
+"""Consistency checks: a mistake on one rank is soon the same, clear error on all ranks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from flashcomm.setup import consistency, discovery
 from flashcomm.wire import format as wire_format
 
 HUGE = "9" * 5000
-OVER = threading.local()  # what a rank, a thread, sees in place of a module's attribute
+OVER = threading.local()  # replacements of module attributes, for one rank (a thread)
 
 
 def same_error(results: list[Any], kind: type[Exception]) -> str:
-    """The message that all ranks raised."""
+    """Return the message that all ranks raised."""
     assert all(type(r) is kind for r in results), results
     messages = {str(r) for r in results}
     assert len(messages) == 1, messages
@@ -61,7 +61,7 @@ class TestSettings:
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
             comm = Communicator(group, "int4")
-            with pytest.raises(InputError, match="format= is no wire format"):
+            with pytest.raises(InputError, match="format= is not a wire format"):
                 comm.all_reduce(torch.ones(4), format=bad if rank else "int4")
             assert comm.all_reduce(torch.ones(4)).tolist() == [2.0] * 4
 
@@ -73,7 +73,7 @@ class TestSettings:
         assert raise_first(run_ranks(2, lambda g, r: Communicator(g, "int4", plan="x" * 5000).rank)) == [0, 1]
 
     def test_a_warning_that_is_an_error_on_one_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As under PYTHONWARNINGS=error; filters are of a process, and ranks are threads here."""
+        """PYTHONWARNINGS=error does this. Filters belong to a process, but ranks are threads here."""
         real = flashcomm.settings.warn_unknown
 
         def warn(environ: Any) -> None:
@@ -90,7 +90,7 @@ class TestSettings:
         assert message == "rank 1: UserWarning: FLASHCOMM_FORMATT is not a flashcomm setting"
 
     def test_any_exception_on_one_rank_is_an_error_on_all(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Also late: one rank fails where the others have nothing more to compare."""
+        """This includes late failures, when the other ranks have nothing more to compare."""
         real = discovery.connect
 
         def connect(group: Any, transport: Any, settings: Any) -> Any:
@@ -137,7 +137,7 @@ class TestSettings:
 
         def exchange(transport: Any, *rest: Any) -> Any:
             rows = real(transport, *rest)
-            rows[1] = [77, *[99] * 15]  # what an unknown version may say
+            rows[1] = [77, *[99] * 15]  # an unknown version may send this
             return rows
 
         monkeypatch.setattr(consistency, "_exchange_words", exchange)
@@ -170,7 +170,7 @@ class TestCalls:
     def test_ranks_that_counted_differently_agree_on_a_number(self) -> None:
         def body(group: dist.ProcessGroup, rank: int) -> list[int]:
             comm = Communicator(group, "int4")
-            with pytest.raises(InputError, match="rank 1: making a Communicator"):
+            with pytest.raises(InputError, match="rank 1: creating a Communicator"):
                 Communicator(group, "int4") if rank else comm.all_reduce(torch.ones(4))
             return [Communicator(group, "int4").transport.tags.communicator for _ in range(2)]
 
@@ -212,7 +212,7 @@ class TestMemory:
     @pytest.mark.parametrize("algorithm", ["backend", "two_shot"])
     @pytest.mark.parametrize("shift", [1, 4, 4096, 65535])
     def test_out_that_overlaps_x_in_part(self, algorithm: str, shift: int) -> None:
-        """On one rank: an error on all."""
+        """If it overlaps on one rank, all ranks raise the error."""
         n = 64 * 1024
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
@@ -274,7 +274,7 @@ class TestMemory:
 
 
 class TestCachedTimings:
-    """3.3: files that one rank reads break no Communicator."""
+    """Broken files of timings on one rank break no Communicator."""
 
     @pytest.mark.parametrize(
         "text",
@@ -312,7 +312,7 @@ class TestCachedTimings:
 
         want = reference.two_shot([x, x], wire_format.WireFormat.parse("int8"))
         assert all(same_bits(r, want) for r in raise_first(run_ranks(2, body)))
-        assert "holds no timings and is ignored" in caplog.text
+        assert "is not a valid file of timings and is ignored" in caplog.text
 
     def test_a_good_file_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -329,7 +329,7 @@ class TestCachedTimings:
 class TestPeers:
     @pytest.mark.parametrize("dead", [0, 1, 2, 3])
     def test_a_peer_that_does_not_come_is_named(self, dead: int) -> None:
-        """By all ranks, also by those that do not wait for it first."""
+        """All ranks name it, also those that wait for another rank first."""
         over = threading.Event()
 
         def body(group: dist.ProcessGroup, rank: int) -> None:
@@ -360,7 +360,7 @@ class TestPeers:
 
 
 def test_nothing_is_pickled_or_evaluated() -> None:
-    """docs/security.md says so: neither what ranks send each other nor what files hold is run."""
+    """As docs/security.md says, data from other ranks and from files are never executed."""
     forbidden = {"pickle", "dill", "marshal", "shelve", "yaml", "eval", "exec"}
     forbidden |= {f"{verb}_object{more}" for verb in ("all_gather", "broadcast", "gather") for more in ("", "_list")}
     for path in Path(flashcomm.__file__).parent.rglob("*.py"):
@@ -374,6 +374,6 @@ def test_nothing_is_pickled_or_evaluated() -> None:
                 names = {node.func.id}
             elif (
                 isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args
-            ):  # model.eval() is not
+            ):  # model.eval() is another eval
                 names = {node.func.attr} | ({"eval"} if ast.unparse(node.func) == "torch.load" else set())
             assert not names & forbidden, f"{path}:{node.lineno}"  # type: ignore[attr-defined]

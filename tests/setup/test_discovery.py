@@ -1,4 +1,4 @@
-"""Discovery: which ranks are a node together."""
+"""Discovery: which ranks form a node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def found(monkeypatch: pytest.MonkeyPatch, places: list[tuple[str, str]], **give
 
 
 def test_the_setting_counts_for_groups_that_make_such_nodes() -> None:
-    """The setting is of a process, whose groups are not all alike."""
+    """The setting applies to all groups of a process, which may differ in size."""
     for world_size, found in ((1, 1), (2, 2), (4, 4), (8, 4), (6, 0)):
         assert discovery.asked_local_world_size(Settings.resolve("cpu", {}, local_world_size=4), world_size) == found, (
             world_size
@@ -45,7 +45,7 @@ def test_a_node_is_a_host_or_what_is_near_to_the_same_cpus(monkeypatch: pytest.M
 def test_nodes_that_are_asked_for_and_cannot_be_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = [("a", ""), ("b", ""), ("a", ""), ("b", "")]
     assert found(monkeypatch, mixed, local_world_size=2) == 2
-    with pytest.raises(UnavailableError, match=r"consecutive ranks; these are at a, b, a, b: order the ranks by node"):
+    with pytest.raises(UnavailableError, match=r"these ranks are at a, b, a, b: order the ranks by node"):
         found(monkeypatch, mixed, algorithm="hierarchical")
     with pytest.raises(SettingsError, match="local_world_size=3: 4 ranks cannot be divided into nodes of that size"):
         found(monkeypatch, mixed, local_world_size=3, algorithm="hierarchical")

@@ -1,4 +1,4 @@
-"""Communicators over host memory, on two GPUs; `gpu/test_host_kernel.py` tests the kernel."""
+"""Communicators over host memory, on two GPUs. `gpu/test_host_kernel.py` tests the kernel."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_rows_with_short_groups_and_nodes_go_over_the_process_group() -> None:
 
 
 def over_host(ctx: RankContext) -> None:
-    """Messages of all sizes in one graph, replayed with changing inputs."""
+    """Capture messages of all sizes in one graph, and replay it with changing inputs."""
     shapes = [(8, 4096), (1500, 4096), (3, 640), (700, 4096)]
     for fmt in ("int4", "none", "int6-had/int7-had"):
         with over_cuda(fmt, transport="host_memory", min_bytes=0, timeout_s=20) as comm:
@@ -92,14 +92,14 @@ def host_slices(ctx: RankContext) -> None:
                 got = comm.all_gather(whole[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.all_gather(whole, comm.format))
         with over_cuda(fmt, transport="host_memory", algorithm="two_shot", timeout_s=20, host_workers=5) as comm:
-            everybody = [tough((2500, 640), FP32, r) for r in range(ctx.world_size)]
-            got = comm.all_reduce(everybody[ctx.rank].to(ctx.device)).cpu()
-            assert same_bits(got, reference.two_shot(everybody, comm.format))
-            for turn in range(4):  # misaligned on one rank alone
-                x = everybody[ctx.rank].to(ctx.device)
+            all_inputs = [tough((2500, 640), FP32, r) for r in range(ctx.world_size)]
+            got = comm.all_reduce(all_inputs[ctx.rank].to(ctx.device)).cpu()
+            assert same_bits(got, reference.two_shot(all_inputs, comm.format))
+            for turn in range(4):  # misaligned on one rank only
+                x = all_inputs[ctx.rank].to(ctx.device)
                 if ctx.rank == turn % 2:
                     x = torch.cat((x.new_zeros(1), x.view(-1)))[1:].view(x.shape)
-                assert same_bits(comm.all_reduce(x).cpu(), reference.two_shot(everybody, comm.format))
+                assert same_bits(comm.all_reduce(x).cpu(), reference.two_shot(all_inputs, comm.format))
 
 
 @two_gpus

@@ -1,9 +1,9 @@
-"""An exception may leave a call at any instant. Every rank then has the right result or an error, and goes on living.
+"""An exception may interrupt a call at any instant. Then every rank has the right result or an error, and none dies.
 
-Real processes over gloo. A timer's signal handler raises in the middle of a call on one rank; the ranks then call
-again. A rank that is aborted, or that hangs, fails the run itself.
+The ranks are real processes over gloo. On one rank a timer's signal handler raises in the middle of a call. Then all
+ranks call again. If a rank aborts or hangs, the run fails.
 
-FLASHCOMM_TEST_THOROUGH=1 takes 200 instants instead of a few.
+With FLASHCOMM_TEST_THOROUGH=1 the test uses 200 instants instead of a few.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TIMEOUT_S = 2.0 if THOROUGH else 1.0
 
 
 class TooSlow(Exception):  # noqa: N818  (as a program would name it)
-    """What a program's own time limit raises."""
+    """The exception of a program's own time limit."""
 
 
 def too_slow(number: int, frame: object) -> None:
@@ -39,18 +39,18 @@ def too_slow(number: int, frame: object) -> None:
 
 
 def message(rank: int, turn: int) -> torch.Tensor:
-    """Of another turn: other values of the same size, so that what is left over shows."""
+    """Return a message. Other turns have other values of the same size, so that leftovers of a call are noticed."""
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 * turn + rank))
     return (x * (1 + 3 * turn)).bfloat16()
 
 
 def wanted(kind: str, comm: Communicator, rank: int, turn: int, world_size: int) -> torch.Tensor:
-    everybody = [message(r, turn) for r in range(world_size)]
+    inputs = [message(r, turn) for r in range(world_size)]
     if kind == "hierarchical":
-        return reference.hierarchical(everybody, comm.format, 2)
+        return reference.hierarchical(inputs, comm.format, 2)
     if kind == "reduce_scatter":
-        return reference.reduce_scatter(everybody, comm.format)[rank]
-    result: torch.Tensor = getattr(reference, kind)(everybody, comm.format)
+        return reference.reduce_scatter(inputs, comm.format)[rank]
+    result: torch.Tensor = getattr(reference, kind)(inputs, comm.format)
     return result
 
 
@@ -75,7 +75,7 @@ def call(comm: Communicator, kind: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def interrupted(ctx: RankContext, cases: list[tuple[str, int]], trials: int, seed: int) -> None:
-    """`trials` groups for each kind and chunk size, each with one interrupted call and two calls after it."""
+    """Create `trials` groups for each kind and chunk size, each with an interrupted call and two calls after it."""
     signal.signal(signal.SIGALRM, too_slow)
     store: Any = dist.group.WORLD.get_group_store()  # type: ignore[union-attr]
     rng, seen = random.Random(seed), Counter[str]()
@@ -92,22 +92,22 @@ def interrupted(ctx: RankContext, cases: list[tuple[str, int]], trials: int, see
                 seconds = time.perf_counter() - begin
             dist.barrier()
             for transport in (comm.transport, *(context.nodes or ())):
-                transport.timeout_s = TIMEOUT_S  # making a Communicator may take longer
+                transport.timeout_s = TIMEOUT_S  # creating a Communicator may take longer
             for turn in (1, 2, 3):
                 limit = max(1e-6, seconds * part) if turn == 1 and ctx.rank == victim else 0
                 became = outcome(comm, kind, message(ctx.rank, turn), want[turn], limit)
                 seen[became] += 1
                 if became == "not begun":
-                    break  # the program, not the Communicator, is a call behind the other ranks
+                    break  # this rank is a call behind the others, through the program
                 if became.startswith("wrong"):
                     ctx.emit({f"{became} {kind} {chunk_bytes}, turn {turn} on rank {ctx.rank}, {victim} at {part}": 1})
-            dist.barrier()  # nobody leaves a group that others still wait in
+            dist.barrier()  # no rank leaves a group while others still wait in it
             comm.close()
     ctx.emit(dict(seen))
 
 
 def outcome(comm: Communicator, kind: str, x: torch.Tensor, want: torch.Tensor, limit: float) -> str:
-    """What becomes of a call that a timer's signal ends after `limit` seconds (0: none)."""
+    """Return the outcome of a call that a timer's signal interrupts after `limit` seconds (0: never)."""
     before = comm._n_calls
     try:
         signal.setitimer(signal.ITIMER_REAL, limit)
@@ -144,10 +144,10 @@ if THOROUGH:
     ("world_size", "cases", "trials"), [(2, PAIRS, 20 if THOROUGH else 3), (4, FOURS, 20 if THOROUGH else 5)]
 )
 def test_right_or_an_error_on_every_rank(world_size: int, cases: list[tuple[str, int]], trials: int) -> None:
-    total, told = Counter[str](), []  # type: ignore[var-annotated]
+    total, outcomes = Counter[str](), []  # type: ignore[var-annotated]
     seed = int(os.environ.get("FLASHCOMM_TEST_SEED", "0"))
-    run(interrupted, world_size, (cases, trials, seed), on_event=told.append, timeout_s=2500)
-    for one in told:
+    run(interrupted, world_size, (cases, trials, seed), on_event=outcomes.append, timeout_s=2500)
+    for one in outcomes:
         total.update(one)
     print(world_size, cases, trials, dict(total))
     assert not [key for key in total if key.startswith("wrong")]

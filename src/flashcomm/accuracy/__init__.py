@@ -1,1 +1,1 @@
-"""What a wire format costs a model: simulated ranks, sensitivity of layers, plans, perplexity."""
+"""The accuracy of a model with low-bit all-reduces: simulated ranks, sensitivity of layers, plans, perplexity."""

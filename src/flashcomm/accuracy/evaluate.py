@@ -1,10 +1,11 @@
-"""`flashcomm eval`: what each wire format costs a model, beside the same ranks with nothing compressed.
+"""`flashcomm eval`: the accuracy of a model under each wire format, compared with uncompressed all-reduces.
 
-All formats see the same windows in turn. For each window and format: the log-likelihood of the text, the divergence of
-every next-token distribution from the uncompressed one, and whether the likeliest token is the same. Rises have a 95 %
-interval from the paired differences of windows, which is far narrower than the interval of either perplexity.
+All formats are evaluated on the same windows of a text. For each window and format it measures the log-likelihood of
+the text, the KL divergence of every next-token distribution from the uncompressed one, and whether the likeliest token
+is the same. The rise in perplexity has a 95 % interval from the paired differences of windows. It is far narrower than
+the interval of either perplexity.
 
-The ranks are simulated (`accuracy.simulate`), or real: then each runs `on_rank`, and all get the same rows.
+The ranks are simulated (`accuracy.simulate`) or real. Real ranks each run `on_rank`, and all get the same rows.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Tally:
 
 
 class RealRanks:
-    """The interface of `TensorParallel`, over the process group that the model was loaded on."""
+    """The interface of `TensorParallel`, for real ranks: those of the process group that the model was loaded on."""
 
     def __init__(self, model: Any, world_size: int, settings: dict[str, Any]) -> None:
         from flashcomm.integrations import transformers as integration
@@ -90,7 +91,7 @@ def on_rank(
     settings: dict[str, Any],
     continuation: int,
 ) -> list[dict[str, Any]]:
-    """The rows of `evaluate`, over real ranks. Collective; rank 0 emits progress as (what, done, total)."""
+    """Run `evaluate` on real ranks and return its rows. Collective. Rank 0 emits progress as (what, done, total)."""
     from flashcomm.integrations import transformers as integration
 
     integration.enable(UNCOMPRESSED, min_bytes=0, **settings)
@@ -115,18 +116,18 @@ def evaluate(
     continuation: int = 0,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Measure perplexity, divergence and agreement of each plan.
+    """Measure perplexity, KL divergence and the share of equal tokens for each plan.
 
     Args:
         ranks: The model and its ranks, simulated or real.
         windows: Token ids (n, length) on the model's device.
         n_bytes: UTF-8 bytes of their text.
-        plans: Plans by the name that rows show.
-        continuation: Greedy tokens after each window's first quarter that are compared; 0: none.
-        progress: Called along the way.
+        plans: Plans by the name to show in rows.
+        continuation: Number of greedy tokens to compare, after the first quarter of each window; 0: none.
+        progress: Called after each step.
 
     Returns:
-        A row for each plan, after one for the uncompressed baseline.
+        A row for the uncompressed baseline, then one for each plan.
     """
     model, world_size = ranks.model, ranks.world_size
     tallies = {name: Tally() for name in (UNCOMPRESSED, *plans)}
@@ -163,13 +164,13 @@ def _add(tally: Tally, batch: Tensor, mine: Tensor, base: Tensor, bits: float) -
 
 
 def _greedy(ranks: TensorParallel | RealRanks, plan: Plan, windows: Tensor, n: int) -> Tensor:
-    """The n likeliest tokens, one after the other, after the first quarter of each of up to 16 windows."""
+    """Generate n tokens greedily after the first quarter of each of up to 16 windows."""
     ranks.plan = plan
     return continue_greedily(ranks.model, windows[:16, : max(1, windows.shape[1] // 4)], n)
 
 
 def continue_greedily(model: Any, prompts: Tensor, n: int) -> Tensor:
-    """The n likeliest tokens, one after the other, after prompts (k, length): (k, n)."""
+    """Generate n tokens greedily after prompts (k, length). Return token ids (k, n)."""
     out = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
@@ -182,14 +183,20 @@ def continue_greedily(model: Any, prompts: Tensor, n: int) -> Tensor:
 
 
 def _agreed_share(base: Tensor, mine: Tensor) -> float:
-    """Mean share of a continuation before the first token that differs."""
+    """Return the mean share of a continuation before the first token that differs."""
     return (base == mine).cumprod(1).float().mean().item()
 
 
 def rise(mine: Sequence[float], base: Sequence[float], n_tokens: int) -> tuple[float, float, float]:
-    """(rise in perplexity, low and high end of its 95 % interval) as fractions, from nats of each window.
+    """Return the rise in perplexity and its 95 % interval, from paired differences of windows and Student's t.
 
-    Paired differences and Student's t.
+    Args:
+        mine: Negative log-likelihood of each window, in nats.
+        base: The same for the baseline.
+        n_tokens: Number of tokens in all windows.
+
+    Returns:
+        Rise, low end, high end, as fractions: 0.01 is 1 %.
     """
     differences = [(m - b) * len(base) / n_tokens for m, b in zip(mine, base, strict=True)]
     mean = statistics.fmean(differences)
@@ -201,7 +208,7 @@ def rise(mine: Sequence[float], base: Sequence[float], n_tokens: int) -> tuple[f
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by its expansion around the normal's (within 1 % from 3 degrees on)."""
+    """Return the 97.5 % quantile of Student's t, expanded around the normal's (within 1 % for freedom >= 3)."""
     z = statistics.NormalDist().inv_cdf(0.975)
     n = freedom
     return (

@@ -22,19 +22,19 @@ def generate(
     dtype: torch.dtype,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Load a model and generate greedily. Collective; rank 0 emits text as it comes.
+    """Load a model and generate greedily. Collective. Rank 0 emits text as it is generated.
 
     Args:
         ctx: This rank.
         model_dir: The model's directory.
-        fmt: Wire format or plan of the all-reduces.
-        prompt: In the model's chat template, if it has one.
-        n_tokens: Generate at most this many.
-        dtype: Of the model.
-        settings: Of the Communicators.
+        fmt: The wire format or plan of the all-reduces.
+        prompt: The prompt. The model's chat template is applied, if it has one.
+        n_tokens: The most tokens to generate.
+        dtype: The dtype of the model.
+        settings: Arguments of the Communicators.
 
     Returns:
-        Text, tokens, seconds, bytes sent and calls by path.
+        Text, tokens, seconds, bytes sent and calls by route.
     """
     from flashcomm.integrations import transformers as integration
 

@@ -1,6 +1,6 @@
-"""Models on disk: check them before any rank starts, then load one rank's part.
+"""Models on disk: checked before any rank starts, then loaded by each rank.
 
-A model is a directory as Hugging Face writes it (config.json and safetensors), or one with a single GGUF file.
+A model is a directory in the format of Hugging Face (config.json and safetensors), or one with a single GGUF file.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from flashcomm.errors import FlashcommError, InputError, UnavailableError
 
 
 def check_model(path: Path, world_size: int) -> Any:
-    """The model's config, after checking that its files are complete and that world_size ranks can share it.
+    """Check that a model's files are complete and that world_size ranks can share it. Return its config.
 
     Raises:
-        InputError: Files are missing or corrupt, or the model cannot be shared.
+        InputError: Files are missing or corrupt, or the ranks cannot share the model.
         UnavailableError: transformers is not installed.
     """
     transformers = import_transformers()
@@ -49,9 +49,9 @@ def check_divisible(config: Any, world_size: int, name: str) -> None:
 
 
 def cut(config: Any, layers: int, name: str) -> None:
-    """Keep the config's first layers. Raises InputError if it has fewer."""
+    """Reduce a config to its first layers. Raises InputError if it has fewer."""
     if not 1 <= layers <= config.num_hidden_layers:
-        raise InputError(f"--layers {layers}: {name} has {config.num_hidden_layers}; give 1 to that many")
+        raise InputError(f"--layers {layers}: {name} has {config.num_hidden_layers}; give a number from 1 to that")
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -60,14 +60,20 @@ def cut(config: Any, layers: int, name: str) -> None:
 def load_model(
     path: Path, world_size: int, device: torch.device, dtype: torch.dtype, layers: int | None = None
 ) -> tuple[Any, Any]:
-    """This rank's model, in evaluation mode, and its tokenizer.
+    """Load this rank's part of a model, in evaluation mode, and its tokenizer.
 
     Args:
         path: The model's directory.
-        world_size: Above 1 the model is loaded under transformers' tensor parallelism.
-        device: Where to put it.
-        dtype: Of its weights.
-        layers: Keep only the first ones; None: all.
+        world_size: Number of ranks. Above 1 the model is loaded with transformers' tensor parallelism.
+        device: The device of the model.
+        dtype: The dtype of its weights.
+        layers: The number of first layers to keep. None: all.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        InputError: The model cannot be loaded.
     """
     transformers = import_transformers()
     from transformers.distributed import DistributedConfig
@@ -90,7 +96,7 @@ def load_model(
 
 
 def import_transformers() -> Any:
-    """The transformers module, quiet. Raises UnavailableError with the command that installs it."""
+    """Import transformers and reduce its logging. Raises UnavailableError with the command that installs it."""
     try:
         import transformers
     except ImportError as why:
@@ -100,7 +106,7 @@ def import_transformers() -> Any:
 
 
 def _source(path: Path) -> dict[str, str]:
-    """Arguments that tell transformers which file to read: none, or the directory's only GGUF file."""
+    """Return the arguments of `from_pretrained` for a directory: none, or its only GGUF file."""
     if not path.is_dir():
         raise InputError(
             f"no model directory at {path}: give a directory with config.json and weights, or a GGUF file in it"
@@ -111,7 +117,7 @@ def _source(path: Path) -> dict[str, str]:
         return {}
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) != 1:
-        raise InputError(f"{path} holds {len(gguf)} GGUF files and no config.json: give a directory with one of either")
+        raise InputError(f"{path} has {len(gguf)} GGUF files and no config.json: give a directory with one of either")
     return {"gguf_file": gguf[0].name}
 
 

@@ -1,7 +1,7 @@
-"""`flashcomm probe`: failures that perplexity does not show, in long contexts and in generated text.
+"""`flashcomm probe`: two tests for failures that perplexity does not show.
 
-needle      a sentence that holds a number, somewhere in pages of text; the model is to give the number at the end
-generation  greedy text from many prompts, token by token, until it first differs from the uncompressed model's
+needle      a number is hidden in a long text, and the model must repeat it at the end (needle in a haystack)
+generation  text is generated greedily from many prompts, up to the first token that differs from the uncompressed one
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ def needle(
     algorithm: str,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Hide a number in a text and ask for it: three depths and two numbers at each context length.
+    """Hide a number in a text and ask for it, at three depths and with two numbers for each context length.
 
-    Each case is one pass with the answer's tokens in place: a number is found if each of its tokens was the likeliest.
+    Each case is one forward pass over text, question and answer. The number counts as found if each of its tokens was
+    the likeliest.
 
     Args:
         model: A transformers model with a tensor-parallel plan.
         tokenizer: Its tokenizer.
         hay: Token ids (n,) of the text, at least as many as the longest context.
         lengths: Context lengths in tokens.
-        plans: Plans by the name that rows show.
+        plans: Plans by the name to show in rows.
         world_size: Ranks to simulate.
         algorithm: As in `flashcomm.settings`.
-        progress: Called along the way.
+        progress: Called after each step.
 
     Returns:
-        Rows by context length and format: share of numbers found, and mean nats of the right number.
+        Rows by context length and format: the share of numbers found, and the mean nats of the right number.
     """
     cases = [(length, depth, number) for length in lengths for depth in DEPTHS for number in (48213, 70956)]
     scores: dict[tuple[int, str], list[tuple[bool, float]]] = {}
@@ -76,7 +77,7 @@ def needle(
 
 
 def _haystack(tokenizer: Any, hay: Tensor, length: int, depth: float, number: int) -> tuple[Tensor, int]:
-    """(`length` token ids: needle at `depth` of them, question and answer at the end; how many are the answer's)."""
+    """Return `length` token ids, with the needle at `depth` and the answer at the end, and the answer's length."""
 
     def ids(text: str) -> Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
@@ -88,7 +89,7 @@ def _haystack(tokenizer: Any, hay: Tensor, length: int, depth: float, number: in
 
 
 def _score(logits: Tensor, answer: Tensor) -> tuple[bool, float]:
-    """(whether every token of the answer was the likeliest, nats of the answer)."""
+    """Return whether every token of the answer was the likeliest, and the nats of the answer."""
     nats = -logits.log_softmax(-1).gather(1, answer[:, None]).sum().item()
     return bool((logits.argmax(-1) == answer).all()), nats
 
@@ -103,21 +104,21 @@ def generation(
     batch: int,
     progress: Progress = no_progress,
 ) -> list[dict[str, Any]]:
-    """Generate greedily from many prompts and compare with the uncompressed ranks.
+    """Generate greedily from many prompts and compare with uncompressed all-reduces.
 
     Args:
         model: A transformers model with a tensor-parallel plan.
         prompts: Token ids (n, length).
-        n_tokens: Tokens to generate from each.
-        plans: Plans by the name that rows show.
+        n_tokens: Tokens to generate from each prompt.
+        plans: Plans by the name to show in rows.
         world_size: Ranks to simulate.
         algorithm: As in `flashcomm.settings`.
-        batch: Prompts at a time.
-        progress: Called along the way.
+        batch: Number of prompts at a time.
+        progress: Called after each step.
 
     Returns:
-        Rows by format: the first token that differs (median and mean), and how often none does. "one rank" is the model
-        unsplit, which shows what another order of sums changes by itself.
+        Rows by format: the first token that differs (median and mean), and the share of texts in which none does.
+        "one rank" is the model on one rank, which shows the effect of another order of additions alone.
     """
     names = [UNCOMPRESSED, "one rank", *plans]
     texts: dict[str, list[Tensor]] = {name: [] for name in names}

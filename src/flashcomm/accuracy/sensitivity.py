@@ -1,14 +1,14 @@
-"""How sensitive a model is to rounding in each layer, from one backward pass instead of a run a layer and format.
+"""The sensitivity of a model to rounding in each layer, from one backward pass instead of a run per layer and format.
 
-A layer's all-reduce returns its sum plus an error e (a vector a token) that the wire format alone determines. Let g be
+A layer's all-reduce returns the exact sum plus an error e, one vector per token. The wire format determines e. Let g be
 the gradient of a token's log-likelihood with respect to that output, for tokens drawn from the model itself. Then the
-divergence of the model's next-token distribution from its uncompressed self is, to second order,
+KL divergence of the next-token distribution from the uncompressed one is, to second order,
 
     KL = 1/2 E[(g . e)^2]   nats per token           (the Fisher information is the Hessian of KL)
 
-and errors of different layers and steps are independent and add up. So encoding what each layer really sends gives the
-sensitivity of the reduce step and of the gather step to every format, and a plan's divergence is a sum of those.
-docs/accuracy.md compares such sums with measured divergences of SmolLM2-135M.
+Errors of different layers and steps are nearly independent, so their divergences add up. The real messages of each
+layer are encoded in every format, which gives e and so the sensitivity of both steps. The divergence of a plan is the
+sum of these. docs/accuracy.md compares such sums with measured divergences of SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ STEPS = ("reduce", "gather")
 
 @dataclass
 class Sensitivities:
-    """KL divergence in nats per token by (layer, step, format), each alone, and the signal-to-noise ratio in dB."""
+    """The effect of each (layer, step, format) alone: KL divergence in nats per token, signal-to-noise ratio in dB."""
 
     kl: dict[tuple[str, str, StepFormat], float] = field(default_factory=dict)
     snr_db: dict[tuple[str, str, StepFormat], float] = field(default_factory=dict)
 
     def kl_of(self, layer: str, fmt: WireFormat) -> float:
-        """KL divergence in nats per token with one layer's two-shot all-reduce in this format."""
+        """Return the KL divergence in nats per token if one layer's two-shot all-reduce has this format."""
         steps = zip(STEPS, (fmt.reduce, fmt.gather), strict=True)
         return sum(0.0 if step.uncompressed else self.kl[layer, name, step] for name, step in steps)
 
 
 @dataclass
 class _Seen:
-    """A layer's partial sums, their total and the gradient with respect to it, in one batch: (tokens, row) each."""
+    """A layer's partial sums in one batch, their total, and the gradient with respect to it: (tokens, row) each."""
 
     partials: list[Tensor]
     total: Tensor
@@ -68,14 +68,16 @@ def measure(
         model: A transformers model with a tensor-parallel plan.
         windows: Token ids (n, length) on the model's device; a few thousand tokens are enough.
         world_size: Ranks to simulate.
-        steps: Formats of the reduce and of the gather step.
-        conditioning: The vectors of layers that have them; their formats do not matter.
-        progress: Called along the way.
+        steps: Formats. Each is measured for the reduce step and for the gather step.
+        conditioning: The per-channel vectors by layer. Their formats are ignored.
+        progress: Called after each step.
     """
     plan = Plan(
         NONE, layers={k: LayerPlan(NONE, v.scale_exponents, v.channel_mean) for k, v in (conditioning or {}).items()}
     )
-    squares: dict[tuple[str, str, StepFormat], Tensor | float] = {}  # sums stay on the device: reading one waits for it
+    squares: dict[
+        tuple[str, str, StepFormat], Tensor | float
+    ] = {}  # sums stay on the device, because reading one blocks
     noise: dict[tuple[str, str, StepFormat], Tensor | float] = {}
     signal: dict[str, Tensor | float] = {}
     for seen in _batches(model, windows, world_size, "measuring sensitivity", progress):
@@ -98,7 +100,7 @@ def measure(
 def layer_rows(
     model: Any, windows: Tensor, world_size: int, formats: dict[str, WireFormat], progress: Progress = no_progress
 ) -> list[dict[str, Any]]:
-    """Rows by format and layer, each alone: KL divergence, and signal-to-noise ratios of both steps."""
+    """Return a row for each format and layer alone: KL divergence, and signal-to-noise ratios of both steps."""
     steps = dict.fromkeys(
         step for fmt in formats.values() for step in (fmt.reduce, fmt.gather) if not step.uncompressed
     )
@@ -127,12 +129,23 @@ def condition(
     world_size: int,
     progress: Progress = no_progress,
 ) -> dict[str, LayerPlan]:
-    """Conditioning vectors by layer, from the outputs and gradients on `windows`, token ids (n, length).
+    """Compute the per-channel scaling and mean removal of each layer from its outputs and gradients.
 
-    channel_mean: Each channel's mean over tokens. Tokens whose values are more than four times as large as the usual
-    token's (often the first of a text) are left out. scale_exponents: log2 of the power of 2 next to sqrt(g / s), with
-    g the root mean square of the gradient and s^2 the mean square of the output less channel_mean^2. Errors that spread
-    evenly over channels scaled so cost the least.
+    channel_mean is each channel's mean over tokens. Tokens with a norm above four times the median (often the first of
+    a text) are left out.
+
+    scale_exponents are the nearest integers to log2(sqrt(g / s)), less their median. g is the root mean square of the
+    gradient, and s^2 is the mean square of the output minus channel_mean^2. With this scaling, errors that are equal in
+    all channels cause the least divergence.
+
+    Args:
+        model: A transformers model with a tensor-parallel plan.
+        windows: Token ids (n, length) on the model's device.
+        world_size: Ranks to simulate.
+        progress: Called after each step.
+
+    Returns:
+        The vectors by layer.
     """
     count: dict[str, float] = {}
     first: dict[str, Tensor] = {}
@@ -160,7 +173,7 @@ def condition(
 
 
 def _errors(plan: Plan, name: str, seen: _Seen, world_size: int, step: StepFormat) -> tuple[Tensor, Tensor]:
-    """The errors that the reduce and the gather step in format `step` add to the layer's output: (tokens, row) each."""
+    """Return the errors of the reduce step and of the gather step in format `step`: (tokens, row) each."""
     codec = codec_for(seen.total.device.type)
     sent = [plan.before_reduce(name, p, world_size) for p in seen.partials]
     exact = sum(sent[1:], sent[0])
@@ -175,7 +188,7 @@ def _errors(plan: Plan, name: str, seen: _Seen, world_size: int, step: StepForma
 
 
 def _batches(model: Any, windows: Tensor, world_size: int, what: str, progress: Progress) -> Iterator[dict[str, _Seen]]:
-    """By layer, batch by batch: what it sent, and the gradient of labels drawn from the model's own output."""
+    """Yield the messages and gradients of each layer, by batch. Labels are drawn from the model's output."""
     found: dict[str, tuple[list[Tensor], Tensor]] = {}
 
     def observe(name: str, partials: list[Tensor], total: Tensor) -> None:

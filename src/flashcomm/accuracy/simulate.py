@@ -1,12 +1,13 @@
-"""Tensor parallelism of any degree in one process: what a wire format does to a model, without the ranks.
+"""Simulated tensor parallelism of any degree in one process, to measure the effect of a wire format on a model.
 
     with TensorParallel(model, world_size=8, plan="int4-had") as ranks:  # any transformers causal LM with a tp_plan
         logits = model(ids).logits  # as 8 ranks would compute them
         print(ranks.bits_per_value)
 
-Row-parallel weights are split along their input and column-parallel ones along their output, as the model's own
-tensor-parallel plan says. Each partial sum goes through the real codec, in the order of the real collective. On equal
-kernels the results are those of ranks, bit for bit, except for sums by the backend: here they are in rank order.
+Row-parallel weights are split along their input and column-parallel weights along their output, according to the
+model's own tensor-parallel plan. Each partial sum is encoded by the real codec, in the order of the real collective. If
+matrix products use the same kernels, results have the same bits as with real ranks. All-reduces by the backend are an
+exception: here they are summed in rank order.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROWWISE = ("rowwise", "rowwise_rep", "rowwise_split_input")
 COLWISE = ("colwise", "colwise_rep", "colwise_gather_output")
 
 Observer = Callable[[str, list[Tensor], Tensor], None]
-Progress = Callable[[str, int, int], None]  # what is going on, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # what is running, steps done, all steps
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -40,7 +41,7 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 def parallel_layers(model: Any, styles: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
-    """The Linear layers, by module name, that the model's tensor-parallel plan gives one of these styles."""
+    """Return the Linear layers, by module name, that have one of these styles in the model's tensor-parallel plan."""
     plan = getattr(model, "tp_plan", None) or {}
     found = {}
     for name, module in model.named_modules():
@@ -50,7 +51,7 @@ def parallel_layers(model: Any, styles: tuple[str, ...]) -> dict[str, torch.nn.L
 
 
 def row_parallel_layers(model: Any) -> dict[str, torch.nn.Linear]:
-    """The layers that end in an all-reduce. Raises InputError where there are none."""
+    """Return the layers that end in an all-reduce. Raises InputError if there are none."""
     found = parallel_layers(model, ROWWISE)
     if not found:
         raise InputError(
@@ -61,15 +62,15 @@ def row_parallel_layers(model: Any) -> dict[str, torch.nn.Linear]:
 
 
 class TensorParallel:
-    """Runs `model` as `world_size` ranks would, from entering the context to leaving it.
+    """A context manager inside which `model` computes as `world_size` ranks would.
 
     Args:
         model: A transformers model with a tensor-parallel plan.
         world_size: Ranks to simulate.
-        plan: A Plan, a format or the path of a `.json` file; the property may be set again at any time.
+        plan: A Plan, a format or the path of a `.json` file. The property may be set at any time.
         algorithm: As in `flashcomm.settings`.
-        local_world_size: Ranks of a node; 0: all ranks are one node.
-        min_bytes: As in `flashcomm.settings`; by default every message is quantized.
+        local_world_size: Ranks per node; 0: all ranks are one node.
+        min_bytes: As in `flashcomm.settings`. By default every message is quantized.
         observer: Called after each all-reduce with the layer's name, the ranks' partial sums and the result.
 
     Raises:
@@ -91,9 +92,11 @@ class TensorParallel:
         self.model, self.world_size, self.local_world_size = model, world_size, local_world_size
         self.algorithm, self.min_bytes, self.observer = algorithm, min_bytes, observer
         if world_size < 1:
-            raise InputError(f"{world_size} ranks asked for: at least 1 is needed")
+            raise InputError(f"world_size={world_size}: give at least 1 rank")
         if world_size % (local_world_size or 1) or (algorithm == "hierarchical" and not local_world_size):
-            raise InputError(f"local_world_size={local_world_size}: {world_size} ranks do not make nodes of that many")
+            raise InputError(
+                f"local_world_size={local_world_size}: {world_size} ranks cannot be divided into nodes of that size"
+            )
         self.layers = row_parallel_layers(model)
         self._before: dict[torch.nn.Module, Any] = {}
         indivisible = [f"{name} ({m.in_features})" for name, m in self.layers.items() if m.in_features % world_size]
@@ -115,7 +118,7 @@ class TensorParallel:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits a value took on the wire, scales included, in messages since the plan was set; 16 for a ring of bf16."""
+        """Bits per value on the wire, with scales, since the plan was set. A ring of bf16 has 16."""
         return self._sent * 8 / self._values if self._values else 0.0
 
     def __enter__(self) -> TensorParallel:
@@ -131,7 +134,7 @@ class TensorParallel:
     def __exit__(self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None) -> None:
         for module, forward in self._before.items():
             vars(module).pop("forward", None)
-            if forward is not None:  # another wrapper's
+            if forward is not None:  # set by another wrapper
                 vars(module)["forward"] = forward
 
     def _row_parallel(self, name: str, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -170,11 +173,11 @@ class TensorParallel:
         return Message(x.numel(), row, itemsize, self.world_size, "cpu", self.local_world_size)
 
     def reduce(self, tensors: list[Tensor], fmt: WireFormat) -> Tensor:
-        """The all-reduce of the ranks' tensors, by the route that a Communicator of these settings would take."""
+        """Sum the ranks' tensors by the route that a Communicator with these settings would take."""
         x = tensors[0]
         route = self._route(x, fmt)
         if route.algorithm != "copy":
-            self._sent += policy.wire_bytes(route.algorithm, self._message(x, 2), fmt)  # as if of bf16
+            self._sent += policy.wire_bytes(route.algorithm, self._message(x, 2), fmt)  # as for bf16
             self._values += 2 * (self.world_size - 1) / self.world_size * x.numel()
         if route.algorithm in ("copy", "backend"):
             total = x.float()

@@ -1,4 +1,4 @@
-"""Texts on disk: windows of tokens, spread evenly over the file."""
+"""Texts on disk, read as windows of tokens that are spread evenly over the file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from flashcomm.errors import InputError
 
 
 def read_windows(path: Path, tokenizer: Any, length: int, count: int) -> Tensor:
-    """Windows of a text at equal distances.
+    """Read windows of a text at equal distances.
 
     Args:
         path: A UTF-8 text.
-        tokenizer: Of the model.
-        length: Tokens of a window.
-        count: How many windows.
+        tokenizer: The model's tokenizer.
+        length: Tokens per window.
+        count: Number of windows.
 
     Returns:
         Token ids, int64 (count, length), on the CPU.
@@ -34,7 +34,7 @@ def read_windows(path: Path, tokenizer: Any, length: int, count: int) -> Tensor:
     have = ids.numel() // length
     if have < count:
         raise InputError(
-            f"{path} has {ids.numel()} tokens, {count} windows of {length} need {count * length}: "
+            f"{path} has {ids.numel()} tokens, but {count} windows of {length} need {count * length}: "
             f"give a longer text, or fewer --windows or a shorter --context"
         )
     starts = [(ids.numel() - length) * i // max(count - 1, 1) for i in range(count)]
@@ -42,5 +42,5 @@ def read_windows(path: Path, tokenizer: Any, length: int, count: int) -> Tensor:
 
 
 def bytes_in(windows: Tensor, tokenizer: Any) -> int:
-    """UTF-8 bytes of the windows' text."""
+    """Return the number of UTF-8 bytes of the windows' text."""
     return sum(len(tokenizer.decode(window).encode()) for window in windows)

@@ -1,8 +1,8 @@
-"""`flashcomm tune`: the plan that meets a budget at the fewest bits on the wire.
+"""`flashcomm tune`: finds the plan that meets a budget with the fewest bits on the wire.
 
-`accuracy.sensitivity` gives the divergence of every candidate format in every layer, from one backward pass a window.
-A Lagrange multiplier then decides every layer by itself: it takes the candidate with the least KL + multiplier * bits,
-and the multiplier is bisected to the budget. The plan is measured before it is called good.
+`accuracy.sensitivity` gives the divergence of every candidate format in every layer, from one backward pass per batch
+of windows. Each layer then gets the candidate with the least KL + multiplier * bits. The Lagrange multiplier is found
+by bisection, to meet the budget. Finally the model runs with the plan, to measure the rise in perplexity.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRIES = 5
 
 
 class Candidate(NamedTuple):
-    """A format for one layer: bits per value on the wire, and KL divergence in nats per token."""
+    """A format for one layer, with its bits per value on the wire and its KL divergence in nats per token."""
 
     format: WireFormat
     bits: float
@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A format for each layer: bits per value and KL divergence in nats per token, predicted for all together."""
+    """A format for each layer, with the bits per value and the predicted KL divergence of all of them together."""
 
     formats: dict[str, WireFormat]
     bits: float
@@ -45,10 +45,12 @@ class Selection(NamedTuple):
 
 @dataclass
 class Candidates:
-    """What a plan is chosen from.
+    """The formats that a plan is chosen from.
 
-    by_layer: The candidates of each layer. vectors: Conditioning of layers that have it. numel: Length of a layer's
-    row, because layers with longer rows send more.
+    Attributes:
+        by_layer: The candidates of each layer.
+        vectors: The per-channel scaling and mean removal of layers that have them.
+        numel: The row length of each layer, because layers with longer rows send more.
     """
 
     by_layer: dict[str, list[Candidate]]
@@ -56,7 +58,7 @@ class Candidates:
     numel: dict[str, int]
 
     def plan(self, formats: dict[str, WireFormat]) -> Plan:
-        """A plan with these formats by layer, conditioned."""
+        """Return a plan with these formats by layer, and with the layers' vectors."""
         layers = {}
         for name, fmt in formats.items():
             vectors = None if fmt.uncompressed else self.vectors.get(name)
@@ -65,7 +67,7 @@ class Candidates:
         return Plan(most, layers=layers)
 
     def select(self, multiplier: float) -> Selection:
-        """The least KL + multiplier * bits, with a multiplier in nats per bit."""
+        """Return the formats with the least KL + multiplier * bits. The multiplier is in nats per bit."""
         total, bits, kl, formats = sum(self.numel.values()), 0.0, 0.0, {}
         for name, candidates in self.by_layer.items():
             share = self.numel[name] / total
@@ -74,8 +76,11 @@ class Candidates:
         return Selection(formats, bits, kl)
 
     def within(self, *, kl: float | None = None, bits: float | None = None) -> Selection:
-        """The fewest bits with at most this KL, or the least KL with at most these bits; or the nearest to that."""
-        low, high = 1e-12, 1e3  # a low multiplier takes many bits and loses little
+        """Return the fewest bits with at most this KL, or the least KL with at most these bits.
+
+        If no selection meets the limit, return the one that comes nearest.
+        """
+        low, high = 1e-12, 1e3  # a low multiplier gives many bits and a low KL
         for _ in range(80):
             middle = math.sqrt(low * high)
             found = self.select(middle)
@@ -94,7 +99,7 @@ def find_candidates(
         windows: Token ids (n, length) on the model's device.
         world_size: Ranks to simulate.
         conditioned: Whether channels are scaled and their means removed.
-        progress: Called along the way.
+        progress: Called after each step.
     """
     vectors = condition(model, windows, world_size, progress) if conditioned else {}
     steps = [StepFormat(bits, group, hadamard=True) for bits, group in product(WIDTHS, GROUPS)]
@@ -104,7 +109,7 @@ def find_candidates(
 
 
 def _candidates(name: str, row: int, found: Sensitivities, steps: Sequence[StepFormat]) -> list[Candidate]:
-    """All pairs of reduce and gather formats with one group, so that sums need no transform between the steps."""
+    """Return all pairs of reduce and gather formats of one group size, which need no transform between the steps."""
     bits = {step: 8 * Layout(step, row, 2).nbytes(0, row * 1024) / (row * 1024) for step in steps}
     pairs = [WireFormat(a, b) for a, b in product(steps, steps) if a.group == b.group]
     return [Candidate(f, (bits[f.reduce] + bits[f.gather]) / 2, found.kl_of(name, f)) for f in pairs] + [
@@ -114,7 +119,7 @@ def _candidates(name: str, row: int, found: Sensitivities, steps: Sequence[StepF
 
 @dataclass
 class Tuned:
-    """A plan: bits per value, KL predicted, and the rise in perplexity measured on the text it was tuned on."""
+    """A plan, with its bits per value, predicted KL, and rise in perplexity on the text that it was tuned on."""
 
     plan: Plan
     bits: float
@@ -123,11 +128,11 @@ class Tuned:
     tries: int
 
     def meets(self, *, rise: float = math.inf, bits: float = math.inf) -> bool:
-        """Whether the plan is within the budget."""
+        """Return whether the plan is within the budget."""
         return self.measured_rise <= rise and self.bits <= bits
 
     def row(self) -> dict[str, Any]:
-        """What is shown and saved with the plan."""
+        """Return the figures to show and to save with the plan."""
         return {
             "bits": round(self.bits, 3),
             "predicted_kl": round(self.predicted_kl, 6),
@@ -139,7 +144,7 @@ class Tuned:
 def measure_plan(
     model: Any, windows: Tensor, world_size: int, plan: Plan, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """The row of `evaluate` for one plan, in two-shot."""
+    """Return the row of `evaluate` for one plan, in two-shot."""
     ranks = TensorParallel(model, world_size, algorithm="two_shot")
     return evaluate(ranks, windows, 1, {"plan": plan}, progress=progress)[1]
 
@@ -151,19 +156,19 @@ def tune(
     rise: float | None = None,
     bits: float | None = None,
 ) -> Tuned:
-    """The plan for a budget.
+    """Find the plan for a budget.
 
-    Sensitivities are of KL divergence, and to second order. So a plan that measures above the budget is tightened and
-    one far below it loosened, up to `TRIES` measurements.
+    Sensitivities predict KL divergence, to second order only. So the plan is measured. If its rise in perplexity is
+    above the budget or far below, the limit on KL is adjusted, and another plan measured, up to `TRIES` times.
 
     Args:
-        candidates: What to choose from.
+        candidates: The formats to choose from.
         measured_rise: Runs the model with a plan and returns the rise in perplexity; 0.01 is 1 %.
-        rise: At most this rise in perplexity.
-        bits: Or at most these bits per value.
+        rise: The most rise in perplexity. None: the budget is `bits`.
+        bits: The most bits per value.
 
     Returns:
-        The plan of the fewest bits that meets the budget; if none does, the last one tried.
+        The plan with the fewest bits that meets the budget. If none does, the last one tried.
 
     Raises:
         InputError: A measurement is not a number.
@@ -178,7 +183,7 @@ def tune(
         plan = candidates.plan(found.formats)
         last = Tuned(plan, found.bits, found.kl, measured_rise(plan), tries)
         if not math.isfinite(last.measured_rise):
-            raise InputError("the model's perplexity with a plan is no number: try it with --dtype fp32")
+            raise InputError("the model's perplexity with a plan is not a number: try --dtype fp32")
         if last.measured_rise <= rise and (best is None or last.bits < best.bits):
             best = last
         if 0.8 * rise <= last.measured_rise <= rise:

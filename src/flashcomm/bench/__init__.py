@@ -1,1 +1,1 @@
-"""How long things take: baselines and timing, all-reduce and codec benchmarks, time to first token, pictures."""
+"""Benchmarks: baselines and timing, all-reduces, the codec, time to first token, and their plots."""

@@ -1,19 +1,19 @@
-"""`flashcomm bench all_reduce`: nccl-tests columns, wire bytes, error, and speed-up over the best uncompressed path.
+"""`flashcomm bench all_reduce`: nccl-tests columns, wire bytes, error, and speed-up over the best uncompressed route.
 
-Every case is verified before it is timed. Rank 0 compares our results with `flashcomm.reference` bit for bit, and
-uncompressed baselines with the error bound of their own summation; the error of low-bit baselines is only reported. All
-ranks compare with each other. Two sets of inputs are verified, above 64 MB one. The reference, in plain torch on the
-tensors' device, takes blocks of rows, so that its memory does not grow with the message.
+Every case is verified before it is timed. Rank 0 compares the results of flashcomm with `flashcomm.reference` bit for
+bit. It compares uncompressed baselines with the error bound of their summation, and only reports the error of low-bit
+baselines. All ranks compare their results with each other. Two sets of inputs are verified; above 64 MB, one. The
+reference runs in plain torch on the tensors' device, by blocks of rows, so that its memory does not grow with messages.
 
-A row's path, for how each is timed see `timing`:
+The column `path` of a row (`timing` says how each is timed):
 
     backend, symm ..., vllm custom      uncompressed, see `baselines`
     one_shot, two_shot                  uncompressed, by flashcomm
-    one_shot, two_shot with a format    what its Communicator takes under the settings given
-    auto with a format                  what its Communicator takes by default: `min_bytes` and `algorithm` are not set
-    flashinfer fp8                      low-bit, not ours
+    one_shot, two_shot with a format    the route of its Communicator under the settings given
+    auto with a format                  the route of its Communicator by default, without `min_bytes` and `algorithm`
+    flashinfer fp8                      low-bit, by FlashInfer
 
-`speedup` is over the fastest uncompressed row of that size and mode, `over_backend` over the backend's.
+`speedup` is relative to the fastest uncompressed row of that size and mode, `over_backend` relative to the backend.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from flashcomm.routing.route import Route
 from flashcomm.wire.format import UNCOMPRESSED
 
 BLOCK_NUMEL = 1 << 24  # values that are verified at a time
-HOST_CALLS = 50  # calls in a sample at most, on CPUs
+HOST_CALLS = 50  # the most calls per sample on CPUs
 
 
 class Ours(Implementation):
-    """A Communicator, by the route it takes for one shape."""
+    """A Communicator, with its route for one shape."""
 
     same_bits = True
 
@@ -64,13 +64,13 @@ class Ours(Implementation):
         return reference.all_reduce(self.route.algorithm, tensors, self.comm.format, self.comm.machine.local_world_size)
 
     def what_runs(self) -> tuple[str, Route]:
-        """What decides how long a call takes: the backend sends the same whatever the format."""
+        """Return what determines the time of a call. The format does not, if the backend runs it."""
         return self.format if self.route.low_bit else "", replace(self.route, reason="")
 
 
 @dataclass
 class Case:
-    """An implementation, its error (relative, root mean square), and its times."""
+    """An implementation, its error (relative root mean square), and its times."""
 
     impl: Implementation
     notes: list[str]
@@ -81,7 +81,7 @@ class Case:
 
 @dataclass
 class Entry:
-    """What becomes a row: a case under its own name, or as what `auto` takes."""
+    """A row: a case under its own name, or as the choice of `auto`."""
 
     case: Case
     format: str
@@ -102,17 +102,17 @@ def all_reduce(
     """Verify and time all-reduces by size and format. Collective.
 
     Args:
-        ctx: This rank; progress is emitted as (what, done, total).
-        formats: Wire formats; uncompressed paths are always measured.
+        ctx: This rank. It emits progress as (what, done, total).
+        formats: Wire formats. Uncompressed routes are always measured.
         sizes: Message sizes in bytes.
-        row: Values of a row, where it divides the message.
-        dtype: Of the messages.
+        row: Values per row. Messages that are not divisible by it are flat.
+        dtype: The dtype of the messages.
         turns: Samples of each case.
-        modes: Of `timing.MODES`.
-        settings: Of the Communicators.
+        modes: Some of `timing.MODES`.
+        settings: Arguments of the Communicators.
 
     Returns:
-        `rows`, one for each size, mode and case, and `unavailable`, the reason by path for those that have none.
+        `rows`, one for each size, mode and case, and `unavailable`, the reason for each path that was not measured.
 
     Raises:
         FlashcommError: On every rank, if a result is wrong.
@@ -163,7 +163,7 @@ def all_reduce(
 
 
 def shape_of(n_bytes: int, row: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of a message of n_bytes: (rows, row) where row divides it, else flat."""
+    """Return the shape of a message of n_bytes: (rows, row) if it is divisible by row, else flat."""
     count = n_bytes // dtype.itemsize
     return (count // row, row) if count % row == 0 and count > row else (count,)
 
@@ -175,7 +175,7 @@ def _entry(impl: Implementation) -> Entry:
 def _automatic(
     entries: Sequence[Entry], comms: Sequence[Communicator], shape: tuple[int, ...], dtype: torch.dtype
 ) -> list[Entry]:
-    """An entry for each format's default: the case that takes the same route already, or a new one."""
+    """Return an entry for each format's default route: an existing case with that route, or a new one."""
     known = {e.case.impl.what_runs(): e.case for e in entries if isinstance(e.case.impl, Ours)}
     out = []
     for comm in comms:
@@ -186,7 +186,7 @@ def _automatic(
 
 
 def example(shape: tuple[int, ...], dtype: torch.dtype, index: int, rank: int) -> Tensor:
-    """Normal values with rows of different size, below 32, the same on every rank for the same index and rank."""
+    """Return normal values below 32 in rows of different scale. They depend only on index and rank."""
     generator = torch.Generator().manual_seed(1000 * index + rank)
     values = torch.randn(shape, generator=generator)
     if len(shape) == 2:
@@ -195,8 +195,17 @@ def example(shape: tuple[int, ...], dtype: torch.dtype, index: int, rank: int) -
 
 
 def _verify(ctx: RankContext, case: Case, i: int, tensors: Sequence[Tensor]) -> None:
-    """Set the case's error on input set i; raise FlashcommError on every rank if results are wrong, or differ between
-    ranks though the same bits are promised. tensors: every rank's input, on rank 0 only."""
+    """Verify a case on input set i, and set its error.
+
+    Args:
+        ctx: This rank.
+        case: The case, loaded.
+        i: The input set.
+        tensors: Every rank's input, on rank 0 only.
+
+    Raises:
+        FlashcommError: On every rank, if results are wrong, or differ between ranks though they must not.
+    """
     impl = case.impl
     impl.refill()
     got = impl.run(i)
@@ -219,7 +228,7 @@ def _verify(ctx: RankContext, case: Case, i: int, tensors: Sequence[Tensor]) -> 
 
 
 def _compared(impl: Implementation, tensors: Sequence[Tensor], got: Tensor) -> tuple[float, int]:
-    """The relative error of `got`, and how many of its values are wrong, by blocks of rows, which are independent."""
+    """Return the relative error of `got` and the number of wrong values. Works by blocks of rows, to save memory."""
     n_rows = max(1, BLOCK_NUMEL // got.shape[-1]) if got.dim() == 2 else got.numel()
     squares = torch.zeros(2, dtype=torch.float64, device=got.device)
     wrong = 0
@@ -243,7 +252,7 @@ def _compared(impl: Implementation, tensors: Sequence[Tensor], got: Tensor) -> t
 
 
 def _rows(entries: Sequence[Entry], mode: str, size: int, dtype: torch.dtype, world_size: int) -> list[dict[str, Any]]:
-    """Rows of one size and mode: uncompressed ones from the slowest to the fastest, low-bit baselines, auto, ours."""
+    """Return the rows of one size and mode: uncompressed (slowest first), low-bit baselines, auto, flashcomm."""
 
     def seconds(entry: Entry) -> float:
         return entry.case.timing.seconds[mode]
@@ -265,7 +274,7 @@ def _rows(entries: Sequence[Entry], mode: str, size: int, dtype: torch.dtype, wo
 
 
 def _row(entry: Entry, mode: str, size: int, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
-    """nccl-tests columns: size in bytes, count, time in us, algbw and busbw in GB/s of uncompressed bytes."""
+    """Return a row with nccl-tests columns: bytes, microseconds, algbw and busbw in GB/s of uncompressed bytes."""
     case, impl = entry.case, entry.case.impl
     seconds, host_s = case.timing.seconds[mode], case.timing.host_s
     algbw = size / seconds / 1e9

@@ -1,13 +1,13 @@
-"""What our all-reduces are measured against: the backend's own, and those of other projects.
+"""The baselines: the backend's own all-reduce, and those of other projects.
 
     backend          torch.distributed.all_reduce in place: NCCL or gloo itself
-    symm one-shot    torch.ops.symm_mem.one_shot_all_reduce: every rank reads all of every peer's memory
+    symm one-shot    torch.ops.symm_mem.one_shot_all_reduce: every rank reads all messages from its peers' memory
     symm two-shot    torch.ops.symm_mem.two_shot_all_reduce_: the same in two steps, in place
-    vllm custom      vLLM's CustomAllreduce, where vllm is installed
-    flashinfer fp8   flashinfer.comm.quantized_all_reduce, where flashinfer is installed: low-bit
+    vllm custom      vLLM's CustomAllreduce, if vllm is installed
+    flashinfer fp8   flashinfer.comm.quantized_all_reduce, if flashinfer is installed: low-bit
 
-Each is timed at the interface that favors it: inputs lie where it wants them, and copies to there are not timed (`note`
-says what the time includes). None of them uses NVLink multicast, and torch is told not to set it up.
+Each is timed at the interface that favors it. If it needs inputs in certain memory, they are there already, and the
+copy is not timed (`note` says what the time includes). None of them uses NVLink multicast: it is turned off in torch.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from flashcomm.setup import consistency
 from flashcomm.transports.process_group import ProcessGroupTransport
 from flashcomm.wire.format import UNCOMPRESSED
 
-SMALL = 2.0**-8  # inputs are timed at this scale, so that sums in place have room to grow
+SMALL = 2.0**-8  # inputs are timed at this scale, so that repeated sums in place stay finite
 NAMES = (BACKEND, "symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8")
 
 
 class Implementation:
-    """An all-reduce to measure: `load` inputs once for each size; then `refill` and `run` as often as wanted."""
+    """An all-reduce to measure. `load` inputs once for each size, then `refill` and `run` any number of times."""
 
     path = ""
-    format = UNCOMPRESSED  # or what a low-bit one sends
+    format = UNCOMPRESSED  # or the format of a low-bit one
     transport = ""
     note = "new output"  # what the time includes
     in_place = False
-    same_bits = False  # whether it promises the same bits on every rank, which is checked
+    same_bits = False  # whether every rank must get the same bits, which is verified
 
     inputs: Sequence[Tensor] = ()
 
@@ -51,31 +51,31 @@ class Implementation:
         self.inputs = inputs
 
     def refill(self, scale: float = 1.0) -> None:
-        """Make every input `scale` times what was loaded, where copies are kept or reduced in place."""
+        """Reset every buffer to `scale` times the loaded input, if there are buffers that are reduced in place."""
 
     def run(self, i: int) -> Tensor:
-        """Reduce input i. In place, the next run of i starts from the sum."""
+        """Reduce input i. If this is in place, the next run of i starts from the sum."""
         raise NotImplementedError
 
     def capture(self) -> contextlib.AbstractContextManager[object]:
-        """The context in which a CUDA graph of runs is captured."""
+        """Return the context in which to capture a CUDA graph of runs."""
         return contextlib.nullcontext()
 
     def refuses(self, x: Tensor, world_size: int) -> str | None:
-        """Why it cannot reduce messages like x: a function of what is equal on every rank."""
+        """Return why it cannot reduce messages like x, or None. Equal on all ranks."""
         return None
 
     def wire_bytes(self, n_bytes: int, world_size: int) -> int | None:
-        """Payload in bytes that a rank sends (or peers read from it) for a message of n_bytes; None if unknown."""
+        """Return the payload bytes that a rank sends, or peers read from it, for a message; None if unknown."""
         return 2 * (world_size - 1) * n_bytes // world_size
 
     def expected(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """The exact bits of the sum of all ranks' tensors, where they are defined."""
+        """Return the exact bits of the sum of all ranks' tensors; None if they are not defined."""
         return None
 
 
 def max_sums_in_place(dtype: torch.dtype, world_size: int) -> int:
-    """How often inputs below 32, scaled by SMALL, can be summed in place before the largest value is not finite."""
+    """Return how often inputs below 32, scaled by SMALL, can be summed in place before values overflow."""
     return max(1, int(math.log(torch.finfo(dtype).max / (32 * SMALL)) / math.log(world_size)))
 
 
@@ -99,13 +99,13 @@ class Backend(Implementation):
 
 
 class SymmOneShot(Backend):
-    """`pool` (flat, symmetric memory) is shared with the two-shot: whoever runs refills it first."""
+    """`pool` (flat, symmetric memory) is shared with the two-shot. Each refills it before it runs."""
 
     path = "symm one-shot"
     transport = "symmetric"
     note = "input lies in symmetric memory, no copy timed; new output"
     in_place = False
-    same_bits = False  # each rank adds in an order of its own
+    same_bits = False  # ranks add in different orders
 
     def __init__(self, pool: Tensor) -> None:
         self.pool, self.group_name = pool, dist.group.WORLD.group_name  # type: ignore[union-attr]
@@ -140,14 +140,14 @@ class SymmTwoShot(SymmOneShot):
 
 
 class VllmCustom(Implementation):
-    """vLLM's own choice of kernel by size, for messages up to `most_bytes` (vLLM itself stops at 8 MiB)."""
+    """vLLM's own choice of kernel by size, for messages up to `most_bytes`. vLLM itself uses it up to 8 MiB."""
 
     path = "vllm custom"
     transport = "ipc"
     note = "new output; eager: with its copy into a registered buffer, graph: without"
 
     def __init__(self, ctx: RankContext, most_bytes: int) -> None:
-        os.environ.setdefault("VLLM_SKIP_P2P_CHECK", "1")  # the check wants vLLM's own process groups
+        os.environ.setdefault("VLLM_SKIP_P2P_CHECK", "1")  # the check needs vLLM's own process groups
         module = importlib.import_module("vllm.distributed.device_communicators.custom_all_reduce")
         gloo = dist.new_group(backend="gloo")
         self.comm: Any = module.CustomAllreduce(group=gloo, device=ctx.device, max_size=most_bytes + 16)
@@ -171,7 +171,7 @@ class VllmCustom(Implementation):
 
 
 class FlashinferFp8(Implementation):
-    """FP8 (e4m3), a float32 scale for every 256 values; compiles anew for every size."""
+    """FP8 (e4m3) with a float32 scale for every 256 values. It compiles again for every size."""
 
     path = "flashinfer fp8"
     format = "fp8"
@@ -194,23 +194,23 @@ class FlashinferFp8(Implementation):
 
 
 def padded(numel: int) -> int:
-    """Values from one input to the next in the pool, so that each is aligned to at least 16 bytes."""
+    """Return numel rounded up to multiples of 8, so that inputs in the pool are aligned to at least 16 bytes."""
     return -(-numel // 8) * 8
 
 
 def available(
     ctx: RankContext, dtype: torch.dtype, most_bytes: int, pool_numel: int
 ) -> tuple[list[Implementation], dict[str, str]]:
-    """The baselines that run on every rank. Collective.
+    """Find the baselines that can run on every rank. Collective.
 
     Args:
         ctx: This rank.
-        dtype: Of the messages.
-        most_bytes: Size of the largest message.
-        pool_numel: Values of symmetric memory to allocate, for all inputs of a size at once.
+        dtype: The dtype of the messages.
+        most_bytes: Bytes of the largest message.
+        pool_numel: Values of symmetric memory to allocate, for all inputs of a size together.
 
     Returns:
-        The implementations, the backend first, and by name why the others cannot run.
+        The implementations, the backend first, and by name why others cannot run.
     """
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here uses it
     found: list[Implementation] = [Backend()]
@@ -231,7 +231,7 @@ def available(
             made: list[Implementation] = []
             try:
                 made = make()
-            except Exception as error:  # whatever another project raises: the baseline is left out, with its error
+            except Exception as error:  # from another project: leave the baseline out, and report why
                 why = first_line(error)
             why = first_reason(why)
             found += made if why is None else []
@@ -241,15 +241,15 @@ def available(
 
 
 def first_reason(mine: str | None) -> str | None:
-    """The reason of the first rank that has one, on every rank; None if no rank has any. Collective."""
+    """Return the reason of the first rank that has one, on all ranks; None if no rank has one. Collective."""
     group: Any = dist.group.WORLD
     transport = ProcessGroupTransport(group, consistency.group_device(group, None), timeout_s=600)
-    reasons: list[str | None] = consistency.tell(transport, mine, "comparing why a baseline cannot run")
+    reasons: list[str | None] = consistency.exchange(transport, mine, "comparing why a baseline cannot run")
     return next((why for why in reasons if why is not None), None)
 
 
 def first_line(error: Exception) -> str:
-    """The type and the first line of an error, because CUDA's go on for pages."""
+    """Return the type and first line of an error, because those of CUDA are very long."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
@@ -259,7 +259,7 @@ def _no_peer_access(ctx: RankContext) -> str | None:
     if os.environ.get("LOCAL_WORLD_SIZE", str(ctx.world_size)) != str(ctx.world_size):
         return "ranks are on several hosts"
     if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
-        return "NCCL_P2P_DISABLE is set: this run does without peer access"
+        return "NCCL_P2P_DISABLE is set: this run has no peer access"
     others = [i for i in range(ctx.world_size) if i != ctx.device.index]
     if not all(torch.cuda.can_device_access_peer(ctx.device, i) for i in others):
         return "a GPU has no access to the memory of another"
@@ -291,11 +291,14 @@ def _not_installed(package: str) -> str | None:
 
 
 def _symmetric(ctx: RankContext, numel: int, dtype: torch.dtype) -> Tensor:
-    """Symmetric memory for the group, flat. At least 32 MB: smaller tensors may lie inside a block of torch's pool, and
-    torch's all-reduces count from the block's beginning."""
+    """Allocate flat symmetric memory for the group.
+
+    It has at least 32 MB: smaller tensors may lie inside a block of torch's pool, and torch's all-reduces would then
+    use addresses relative to the block.
+    """
     module = importlib.import_module("torch.distributed._symmetric_memory")
     pool: Tensor = module.empty(max(numel, (32 << 20) // dtype.itemsize), dtype=dtype, device=ctx.device)
     handle = module.rendezvous(pool, dist.group.WORLD)
     if getattr(handle, "offset", 0):
-        raise RuntimeError("torch's pool gave memory inside a block")
+        raise RuntimeError("the memory lies inside a block of torch's pool")
     return pool

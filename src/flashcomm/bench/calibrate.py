@@ -1,7 +1,7 @@
-"""`flashcomm calibrate`: measure this machine once, so that `auto` decides by its times instead of by rules of thumb.
+"""`flashcomm calibrate`: measures this machine once, so that `auto` uses its times instead of rules of thumb.
 
-For each size: the backend's all-reduce, and one-shot and two-shot, uncompressed and in some low-bit formats; on GPUs in
-CUDA graphs. Nothing is verified here: that is for tests and for `bench`.
+For each size it measures the backend's all-reduce, and one-shot and two-shot, uncompressed and in some low-bit formats.
+On GPUs it measures CUDA graphs. It does not verify results, which tests and `bench` do.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def measure(
     """Time all-reduces of bfloat16 by size, format and algorithm. Collective.
 
     Args:
-        ctx: This rank; progress is emitted as (what, done, total).
-        formats: Low-bit formats; uncompressed is always measured.
+        ctx: This rank. It emits progress as (what, done, total).
+        formats: Low-bit formats. Uncompressed routes are always measured.
         sizes: Message sizes in bytes.
-        row: Values of a row, where it divides the message.
+        row: Values per row. Messages that are not divisible by it are flat.
         turns: Samples of each case.
-        source: What the table says it was measured on.
+        source: The machine and date, to save with the timings.
 
     Returns:
-        `table` as JSON holds it, and the `machine` and `transport` that it is for.
+        `table`, the timings as JSON, and the `machine` and `transport` that they are for.
     """
     device, dtype = ctx.device.type, torch.bfloat16
     comms = {
@@ -65,12 +65,12 @@ def measure(
     for comm in comms.values():
         comm.close()
     table = {"source": source, "sizes": list(sizes), "us": us}
-    timings.from_dict(table)  # what cannot be read is not written
+    timings.from_dict(table)  # raises if they could not be read again
     return {"table": table, "machine": discovery.machine_name(ctx.device), "transport": transport}
 
 
 def fastest(table: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows by size: for each format the time in us of its faster algorithm, and which that is."""
+    """Return rows by size with the time in us of each format's faster algorithm, and its name."""
     rows = []
     for i, size in enumerate(table["sizes"]):
         best: dict[str, tuple[float, str]] = {}

@@ -1,13 +1,13 @@
-"""`flashcomm bench codec`: how fast this machine encodes and decodes, beside a plain copy of the same bytes.
+"""`flashcomm bench codec`: the speed of the codec, compared with a plain copy of the same bytes.
 
-For each format: `encode` of a message in GB/s of message bytes, and `decode_sum` of several ranks' buffers in GB/s of
-wire bytes. Each is also given as a share of `Tensor.copy_` of the message, measured in the same turn.
-`encode_traffic_share` and `decode_traffic_share` count all bytes read and written, those of the copy too: 1 is as fast
-as the memory lets a copy be.
+For each format it measures `encode` of a message, in GB/s of message bytes, and `decode_sum` of several ranks' buffers,
+in GB/s of wire bytes. Both are also given as shares of the speed of `Tensor.copy_` of the message, measured in the same
+turn. `encode_traffic_share` and `decode_traffic_share` count all bytes read and written, also for the copy. 1 means as
+fast as a copy.
 
-Every case is first compared with the plain torch codec on the CPU. The operations take turns; the median of the turns
-counts. On CPUs each works on data that it has just touched. On GPUs N calls between two CUDA events rotate over buffers
-that together exceed three times the L2 cache, as far as 16 of them can.
+Every case is first compared with the plain torch codec on the CPU. The operations take turns, and the median of the
+turns counts. On CPUs their data is in the caches. On GPUs N calls between two CUDA events rotate over up to 16 sets of
+buffers, which together exceed three times the L2 cache if possible.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flashcomm.errors import FlashcommError, UnavailableError
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout, WireFormat
 
-Operation = Callable[[int], object]  # on buffers number i
+Operation = Callable[[int], object]  # argument: the number of the set of buffers
 
 
 def codec(
@@ -42,24 +42,24 @@ def codec(
     """Measure the codec.
 
     Args:
-        formats: Wire formats; their reduce step is measured.
+        formats: Wire formats. Their reduce step is measured.
         sizes: Message sizes in bytes.
-        row: Values of a row.
-        dtype: Of the message.
-        threads: Of torch, on CPUs.
+        row: Values per row.
+        dtype: The dtype of the message.
+        threads: Number of torch's threads, on CPUs.
         turns: Samples of each operation.
         device: "cpu" or "cuda".
-        ranks: Buffers that `decode_sum` adds.
+        ranks: Number of buffers that `decode_sum` adds.
 
     Yields:
         A row for each size and format: copy, encode and decode_sum in GB/s, shares of the copy, times in us.
 
     Raises:
         UnavailableError: There is no such device.
-        FlashcommError: The codec is wrong.
+        FlashcommError: The codec's results differ from those of the plain torch codec.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
+        raise UnavailableError("device='cuda' was requested, but torch finds no CUDA device: use device='cpu'")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -74,7 +74,7 @@ def codec(
 
 
 def _measure(fmt: str, x: Tensor, row: int, turns: int, device: torch.device, ranks: int) -> dict[str, Any]:
-    """One row. x: the message, flat, on the CPU."""
+    """Measure one row for the message x, flat, on the CPU."""
     dtype, n = x.dtype, x.numel()
     step, fast = WireFormat.parse(fmt).reduce, codec_for(device.type)
     layout = Layout(step, row, dtype.itemsize)
@@ -120,15 +120,15 @@ def _measure(fmt: str, x: Tensor, row: int, turns: int, device: torch.device, ra
 
 
 def _by_host_clock(run: Operation) -> float:
-    """Seconds of one call, by the host's clock."""
-    run(0)  # brings its data into the caches, whatever ran before
+    """Return the seconds of one call, by the host's clock."""
+    run(0)  # brings its data into the caches
     begin = time.perf_counter()
     run(0)
     return time.perf_counter() - begin
 
 
 def _by_events(run: Operation, n_bytes: int, n_sets: int) -> float:
-    """Seconds of one of N calls that are queued on the GPU, over all sets in turn."""
+    """Return the seconds per call of N calls queued on the GPU, which rotate over the sets."""
     n_calls = timing.calls_for(n_bytes, n_sets)
 
     def calls() -> None:
@@ -142,8 +142,16 @@ def _by_events(run: Operation, n_bytes: int, n_sets: int) -> float:
 
 
 def _verify(x: Tensor, wires: Tensor, layout: Layout) -> None:
-    """Raise FlashcommError unless the first rows' wire bytes and the sums of the first and last rows are those of the
-    plain torch codec on the CPU. x: the message, on the CPU; wires: (ranks, nbytes) of it, on the device."""
+    """Compare the first rows' wire bytes, and sums of the first and last rows, with the plain torch codec on the CPU.
+
+    Args:
+        x: The message, flat, on the CPU.
+        wires: Its wire bytes (ranks, nbytes), on the device.
+        layout: The layout of the wire bytes.
+
+    Raises:
+        FlashcommError: They differ.
+    """
     n, fast, plain = min(x.numel(), 64 * layout.row), codec_for(wires.device.type), torch_codec
     want = torch.empty(layout.nbytes(0, n), dtype=torch.uint8)
     plain.encode(x[:n], layout, 0, n, want)

@@ -1,4 +1,4 @@
-"""`flashcomm plot`: a picture of a CSV file that `bench`, `ttft` or `eval` wrote."""
+"""`flashcomm plot`: draws a CSV file of `bench`, `ttft` or `eval`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Rows = Sequence[Mapping[str, str]]
 def plot(sources: Sequence[Path], target: Path) -> None:
     """Draw CSV files.
 
-    What they hold decides: time and speed-up by size; time to first token by format, with a panel for each model, link
-    and batch; loss against bits on the wire; sensitivity by layer.
+    The kind of plot depends on their columns: time and speed-up by size; time to first token by format, with a panel
+    for each model, link and batch; KL divergence by bits on the wire; sensitivity by layer.
 
     Args:
-        sources: CSV files; several only of `flashcomm ttft`.
-        target: The picture, .svg or .png.
+        sources: CSV files. Several are allowed only for `flashcomm ttft`.
+        target: The file to write, .svg or .png.
 
     Raises:
-        InputError: The files hold nothing to draw, or cannot be drawn together.
+        InputError: The files have no rows to draw, or cannot be drawn together.
         UnavailableError: matplotlib is not installed.
     """
     try:
@@ -40,7 +40,9 @@ def plot(sources: Sequence[Path], target: Path) -> None:
     if target.suffix not in (".svg", ".png"):
         raise InputError(f"{target}: give a name that ends in .svg or .png")
     if len(sources) > 1 and not all("ttft_s" in row for row in rows):
-        raise InputError(f"{len(sources)} files: several make one picture only if all are of `flashcomm ttft`")
+        raise InputError(
+            f"{len(sources)} files: several files can be drawn together only if all are of `flashcomm ttft`"
+        )
     if rows and "time_us" in rows[0]:
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
         _bench(rows, *axes)
@@ -68,7 +70,7 @@ def plot(sources: Sequence[Path], target: Path) -> None:
         _layers(rows, axis)
     else:
         raise InputError(
-            f"{', '.join(map(str, sources))} holds no rows of `flashcomm bench`, `ttft` or `eval`: write one with --csv"
+            f"{', '.join(map(str, sources))} has no rows of `flashcomm bench`, `ttft` or `eval`: write one with --csv"
         )
     where = rows[0]
     figure.text(0.005, 0.005, f"{where['machine']}, torch {where['torch']}, {where['date']}", fontsize=6, color="0.5")
@@ -77,10 +79,10 @@ def plot(sources: Sequence[Path], target: Path) -> None:
 
 
 def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
-    """Time and speed-up by size: a line for each format, and a gray, dashed one for each baseline.
+    """Draw time and speed-up by size: a line for each format, and a gray, dashed line for each baseline.
 
-    Rows of CUDA graphs are drawn where a line has any. What `auto` takes is one of the other lines, so it is left out.
-    Older files hold the best uncompressed path only, which is then one line.
+    A line has the rows of CUDA graphs, if there are any. The route of `auto` is one of the other lines, so it is left
+    out. Older files have the best uncompressed route only, as one line.
     """
     lines: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
@@ -119,7 +121,7 @@ _GRAYS = {  # baselines
 
 
 def _line_of(row: Mapping[str, str]) -> str:
-    """The line that a row of a bench belongs to."""
+    """Return the name of the line that a row of `bench` belongs to."""
     if row["format"] != UNCOMPRESSED:
         return row["path"] if row["path"] in _GRAYS else row["format"]
     if "mode" not in row:
@@ -131,7 +133,7 @@ _PANEL = ("model", "layers", "link", "batch", "tokens", "compiled")
 
 
 def _ttft(rows: Rows, axis: Any) -> None:
-    """A bar for each row: the time to compute, and the rest, which all-reduces take."""
+    """Draw a bar for each row: the time to compute, and the rest, the time of all-reduces."""
     names = [label_of(r["format"], r.get("path", "auto"), r.get("overlap") == "True") for r in rows]
     compute = [float(row["compute_s"]) for row in rows]
     total = [float(row["ttft_s"]) for row in rows]
@@ -161,7 +163,7 @@ def _ttft(rows: Rows, axis: Any) -> None:
 
 
 def _pareto(rows: Rows, axis: Any) -> None:
-    """KL divergence against bits per value, a line for each family; the rise in perplexity beside each point."""
+    """Draw KL divergence by bits per value, with a line for each family. Each point shows the rise in perplexity."""
     families = {"plans": "-o", "-had formats": "--s", "plain formats": ":^"}
     for family, style in families.items():
         mine = [r for r in rows if _family(r["format"]) == family and float(r["kl"]) > 0]
@@ -193,7 +195,7 @@ def _family(fmt: str) -> str:
 
 
 def _layers(rows: Rows, axis: Any) -> None:
-    """KL divergence of each layer quantized alone, by its place in the model; color by format, marker by kind."""
+    """Draw KL divergence if one layer is quantized alone, by layer. Colors show formats, markers kinds of layers."""
     names = list(dict.fromkeys(row["layer"] for row in rows))
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     for i, fmt in enumerate(dict.fromkeys(row["format"] for row in rows)):

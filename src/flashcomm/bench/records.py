@@ -1,6 +1,6 @@
-"""Rows of measurements: the machine and versions that belong to them, and the CSV files that keep them.
+"""Rows of measurements in CSV files, with the machine and versions that they were measured on.
 
-`read_csv` also reads the files of older versions, which named the backend's own all-reduce "native".
+`read_csv` also reads files of older versions, in which the backend's own all-reduce was named "native".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = Mapping[str, Any]
 
 
 def cpu_name() -> str:
-    """The processor's name as the kernel reports it."""
+    """Return the processor's name as Linux reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -39,7 +39,7 @@ def cpu_name() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Machine, versions, date and command: the columns that say where a measurement comes from."""
+    """Return the columns that say how a row was measured: machine, versions, date and command."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     machine = f"{count} x {torch.cuda.get_device_name(0)}" if count else f"{os.cpu_count()} cores of {cpu_name()}"
     settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("FLASHCOMM_", "NCCL_"))]
@@ -54,7 +54,7 @@ def environment() -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows`, with the columns of `environment()` after their own. A row may lack columns that others have."""
+    """Write `rows`, and the columns of `environment()` after their own. Rows may have different columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = environment()
     columns = dict.fromkeys(key for row in rows for key in row)
@@ -65,7 +65,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, with the present names of columns, paths and formats.
+    """Read the rows of a CSV file. Old names of columns, paths and formats are replaced by the current ones.
 
     Raises:
         InputError: The file cannot be read.
@@ -83,7 +83,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def human_bytes(n_bytes: float) -> str:
-    """Bytes with a unit, in powers of 1000: "12.5 MB"."""
+    """Return bytes with a unit, in powers of 1000, such as "12.5 MB"."""
     for unit in ("B", "kB", "MB"):
         if n_bytes < 1000:
             return f"{n_bytes:.3g} {unit}"

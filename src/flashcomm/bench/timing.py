@@ -1,12 +1,12 @@
-"""How long an all-reduce takes: ranks start together, the slowest rank counts, the median of the turns is given.
+"""The time of an all-reduce: ranks start together, the slowest rank counts, and the median of the turns is given.
 
-    eager    N calls back to back. On GPUs between two CUDA events: a sleeping kernel in front keeps the queue full, so
-             that the host's time to launch is not included; it is measured separately. On CPUs by the host's clock.
-    graph    N calls in one CUDA graph, CUDA events around one replay.
+    eager    N calls in sequence. On GPUs between two CUDA events: a sleeping kernel before them keeps the queue full,
+             so that launch times are not included. They are measured separately. On CPUs by the host's clock.
+    graph    N calls in one CUDA graph, with CUDA events around one replay.
 
-Implementations take turns, and start each turn from fresh inputs. On GPUs a reduction of one value, after the sleep and
-before the first event, lets ranks start within microseconds of each other. Inputs rotate over sets that together exceed
-three times the L2 cache, as far as 16 sets can.
+Implementations take turns, and each turn starts with fresh inputs. On GPUs an all-reduce of one value, after the sleep
+and before the first event, makes ranks start within microseconds of each other. Inputs rotate over up to 16 sets, which
+together exceed three times the L2 cache if possible.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from flashcomm.ranks.launch import RankContext
 
 MODES = ("eager", "graph")
 MOST_SETS = 16
-CYCLES_PER_S = 2e9  # about what torch.cuda._sleep counts
+CYCLES_PER_S = 2e9  # approximate rate of the cycles that torch.cuda._sleep counts
 
 
 @dataclass
 class Timing:
-    """Seconds a call by mode; on GPUs the host's seconds for an eager call; why there is no graph, if there is none."""
+    """The times of an implementation.
+
+    Attributes:
+        seconds: Seconds per call, by mode.
+        host_s: On GPUs, the host's seconds per eager call.
+        no_graph: Why there is no graph; None if there is one.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     host_s: float | None = None
@@ -38,35 +44,35 @@ class Timing:
 
 
 def sets_for(n_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs, of n_bytes each, take turns."""
+    """Return the number of sets of inputs, of n_bytes each."""
     if device.type != "cuda":
         return 2
     return max(2, min(MOST_SETS, 3 * torch.cuda.get_device_properties(device).L2_cache_size // n_bytes + 1))
 
 
 def calls_for(n_bytes: int, n_sets: int) -> int:
-    """Calls in one sample on a GPU: 10, fewer above 64 MB, and never fewer than there are sets."""
+    """Return the number of calls per sample on a GPU: 10, or fewer above 64 MB, but at least the number of sets."""
     return max(n_sets, min(10, (640 << 20) // n_bytes))
 
 
 def measure(
     ctx: RankContext, impls: Sequence[Implementation], modes: Sequence[str], n_sets: int, n_calls: int, turns: int
 ) -> list[Timing]:
-    """Time implementations that are loaded and have run once each. Collective.
+    """Time implementations that have been loaded and have run once. Collective.
 
     Args:
         ctx: This rank.
-        impls: What to time.
-        modes: "eager", "graph" or both; on CPUs there is eager only.
-        n_sets: Sets of inputs that were loaded.
-        n_calls: Calls in a sample at most; on CPUs as many as 10 ms hold.
+        impls: The implementations.
+        modes: "eager", "graph" or both. On CPUs only eager is measured.
+        n_sets: Number of sets of inputs that were loaded.
+        n_calls: The most calls per sample. On CPUs it is as many as run in 10 ms.
         turns: Samples of each implementation.
 
     Returns:
         A Timing for each, equal on all ranks.
 
     Raises:
-        FlashcommError: On every rank, if replays give other bits than eager calls though the same bits are promised.
+        FlashcommError: On every rank, if replays give other bits than eager calls though they must not.
     """
     if ctx.device.type == "cuda":
         return by_events(ctx, impls, modes, n_sets, n_calls, turns)
@@ -77,7 +83,7 @@ def measure(
 def by_events(
     ctx: RankContext, impls: Sequence[Implementation], modes: Sequence[str], n_sets: int, n_calls: int, turns: int
 ) -> list[Timing]:
-    """`measure` on GPUs. All graphs are alive together, each with its own memory for results."""
+    """Run `measure` on GPUs. All graphs exist at the same time, each with its own memory for results."""
     timings = [Timing() for _ in impls]
     graphs: dict[int, torch.cuda.CUDAGraph] = {}
     for k, impl in enumerate(impls if "graph" in modes else ()):
@@ -106,12 +112,12 @@ def by_events(
 
 
 def device_seconds(work: Callable[[], object], lead_s: float, together: Tensor | None = None) -> float:
-    """Seconds between CUDA events around what `work` launches on the current stream.
+    """Return the seconds between CUDA events around the kernels that `work` launches on the current stream.
 
     Args:
         work: Launches kernels.
-        lead_s: How long the GPU sleeps first, at most 0.2 s, for the host to fill the queue.
-        together: One value on the device, which all ranks reduce before the first event; None for one rank alone.
+        lead_s: Seconds that the GPU sleeps first, at most 0.2, so that the host can fill the queue.
+        together: One value on the device, which all ranks reduce before the first event. None: only this rank runs.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     if together is not None:
@@ -136,7 +142,7 @@ def _calls(impl: Implementation, n_sets: int, n_calls: int) -> Callable[[], None
 
 
 def _host_seconds(impl: Implementation, n_sets: int, n_calls: int) -> float:
-    """Seconds the host takes to enqueue n_calls; the GPU is idle before, and is not waited for."""
+    """Return the seconds that the host takes to enqueue n_calls. The GPU is idle before, and is not waited for."""
     impl.refill(SMALL)
     dist.barrier()
     torch.cuda.synchronize()
@@ -150,14 +156,14 @@ def _host_seconds(impl: Implementation, n_sets: int, n_calls: int) -> float:
 def _captured(
     ctx: RankContext, impl: Implementation, n_sets: int, n_calls: int
 ) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
-    """A graph of n_calls whose last result is right, or why there is none; the same on every rank."""
+    """Capture a graph of n_calls and verify its last result. Return it, or why there is none; equal on all ranks."""
     graph, problem = torch.cuda.CUDAGraph(), None
     try:
-        # Other threads of ours (a heart-beat, NCCL's watchdog) may call CUDA meanwhile.
+        # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
         with impl.capture(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for k in range(n_calls):
                 last = impl.run(k % n_sets)
-    except RuntimeError as error:  # what cannot be captured is left out, and the reason reported
+    except RuntimeError as error:  # left out, and the reason reported
         problem = first_line(error)
     if (problem := first_reason(problem)) is not None:
         return None, problem
@@ -182,14 +188,14 @@ def _captured(
 
 
 def _by_host_clock(impls: Sequence[Implementation], n_sets: int, most: int, turns: int) -> Tensor:
-    """Seconds a call, (turns, implementations), on this rank."""
+    """Return the seconds per call on this rank: (turns, implementations)."""
     taken = torch.zeros(turns, len(impls), dtype=torch.float64)
     for turn in range(-1, turns):  # turn -1 warms up
         for k, impl in enumerate(impls):
             n_calls = 1 if turn < 1 else max(1, min(most, int(0.01 / max(1e-5, taken[0, k].item()))))
-            agreed_calls = torch.tensor([n_calls])
-            dist.broadcast(agreed_calls, 0)  # counts must not differ between ranks
-            n_calls = int(agreed_calls.item())
+            count = torch.tensor([n_calls])
+            dist.broadcast(count, 0)  # counts must be equal on all ranks
+            n_calls = int(count.item())
             calls = _calls(impl, n_sets, n_calls)
             impl.refill(SMALL)
             dist.barrier()
@@ -201,7 +207,7 @@ def _by_host_clock(impls: Sequence[Implementation], n_sets: int, most: int, turn
 
 
 def _slowest(ctx: RankContext, taken: Tensor) -> list[float]:
-    """Per column of `taken` (turns, implementations) the median over turns of the slowest rank. Collective."""
+    """Return, for each column of `taken` (turns, implementations), the median of the slowest ranks. Collective."""
     slowest = taken.to(ctx.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return [float(v) for v in slowest.cpu().quantile(0.5, dim=0)]

@@ -1,17 +1,17 @@
-"""`flashcomm ttft`: time to first token by wire format, the share that all-reduces take, and what is left to gain.
+"""`flashcomm ttft`: time to first token by wire format, the share of all-reduces in it, and the largest speed-up.
 
-One model is loaded once. Variants (a format, with or without two-batch overlap) take turns, so that a machine that
-slows down slows all of them. The baseline `backend` is transformers' own dist.all_reduce, without flashcomm. A turn
+The model is loaded once. Variants (a format, with or without two-batch overlap) take turns, so that a slowdown of the
+machine affects all of them. The baseline `backend` is transformers' own dist.all_reduce, without flashcomm. A turn
 without all-reduces gives the compute time:
 
-    share   1 - compute / backend            of the baseline's time that all-reduces take
+    share   1 - compute / backend            the share of all-reduces in the time of the baseline
     limit   backend / compute                the speed-up if all-reduces took no time
 
-On CPUs ranks sum one element in place of each all-reduce in that turn, because they share cores and must keep step. On
-GPUs nothing takes its place: a sum of one element has ten microseconds of latency, which is not compute.
+On CPUs each all-reduce of that turn is replaced by one of a single element, because ranks share cores and must stay
+synchronized. On GPUs it is left out: even a single element takes ten microseconds, which is not compute time.
 
-With a link, the prediction is compute time + wire bytes per rank * 8 / (link rate * payload fraction of a frame). What
-is above it is quantization, and idle time between messages.
+With a link, the prediction is compute time + wire bytes per rank * 8 / (link rate * payload fraction of a frame). Time
+above it is quantization, and idle time between messages.
 """
 
 from __future__ import annotations
@@ -38,11 +38,19 @@ from flashcomm.wire.format import UNCOMPRESSED
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure.
+    """The arguments of a measurement.
 
-    formats: Wire formats and plans. batches, tokens: Every pair of them is a case. repeats: Turns; the median counts.
-    rate: Of the link in bits per second, if there is one. compiled: Compile the decoder layers. overlap: Measure
-    two-batch overlap too. settings: Of the Communicators.
+    Attributes:
+        model: The model to time.
+        formats: Wire formats and plans.
+        batches: Numbers of prompts. Every pair of batch and tokens is measured.
+        tokens: Prompt lengths.
+        repeats: Turns, of which the median counts.
+        dtype: The dtype of the model.
+        rate: The rate of the link in bits per second; None: no link.
+        compiled: Whether to compile the decoder layers.
+        overlap: Whether to measure two-batch overlap, too.
+        settings: Arguments of the Communicators.
     """
 
     model: TimedModel
@@ -59,7 +67,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: path is "backend" (without flashcomm), "auto" (what flashcomm takes) or "none" (no all-reduces)."""
+    """A row. `path` is "backend" (without flashcomm), "auto" (by flashcomm) or "none" (no all-reduces)."""
 
     format: str
     path: str
@@ -70,13 +78,13 @@ class Variant:
 
 
 def label_of(fmt: str, path: str, overlap: bool) -> str:
-    """The name of a row in tables and pictures."""
+    """Return the name of a row in tables and plots."""
     return f"{fmt}{'' if path == 'auto' else ', not ours'}{', overlap' if overlap else ''}"
 
 
 @dataclass
 class Case:
-    """One batch of prompts, and what was found for it."""
+    """A batch of prompts, and its results by variant."""
 
     ids: Tensor
     seconds: dict[Variant, list[float]] = field(default_factory=dict)
@@ -88,7 +96,7 @@ NO_SUMS, BASELINE = Variant(UNCOMPRESSED, "none"), Variant(UNCOMPRESSED, BACKEND
 
 
 def variants_of(formats: Sequence[str], device: str, overlap: bool) -> list[Variant]:
-    """What takes turns. On CPUs uncompressed messages go to the backend; on GPUs flashcomm has a path for them."""
+    """Return the variants to measure. On CPUs the baseline stands for uncompressed: the backend runs both."""
     auto = [Variant(f, "auto") for f in dict.fromkeys(formats) if f != UNCOMPRESSED or device == "cuda"]
     plain = [BASELINE, *auto]
     return [NO_SUMS, *plain, *(Variant(v.format, v.path, True) for v in plain if overlap)]
@@ -98,8 +106,8 @@ def ttft(ctx: RankContext, request: Request) -> list[dict[str, Any]]:
     """Measure time to first token. Collective.
 
     Args:
-        ctx: This rank; progress is emitted as (what, done, total).
-        request: What to measure.
+        ctx: This rank. It emits progress as (what, done, total).
+        request: The measurement.
 
     Returns:
         A row for each batch, prompt length and variant but `none`; docs/cli.md explains the columns.
@@ -127,8 +135,8 @@ def ttft(ctx: RankContext, request: Request) -> list[dict[str, Any]]:
 
     @contextlib.contextmanager
     def running(variant: Variant, in_graph: bool) -> Iterator[None]:
-        """The model runs as this variant inside the block."""
-        # The baseline compares no shapes before a call, as transformers by itself does not.
+        """Make the model run as this variant inside a with block."""
+        # The baseline does not compare shapes before calls, just like transformers without flashcomm.
         check = {"check": False} if variant.path != "auto" else {}
         integration.enable(variant.format, **request.settings, **check)
         stack.forward = compiled if in_graph and compiled is not None else forwards[variant.overlap]
@@ -139,7 +147,7 @@ def ttft(ctx: RankContext, request: Request) -> list[dict[str, Any]]:
 
     for batch, n_tokens in sizes:
         if request.compiled:
-            torch._dynamo.reset()  # else the graphs of earlier shapes count towards its limit
+            torch._dynamo.reset()  # otherwise graphs of earlier shapes count towards its limit
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.vocab_size, (batch, n_tokens), generator=generator).to(ctx.device)
         case = Case(ids, {variant: [] for variant in variants})
@@ -158,13 +166,13 @@ def ttft(ctx: RankContext, request: Request) -> list[dict[str, Any]]:
 
 
 def _forward(model: Any, ids: Tensor) -> Tensor:
-    """(batch, vocabulary): the logits of every prompt's next token; the cache is filled, as it is in use."""
+    """Return the logits of every prompt's next token: (batch, vocabulary). The cache is filled, as in real use."""
     logits: Tensor = model(ids, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1]
 
 
 def _verify(ctx: RankContext, model: Any, variant: Variant, case: Case, integration: Any) -> None:
-    """Run once, uncompiled: keep logits and wire bytes, and check that all ranks have the same, finite logits."""
+    """Run once, uncompiled, to record logits and wire bytes. Check that logits are finite and equal on all ranks."""
     with torch.inference_mode(), integration.messages() as seen:
         logits = _forward(model, case.ids)
     if variant.path == "none":
@@ -172,14 +180,14 @@ def _verify(ctx: RankContext, model: Any, variant: Variant, case: Case, integrat
     case.logits[variant] = logits.cpu()
     case.wire_bytes[variant] = sum(map(integration.wire_bytes, seen))
     mine = torch.stack([logits.double().sum(), logits.double().square().sum()])
-    everybody = [torch.empty_like(mine) for _ in range(ctx.world_size)]
-    dist.all_gather(everybody, mine)
-    if not all(torch.equal(theirs, everybody[0]) and bool(theirs.isfinite().all()) for theirs in everybody):
+    all_ranks = [torch.empty_like(mine) for _ in range(ctx.world_size)]
+    dist.all_gather(all_ranks, mine)
+    if not all(torch.equal(theirs, all_ranks[0]) and bool(theirs.isfinite().all()) for theirs in all_ranks):
         raise FlashcommError(f"{variant}: the ranks' logits differ or are not finite, so nothing was timed")
 
 
 def _first_token(ctx: RankContext, model: Any, ids: Tensor) -> float:
-    """Seconds until the slowest rank has the first token of every prompt."""
+    """Return the seconds until the slowest rank has the first token of every prompt."""
     begin = _start(ctx)
     with torch.inference_mode():
         _forward(model, ids).argmax(-1)
@@ -189,9 +197,9 @@ def _first_token(ctx: RankContext, model: Any, ids: Tensor) -> float:
 
 
 def _start(ctx: RankContext) -> Callable[[], float]:
-    """Let the ranks start together; the function returned gives the seconds until the work launched since is done.
+    """Make the ranks start together. Return a function that returns the seconds until all work since then is done.
 
-    On GPUs between CUDA events, the first of them on an idle GPU, so that the host's time to launch is included.
+    On GPUs it measures between CUDA events. The first is on an idle GPU, so that launch times are included.
     """
     dist.barrier()
     if ctx.device.type != "cuda":
@@ -234,12 +242,12 @@ def _rows(ctx: RankContext, request: Request, case: Case, config: Any) -> list[d
 
 
 def predict(compute_s: float, wire_bytes: int, rate: int) -> float:
-    """Seconds: compute time plus the time wire_bytes take on a link of `rate` bits per second."""
+    """Return compute time plus the time of wire_bytes on a link of `rate` bits per second, in seconds."""
     return compute_s + wire_bytes * 8 / (rate * PAYLOAD_FRACTION)
 
 
 def link_of(device: str, rate: str | None) -> str:
-    """What the ranks' messages travel over, as rows name it: the rate of --link, or whether GPUs have peer access."""
+    """Return the value of the column `link`: the rate of --link, or whether GPUs have peer access."""
     if device != "cuda":
         return rate or "none"
     count = torch.cuda.device_count()

@@ -1,1 +1,1 @@
-"""The `flashcomm` command: one file a command, with its options, a call into `bench` or `accuracy`, and its output."""
+"""The `flashcomm` command. Each command has a file with its options, a call into `bench` or `accuracy`, and output."""

@@ -1,4 +1,4 @@
-"""The commands of `flashcomm`, put together. Each takes `--json`; the exit code is 0 only if all went well."""
+"""The Typer app of `flashcomm`, with all commands. Each accepts `--json`. The exit code is 0 only on success."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from flashcomm.cli import bench, calibrate, doctor, eval, generate, plot, probe,
 
 app = typer.Typer(
     name="flashcomm",
-    help="The `flashcomm` command. Each subcommand takes `--json`; the exit code is 0 only if all went well.",
+    help="The `flashcomm` command. Each subcommand accepts `--json`. The exit code is 0 only on success.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

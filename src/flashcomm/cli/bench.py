@@ -18,7 +18,7 @@ MODES = {"eager": ("eager",), "graph": ("graph",), "both": ("eager", "graph")}
 def all_reduce(
     world_size: options.World = 2,
     formats: Annotated[
-        str, typer.Option(help="Wire formats, separated by commas; uncompressed paths are always measured.")
+        str, typer.Option(help="Wire formats, separated by commas; uncompressed routes are always measured.")
     ] = "int8,int6-had,int4-had,int4",
     begin: options.Begin = "64K",
     end: options.End = "64M",
@@ -29,7 +29,7 @@ def all_reduce(
         str | None, typer.Option(help="eager, graph (replays of a CUDA graph) or both. [default: both on CUDA]")
     ] = None,
     min_bytes: options.MinBytes = "0",
-    chunk_bytes: Annotated[str | None, typer.Option(help="Message bytes quantized and sent at a time.")] = None,
+    chunk_bytes: Annotated[str | None, typer.Option(help="Message bytes per chunk.")] = None,
     algorithm: options.Algorithm = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "bf16",
@@ -58,7 +58,7 @@ def all_reduce(
         return
     if where == "cpu":
         measured, best = ["time_us", "busbw", "wire_bytes", "error"], "x best uncompressed"
-    else:  # the table is wide enough without the wire bytes, which the CSV has
+    else:  # the wire bytes would make the table too wide; the CSV has them
         measured, best = ["mode", "transport", "time_us", "host_us", "busbw", "error"], "x best"
     columns = {c: c for c in ("size", "format", "path", *measured)} | {"speedup": best, "over_backend": "x backend"}
     over = (f" over {link}" if link else "") + (f", nodes of {local_world_size}" if local_world_size else "")
@@ -69,12 +69,12 @@ def all_reduce(
 
 
 def _modes(asked: str | None, device: str) -> tuple[str, ...]:
-    """The value of --mode: CUDA graphs only where there is CUDA."""
+    """Return the modes of --mode. CUDA graphs need CUDA."""
     asked = asked or ("both" if device == "cuda" else "eager")
     if asked not in MODES:
         raise SettingsError(f"--mode {asked}: allowed are {', '.join(MODES)}")
     if device != "cuda" and asked != "eager":
-        raise SettingsError(f"--mode {asked}: CUDA graphs need --device cuda; on CPUs there is eager only")
+        raise SettingsError(f"--mode {asked}: CUDA graphs need --device cuda; on CPUs use --mode eager")
     return MODES[asked]
 
 
@@ -85,14 +85,14 @@ def codec(
     factor: options.Factor = 4,
     row: options.RowLength = 4096,
     threads: Annotated[int, typer.Option(min=1, help="Threads, on CPUs.")] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help="Buffers that decode_sum adds.")] = 4,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of buffers that decode_sum adds.")] = 4,
     turns: options.Turns = 15,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is a GPU.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda if there is a GPU.")] = "cpu",
     dtype: options.Dtype = "bf16",
     csv: options.Csv = None,
     json: options.Json = False,
 ) -> None:
-    """Speed of the codec beside a plain copy of the same bytes (GB/s)."""
+    """Speed of the codec, compared with a plain copy of the same bytes (GB/s)."""
     where, kind = options.device_of(device, 1), options.dtype_of(dtype)
     names, sizes = options.formats_of(formats), options.sizes_of(begin, end, factor)
     rows: list[dict[str, Any]] = []

@@ -17,7 +17,10 @@ from flashcomm.routing import timings
 def calibrate(
     world_size: options.World = 2,
     formats: Annotated[
-        str, typer.Option(help="Low-bit formats to measure, separated by commas; others go by the nearest.")
+        str,
+        typer.Option(
+            help="Low-bit formats to measure, separated by commas; other formats use the times of the nearest."
+        ),
     ] = ",".join(bench.FORMATS),
     begin: options.Begin = "2K",
     end: options.End = "64M",
@@ -26,11 +29,13 @@ def calibrate(
     turns: options.Turns = 7,
     device: options.Device = "auto",
     link: options.Link = None,
-    output: Annotated[Path | None, typer.Option(help="Write the table here, not where Communicators look.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the timings to this file. [default: where Communicators find them]")
+    ] = None,
     timeout: options.Timeout = 1800,
     json: options.Json = False,
 ) -> None:
-    """Measure this machine once: `auto` then decides by its own times which path messages take."""
+    """Measure this machine once. `auto` then chooses the routes of messages by these times."""
     options.check_several_ranks(world_size)
     names, sizes = options.formats_of(formats), options.sizes_of(begin, end, factor)
     where, about = options.device_of(device, world_size), records.environment()

@@ -1,4 +1,4 @@
-"""What the commands print: tables, one JSON object, progress on stderr."""
+"""The output of the commands: tables, one JSON object, progress on stderr."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from flashcomm.bench import records
 from flashcomm.bench.records import Row
 from flashcomm.ranks import launch
 
-Report = Callable[[str, int, "int | None"], None]  # what is going on, steps done, steps in all
+Report = Callable[[str, int, "int | None"], None]  # what is running, steps done, all steps
 
-console = Console(highlight=False, width=max(120, shutil.get_terminal_size().columns))  # tables keep their columns
+console = Console(
+    highlight=False, width=max(120, shutil.get_terminal_size().columns)
+)  # so that tables are not squeezed
 err_console = Console(stderr=True, highlight=False)
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Report]:
-    """A progress bar on stderr, if that is a terminal; yields the function that moves it."""
+    """Show a progress bar on stderr, if that is a terminal. Yield the function that advances it."""
     parts = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*parts, console=err_console, transient=True, disable=quiet or not err_console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
@@ -37,24 +39,27 @@ def progress(quiet: bool) -> Iterator[Report]:
 def run_ranks(
     target: Callable[..., object], world_size: int, args: tuple[Any, ...], *, quiet: bool, **options: Any
 ) -> Any:
-    """`launch.run` with a progress bar of the events (what, done, total); None under torchrun but on rank 0."""
+    """Call `launch.run` with a progress bar for events (what, done, total). Returns None on torchrun's other ranks."""
     with progress(quiet) as report:
         return launch.run(target, world_size, args, on_event=lambda event: report(*event), **options)  # type: ignore[misc]
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """Write the one object of a `--json` command to stdout."""
+    """Write the JSON object of a `--json` command to stdout."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def write_rows(rows: Sequence[Row], csv: Path | None, json: bool, **more: Any) -> bool:
-    """Write the CSV file and the JSON object that were asked for; True if stdout has its output now.
+    """Write rows to a CSV file and as one JSON object to stdout, if requested.
 
     Args:
-        rows: What was measured.
-        csv: The file to write, if any.
+        rows: The measured rows.
+        csv: The file to write. None: no file.
         json: Whether to write one JSON object, with `rows`, `more` and the machine.
-        more: Further keys of that object.
+        **more: Further keys of that object.
+
+    Returns:
+        Whether JSON was written, so that nothing else may go to stdout.
     """
     if csv:
         records.write_csv(csv, rows)
@@ -64,7 +69,7 @@ def write_rows(rows: Sequence[Row], csv: Path | None, json: bool, **more: Any) -
 
 
 def print_table(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """Print a table. `columns` maps keys of the rows to headings; numbers are right-aligned."""
+    """Print a table. `columns` maps keys of the rows to headings. Numbers are right-aligned."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     for key, heading in columns.items():
         is_number = all(isinstance(row.get(key), (int, float, type(None))) for row in rows)

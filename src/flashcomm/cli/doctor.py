@@ -1,4 +1,4 @@
-"""`flashcomm doctor`: this machine and its versions, and which path messages of each size would take and why."""
+"""`flashcomm doctor`: shows this machine, its versions, and the route of messages of each size with the reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def doctor(
     dtype: options.Dtype = "bf16",
     json: options.Json = False,
 ) -> None:
-    """Show machine, links and versions, and which path each size would take, and why not the others."""
+    """Show machine, links and versions, the route of each message size, and why the others were rejected."""
     where = options.device_of(device, world_size)
     settings = Settings.resolve(where, format=format)
     found = examine(world_size, row, options.dtype_of(dtype).itemsize, settings, where)
@@ -51,7 +51,7 @@ def doctor(
 
 
 def examine(world_size: int, row: int, itemsize: int, settings: Settings, device: str) -> dict[str, Any]:
-    """Everything that `doctor` shows, as one object for JSON, worked out without starting ranks."""
+    """Return everything that `doctor` shows, as one object for JSON. No ranks are started."""
     found = _found(device, world_size, settings)
     return {
         "machine": _machine(),
@@ -63,13 +63,13 @@ def examine(world_size: int, row: int, itemsize: int, settings: Settings, device
 
 
 def _found(device: str, world_size: int, settings: Settings) -> Machine:
-    """What the ranks, one for each GPU, would find; see `discovery.connect`."""
+    """Return the machine that ranks, one per GPU, would find; see `discovery.connect`."""
     name, rejected = "process_group", []
     for kind in discovery.candidates(device, settings.transport):
         here = min(world_size, torch.cuda.device_count()) if device == "cuda" else world_size
-        facts = [kind.probe(torch.device(device, rank)) for rank in range(here)]
+        probes = [kind.probe(torch.device(device, rank)) for rank in range(here)]
         missing = f"{world_size} ranks and {here} GPUs here" if here < world_size else ""
-        if why := missing or kind.why_not(facts):
+        if why := missing or kind.why_not(probes):
             rejected.append((kind.NAME, why))
         else:
             name = kind.NAME
@@ -111,7 +111,7 @@ def _versions() -> dict[str, str]:
 
 
 def _paths(device: str, found: Machine) -> dict[str, str]:
-    """By codec, backend and transport: whether it is available here."""
+    """Return, for each codec, backend and transport, whether it is available here."""
     try:
         import llvmlite
 

@@ -25,10 +25,10 @@ def evaluate(
     text: options.Text,
     worlds: Annotated[str, typer.Option(help="Numbers of simulated ranks, separated by commas.")] = "2,4,8",
     formats: options.FormatsAndPlans = f"int8,int8-had,{DEFAULT_FORMAT},int6,int6-had,int5-had,int4,int4-had",
-    plan: Annotated[list[Path] | None, typer.Option(help="A plan to evaluate too; may be given again.")] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="A plan to evaluate, too; may be repeated.")] = None,
     context: options.Context = 512,
     windows: options.Windows = 16,
-    continuation: Annotated[int, typer.Option(min=0, help="Greedy tokens compared; 0: none.")] = 32,
+    continuation: Annotated[int, typer.Option(min=0, help="Number of greedy tokens to compare; 0: none.")] = 32,
     layers: Annotated[
         Path | None, typer.Option(help="Also measure the sensitivity of every layer, into this CSV file.")
     ] = None,
@@ -42,19 +42,19 @@ def evaluate(
     csv: options.Csv = None,
     json: options.Json = False,
 ) -> None:
-    """What each format costs the model: perplexity, divergence, agreement. Ranks are simulated in one process."""
+    """Accuracy by format: perplexity, KL divergence, equal tokens. Ranks are simulated in one process."""
     counts = options.numbers_of("--worlds", worlds)
     plans = options.plans_of([*options.formats_of(formats, plans=True), *map(str, plan or [])])
     uniform = {name: p.format for name, p in plans.items() if not p.layers}
     if layers and not uniform:
         raise SettingsError(
-            "--layers measures formats, one at a time: give one in --formats that is low-bit and no plan"
+            "--layers measures single formats: give at least one in --formats that is low-bit and not a plan"
         )
     settings: dict[str, Any] = {"algorithm": algorithm}
     if local_world_size:
         if any(n % local_world_size or n == local_world_size for n in counts):
             raise SettingsError(
-                f"--local-world {local_world_size}: not all of --worlds {worlds} are several nodes of that many"
+                f"--local-world {local_world_size}: each of --worlds {worlds} must be 2 or more times this number"
             )
         settings["local_world_size"] = local_world_size
     loaded, tokenizer, where = load(model, device, dtype, algorithm, max(counts) if real else 1, local_world_size)

@@ -18,13 +18,13 @@ from flashcomm.settings import DEFAULT_FORMAT
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    prompt: Annotated[str, typer.Option(help="The prompt.")],
     world_size: options.World = 2,
     format: Annotated[
         str,
         typer.Option("--format", "-f", envvar="FLASHCOMM_FORMAT", help="Wire format of the all-reduces, or a plan."),
     ] = DEFAULT_FORMAT,
-    tokens: Annotated[int, typer.Option(min=1, help="At most this many new tokens.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
     min_bytes: options.MinBytes = None,
     algorithm: options.Algorithm = None,
     device: options.Device = "auto",
@@ -33,7 +33,7 @@ def generate(
     timeout: options.Timeout = 600,
     json: options.Json = False,
 ) -> None:
-    """Generate greedily with a tensor-parallel model; starts its ranks itself, or joins under torchrun."""
+    """Generate text greedily with a tensor-parallel model. Starts its ranks itself, or uses those of torchrun."""
     where = options.device_of(device, world_size)
     settings = options.settings_of(format, where, min_bytes=min_bytes, algorithm=algorithm)
     check_model(model, world_size)
@@ -53,5 +53,7 @@ def generate(
         print_json(result)
         return
     sent = human_bytes(result["wire_bytes"])
-    told = f"{len(result['tokens'])} tokens in {result['seconds']} s, {format}; each of {world_size} ranks sent {sent}"
-    err_console.print(f"\n[dim]{told}[/dim]")
+    summary = (
+        f"{len(result['tokens'])} tokens in {result['seconds']} s, {format}; each of {world_size} ranks sent {sent}"
+    )
+    err_console.print(f"\n[dim]{summary}[/dim]")

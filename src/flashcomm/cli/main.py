@@ -1,4 +1,4 @@
-"""The console script `flashcomm`. It needs the extra `cli` (typer and rich), and says so where that is missing."""
+"""The console script `flashcomm`. It needs the extra `cli` (typer and rich), and says so if that is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flashcomm.errors import FlashcommError
 
 
 def main() -> None:
-    """Run the command line: a known error is one line on stderr and exit code 1, Ctrl-C is exit code 130."""
+    """Run the command line. A FlashcommError is printed to stderr, with exit code 1. Ctrl-C has exit code 130."""
     try:
         from flashcomm.cli.app import app
     except ModuleNotFoundError as missing:

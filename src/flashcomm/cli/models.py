@@ -1,4 +1,4 @@
-"""Models for the commands that simulate ranks: eval, tune and probe."""
+"""Loading of models for the commands that simulate ranks: eval, tune and probe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,19 @@ from flashcomm.settings import ALGORITHMS
 def load(
     path: Path, device: str, dtype: str, algorithm: str, ranks: int = 1, local_world_size: int | None = None
 ) -> tuple[Any, Any, str]:
-    """(whole model, tokenizer, device), wrong options refused before the long work."""
+    """Check options, then load a model. Return the whole model, its tokenizer and the device.
+
+    Args:
+        path: The model's directory.
+        device: The value of --device.
+        dtype: The value of --dtype.
+        algorithm: The value of --algorithm.
+        ranks: Number of ranks that need a device.
+        local_world_size: The value of --local-world.
+
+    Raises:
+        FlashcommError: An option is wrong, or the model cannot be loaded.
+    """
     if algorithm not in ALGORITHMS:
         raise SettingsError(f"--algorithm {algorithm}: allowed are {', '.join(ALGORITHMS)}")
     if (algorithm == "hierarchical") != bool(local_world_size):
@@ -30,6 +42,6 @@ def load(
 
 
 def check_plans(model: Any, plans: dict[str, Plan], world_size: int) -> None:
-    """Refuse a plan for another model, or ranks that cannot share the model, before the long work."""
+    """Raise an error, before any measurement, if plans do not fit the model or the ranks cannot share it."""
     for plan in plans.values():
         TensorParallel(model, world_size, plan)

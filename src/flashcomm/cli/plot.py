@@ -13,10 +13,8 @@ from flashcomm.cli.console import print_json
 
 
 def plot(
-    sources: Annotated[
-        list[Path], typer.Argument(help="A CSV file written by bench, ttft or eval; of ttft also several.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to put the picture: .svg or .png.")],
+    sources: Annotated[list[Path], typer.Argument(help="A CSV file of bench, ttft or eval; several only of ttft.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write: .svg or .png.")],
     json: options.Json = False,
 ) -> None:
     """Draw a CSV file of bench, ttft or eval."""

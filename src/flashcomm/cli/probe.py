@@ -19,9 +19,9 @@ def probe(
     text: options.Text,
     world_size: options.World = 2,
     formats: options.FormatsAndPlans = "int8,int6-had,int4-had,int4",
-    contexts: Annotated[str, typer.Option(help="Context lengths of the needle probe; empty: leave it out.")] = "1024",
-    prompts: Annotated[int, typer.Option(min=0, help="Prompts of the generation probe; 0: leave it out.")] = 200,
-    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens from each prompt.")] = 64,
+    contexts: Annotated[str, typer.Option(help="Context lengths of the needle probe; empty: skip it.")] = "1024",
+    prompts: Annotated[int, typer.Option(min=0, help="Prompts of the generation probe; 0: skip it.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate from each prompt.")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 50,
     algorithm: Annotated[str, typer.Option(help="auto (as a Communicator would), one_shot or two_shot.")] = "auto",
     device: options.Device = "auto",
@@ -35,7 +35,7 @@ def probe(
     loaded, tokenizer, where = load(model, device, dtype, algorithm)
     most = getattr(loaded.config, "max_position_embeddings", None)
     if lengths and most and max(lengths) > most:
-        raise InputError(f"--contexts {max(lengths)}: {model.name} takes at most {most} tokens")
+        raise InputError(f"--contexts {max(lengths)}: {model.name} supports at most {most} tokens")
     if lengths and min(lengths) < 64:
         raise InputError(f"--contexts {min(lengths)}: a needle and its question need 64 tokens")
     check_plans(loaded, plans, world_size)

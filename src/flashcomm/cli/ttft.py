@@ -30,13 +30,13 @@ def ttft(
     ] = f"{UNCOMPRESSED},int8,{DEFAULT_FORMAT},int4-had",
     batch: Annotated[str, typer.Option(help="Prompts at a time; several, separated by commas.")] = "1",
     tokens: Annotated[str, typer.Option(help="Prompt length; several, separated by commas.")] = "512",
-    layers: Annotated[int | None, typer.Option(help="Keep only this many. [default: all that fit]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers to keep. [default: all that fit]")] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Turns; the median counts. [default: 3, 5 on CUDA]")
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the stack of decoder layers.")] = False,
     overlap: Annotated[
-        bool, typer.Option("--overlap", help="Measure two-batch overlap, too: batches of 2 and more.")
+        bool, typer.Option("--overlap", help="Measure two-batch overlap, too; needs batches of at least 2.")
     ] = False,
     min_bytes: options.MinBytes = None,
     algorithm: options.Algorithm = None,
@@ -53,13 +53,15 @@ def ttft(
     where, kind = options.device_of(device, world_size), options.dtype_of(dtype)
     settings = options.settings_of(names[0], where, min_bytes=min_bytes, algorithm=algorithm)
     if overlap and compile:
-        raise SettingsError("--overlap and --compile: a compiled stack cannot be interleaved; give one of them")
+        raise SettingsError(
+            "--overlap and --compile: micro-batches of a compiled stack cannot take turns; give one of them"
+        )
     if overlap and min(batches) < 2:
-        raise SettingsError(f"--overlap --batch {batch}: a batch is cut into two parts; give batches of 2 and more")
+        raise SettingsError(f"--overlap --batch {batch}: a batch is split into two; give batches of at least 2")
     found = shapes.find_model(model, world_size, layers, where, kind)
     if layers is None and found.layers:
         err_console.print(
-            f"{found.layers} of the {found.all_layers} layers of {model} fit and are measured; --layers N"
+            f"{found.layers} of the {found.all_layers} layers of {model} fit and are measured; set --layers for others"
         )
     request = bench.Request(
         found,

@@ -24,10 +24,10 @@ def tune(
     text: options.Text,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan (.json).")],
     world_size: options.World = 2,
-    budget: Annotated[str | None, typer.Option(help="Rise in perplexity allowed, e.g. 1%.")] = None,
-    bits: Annotated[str | None, typer.Option(help="Or bits per value allowed, e.g. 4.6.")] = None,
-    decode: Annotated[str | None, typer.Option(help="Format of messages of one token a sequence.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Another text, to measure the finished plan on.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The most rise in perplexity, e.g. 1%.")] = None,
+    bits: Annotated[str | None, typer.Option(help="Or the most bits per value, e.g. 4.6.")] = None,
+    decode: Annotated[str | None, typer.Option(help="Format of messages with one token per sequence.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Another text, to measure the plan on.")] = None,
     condition: Annotated[bool, typer.Option(help="Scale channels and remove their means before quantizing.")] = True,
     context: options.Context = 512,
     windows: options.Windows = 16,
@@ -35,13 +35,13 @@ def tune(
     dtype: options.Dtype = "fp32",
     json: options.Json = False,
 ) -> None:
-    """Find the formats, layer by layer, that meet a budget at the fewest bits on the wire.
+    """Find the plan, with a format for each layer, that meets a budget with the fewest bits on the wire.
 
-    Several budgets, separated by commas, are measured once; then {} in --output stands for the budget.
+    Several budgets, separated by commas, share one measurement; {} in --output is replaced by the budget.
     """
     budgets = _budgets(budget, bits)
     if world_size < 2:
-        raise SettingsError("--world 1: one rank sends nothing; give the number of ranks the plan is for")
+        raise SettingsError("--world 1: one rank sends nothing; give the number of ranks that will use the plan")
     if output.suffix != ".json" or (len(budgets) > 1 and "{}" not in output.name):
         raise SettingsError(f"--output {output}: give a name that ends in .json and, for several budgets, has a {{}}")
     for_decode = WireFormat.parse(decode) if decode else None
@@ -76,11 +76,11 @@ def tune(
     missed = [r for r in results if not r["met"]]
     if missed:
         best = ", ".join(f"{r['budget']} ({r['plan']}: {r['bits']} bits, {r['rise_pct']} %)" for r in missed)
-        raise InputError(f"no plan meets the budget; written is the best found for {best}")
+        raise InputError(f"no plan meets the budget; the best plans found were written: {best}")
 
 
 def _budgets(budget: str | None, bits: str | None) -> dict[str, dict[str, float]]:
-    """The values of --budget "1%,2%" or --bits "4.6" by name, as arguments of `accuracy.tune`."""
+    """Parse --budget "1%,2%" or --bits "4.6" into arguments of `accuracy.tune`, by name."""
     given = budget if budget is not None else bits
     if given is None or (budget is not None and bits is not None):
         raise SettingsError("give one of --budget (a rise in perplexity, such as 1%) and --bits (per value)")

@@ -1,1 +1,1 @@
-"""How the bytes go round: each algorithm gives the bits of `flashcomm.reference`."""
+"""The collective algorithms, as sequences of exchanges. Each returns the bits of `flashcomm.reference`."""

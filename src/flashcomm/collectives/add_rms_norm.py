@@ -1,4 +1,4 @@
-"""What engines do right after a layer's all-reduce: add the residual and normalize, in one pass over the message."""
+"""Add + RMSNorm after a layer's all-reduce: add the residual and normalize, in one pass over the message."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from torch import Tensor
 
 from flashcomm import reference
 
-BLOCK_NUMEL = 1 << 16  # values that a CPU works on at a time, to have them in its cache
+BLOCK_NUMEL = 1 << 16  # values that a CPU processes at a time, so that they stay in its cache
 
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`reference.add_rms_norm`, the same bits, of tensors that fit each other: (normed, new residual), both new."""
+    """Return (normed, new residual), two new tensors, with the bits of `reference.add_rms_norm`.
+
+    Args:
+        total: (..., hidden), the result of the all-reduce.
+        residual: Like total.
+        weight: (hidden,).
+        eps: Added to the mean square.
+    """
     total, residual, weight = (t.resolve_neg().contiguous() for t in (total, residual, weight))
     hidden = total.shape[-1]
     if total.numel() == 0:

@@ -1,7 +1,7 @@
-"""What runs a route: one class for each `routing.route.Executor`, all with `run(route, x, out)`.
+"""The executors: one class for each `routing.route.Executor`, with a method `run(route, x, out)`.
 
-Input and output are contiguous tensors of the shapes that the route's op wants; executors make the copies that their
-kernels need (alignment is a rank's own affair and never changes a route). On GPUs `run` returns when all is enqueued.
+The output is contiguous. Executors copy an input that their kernels cannot read as it is. Alignment may differ between
+ranks, so it never changes a route. On GPUs `run` returns when all work is enqueued.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flashcomm.transports.process_group import ProcessGroupTransport
 if TYPE_CHECKING:
     from flashcomm.gpu.launch import KernelCollectives
 
-Launch = Callable[[int, int], None]  # from the address of a message to that of its result
+Launch = Callable[[int, int], None]  # arguments: the addresses of a message and of its result
 ALGORITHMS = {
     "one_shot": pipelined.one_shot,
     "two_shot": pipelined.two_shot,
@@ -34,14 +34,14 @@ ALGORITHMS = {
 
 
 class Base:
-    """An executor. `close` frees what it holds once its calls have ended; `check` raises what kernels reported."""
+    """An executor. `check` raises errors that kernels reported. `close` frees its memory after its calls have ended."""
 
     def run(self, route: Route, x: Tensor, out: Tensor) -> Launch | None:
         """Run a route from x to out.
 
         Returns:
-            What repeats it for other tensors of this shape and dtype, given their addresses (contiguous, 16-byte
-            aligned); None if nothing does.
+            A function that repeats the call for other tensors of this shape and dtype, which must be contiguous and
+            aligned to 16 bytes. None if the executor has no such function.
         """
         raise NotImplementedError
 
@@ -51,7 +51,7 @@ class Base:
 
 
 class Copy(Base):
-    """Nothing travels: a group of one rank."""
+    """A copy, for a group of one rank: no message is sent."""
 
     def run(self, route: Route, x: Tensor, out: Tensor) -> None:
         out.copy_(x)
@@ -65,7 +65,7 @@ class Backend(Base):
 
     def run(self, route: Route, x: Tensor, out: Tensor) -> None:
         out.copy_(x)
-        self.transport.all_reduce_native(out, "the backend's all-reduce").wait()
+        self.transport.all_reduce_backend(out, "the backend's all-reduce").wait()
 
 
 class Pipelined(Base):
@@ -100,11 +100,11 @@ class Kernel(Base):
             if target is not out:
                 out.copy_(target)
 
-        def again(source: int, target: int) -> None:
+        def repeat(source: int, target: int) -> None:
             self.order.enter()
             launch(source, target)
 
-        return again
+        return repeat
 
     def check(self) -> None:
         self.kernels.check()
@@ -114,14 +114,14 @@ class Kernel(Base):
 
 
 class StreamOrder:
-    """Calls that share a region run in order: each call waits for the last one if that was on another stream."""
+    """Orders calls that share a region: each call waits for the previous one, if that ran on another stream."""
 
     def __init__(self, kernels: KernelCollectives, device: torch.device) -> None:
         self.kernels, self.device = kernels, device
         self._stream: torch.cuda.Stream | None = None
 
     def enter(self) -> None:
-        """Raise CommunicationError if an earlier call timed out; order the current stream behind the last call."""
+        """Make the current stream wait for the previous call. Raise CommunicationError if an earlier call timed out."""
         self.kernels.check()
         if self.device.type != "cuda":
             return
@@ -133,11 +133,11 @@ class StreamOrder:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes x's GPU the current one, to which kernels go."""
+    """Return a context manager that makes x's GPU the current device, where kernels are launched."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _aligned_copy(x: Tensor) -> Tensor:
-    """x, or a copy of it, contiguous and aligned to 16 bytes."""
+    """Return x if it is contiguous and aligned to 16 bytes, else a copy that is."""
     x = x.resolve_neg().contiguous()
     return x.clone() if x.data_ptr() % 16 else x

@@ -5,10 +5,10 @@ exchanges the sum of its shard with the ranks that own that shard in the other n
 
     stage 0                stage 1                                   stage 2                            stage 3
     encode, all-to-all ~   decode_sum, encode, all-gather across ~   decode_sum, encode, all-gather ~   decode shards
-    ~ in flight until the next stage of that chunk; buffers as in `pipelined`: each is free one stage after it is full
+    ~ in flight until the next stage of that chunk. Buffers are reused as in `pipelined`.
 
-With N nodes, a rank sends (N-1)/L of the message to other nodes, once; in two-shot (N-1)/N of it, twice. The price is
-a third rounding, of the nodes' sums (`reference.hierarchical`).
+With N nodes, a rank sends (N-1)/L of the message to other nodes, once. In two-shot it sends (N-1)/N of it, twice. The
+price is a third rounding, of the nodes' sums (`reference.hierarchical`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def hierarchical(x: Tensor, out: Tensor, ctx: Context) -> None:
         in_flight[c] = scatter_shards(within, reduce_layout, flat_x, mine, (c, len(chunks)), what)
 
     def pass_on(c: int, via: Transport, received: Layout, sent: Layout, name: str) -> None:
-        """Sum what arrived of this rank's shard, decoded as `received`, and send it on, encoded as `sent`."""
+        """Decode and sum what arrived for this rank's shard, encode the sum as `sent`, and gather it over `via`."""
         start, stop = shards[c][inner.rank : inner.rank + 2]
         dtype = x.dtype if sent.step.uncompressed else torch.float32
         total = ctx.workspace.take("sum", 0, (stop - start) * dtype.itemsize).view(dtype)

@@ -1,7 +1,7 @@
-"""Collectives made of a codec and two exchanges of bytes, pipelined over chunks of the message.
+"""Collectives composed of a codec and two exchanges of bytes, pipelined over chunks of the message.
 
-Stages of neighboring chunks run side by side: while chunk c is on the wire, chunk c+1 is quantized and chunk c-1
-reduced. Every function returns when all is done (on GPUs: enqueued). Input and output are contiguous.
+Stages of neighboring chunks overlap: while chunk c is on the wire, chunk c+1 is quantized and chunk c-1 is reduced.
+Every function returns when all work is done (on GPUs: enqueued). Input and output are contiguous.
 
                   stage 0                 stage 1                                     stage 2
     one_shot      encode, all-gather ~    decode_sum
@@ -33,13 +33,13 @@ SLOTS = 3
 
 @dataclass
 class Workspace:
-    """Wire buffers, kept between calls and grown when a call needs more. All sizes are in bytes."""
+    """Wire buffers that are kept between calls and grow when a call needs more. All sizes are in bytes."""
 
     device: torch.device
     _kept: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def take(self, name: str, slot: int, n_bytes: int) -> Tensor:
-        """uint8 (n_bytes,): the same memory for the same name and slot until a larger one is asked for."""
+        """Return a uint8 buffer (n_bytes,): the same memory for a name and slot, until a larger one is requested."""
         kept = self._kept.get((name, slot % SLOTS))
         if kept is None or kept.numel() < n_bytes:
             with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
@@ -48,7 +48,7 @@ class Workspace:
         return kept[:n_bytes]
 
     def buffers(self) -> list[Tensor]:
-        """All that is kept now: who holds these may go on using them."""
+        """Return all current buffers. A reference keeps them valid, even after the workspace grows."""
         return list(self._kept.values())
 
 
@@ -57,7 +57,7 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """Exchanges of rows of bytes, see `transports.process_group`."""
+    """Exchanges rows of bytes; see `transports.process_group`."""
 
     rank: int
     world_size: int
@@ -69,9 +69,11 @@ class Transport(Protocol):
 
 @dataclass
 class Context:
-    """What these collectives share: format, codec, transport, buffers and chunk size.
+    """Format, codec, transport, buffers and chunk size of a collective.
 
-    nodes: For `hierarchical`, the transports among the ranks of this node and among those of its place in each node.
+    Attributes:
+        nodes: For `hierarchical`, two transports: among the ranks of this node, and among the ranks that have the same
+            place in their nodes.
     """
 
     fmt: WireFormat
@@ -89,7 +91,7 @@ class Context:
         return Layout(step, message.shape[-1] if message.dim() else 1, message.element_size())
 
     def chunks(self, message: Tensor, unit: int) -> list[tuple[int, int]]:
-        """Bounds of chunks of about `chunk_bytes`, cut on multiples of `unit` in their row."""
+        """Return (start, stop) of chunks of about `chunk_bytes`. They start at multiples of `unit` in their row."""
         count = max(1, message.numel() * message.element_size() // self.chunk_bytes)
         ends = bounds(0, message.numel(), message.shape[-1] if message.dim() else 1, unit, count)
         return [(a, b) for a, b in pairwise(ends) if a < b]
@@ -165,7 +167,7 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
 
 
 def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """Sum x over ranks; rank j's out is shard j of dimension 0."""
+    """Sum x over the ranks. Rank j's out is shard j along dimension 0."""
     layout, n = ctx.layout(ctx.fmt.reduce, out), out.numel()
     chunks = ctx.chunks(out, ctx.fmt.unit)
     flat_x, flat_out = x.view(-1), out.view(-1)
@@ -185,7 +187,7 @@ def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
 
 
 def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """Every rank's x, one after the other along dimension 0 of out, all of them decoded from wire bytes."""
+    """Concatenate every rank's x along dimension 0 of out. All are decoded from wire bytes, this rank's own, too."""
     layout, n, world_size = ctx.layout(ctx.fmt.gather, x), x.numel(), ctx.world_size
     chunks = ctx.chunks(x, ctx.fmt.unit)
     flat_x, flat_out = x.view(-1), out.view(-1)
@@ -226,10 +228,10 @@ def scatter_shards(
         ctx: Format, codec, transport and buffers.
         layout: How to encode.
         values: The message, flat.
-        shards: (rank, start, stop), the bounds shifted by rank * stride.
-        chunk: Its number, and how many there are.
-        what: The phase, for errors.
-        stride: Values between the shards of neighboring ranks where bounds are those within a shard.
+        shards: (rank, start, stop) of each shard. In `values` it begins at start + rank * stride.
+        chunk: The number of the chunk, and the number of chunks.
+        what: The phase, for error messages.
+        stride: Values from one rank's shard to the next, if start and stop count from the shard's begin.
 
     Returns:
         The exchange in flight, and its buffer, uint8 (world_size, n).
@@ -246,7 +248,7 @@ def scatter_shards(
 
 
 def pipeline(n_chunks: int, *stages: Callable[[int], None]) -> None:
-    """Run stage s of chunk c at step c + s: later chunks start before earlier ones end."""
+    """Run stage s of chunk c at step c + s, so that later chunks start before earlier ones end."""
     for step in range(n_chunks + len(stages) - 1):
         for s, stage in enumerate(stages):
             if 0 <= step - s < n_chunks:

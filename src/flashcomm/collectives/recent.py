@@ -1,4 +1,4 @@
-"""A fast path for all-reduces on GPUs: calls like an earlier one, with as little work on the host as possible."""
+"""The fast path for repeated all-reduces on GPUs: it does as little work on the host as possible."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from flashcomm.collectives.executors import Launch
 from flashcomm.compat import current_gpu
 from flashcomm.wire.format import WireFormat
 
-MAX_KINDS = 4096  # of calls that are remembered
-PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is where they say; subclasses may only wrap others
+MAX_KINDS = 4096  # the most kinds of calls that are remembered
+PLAIN = (Tensor, torch.nn.Parameter)  # types with memory of their own; other subclasses may only wrap tensors
 
 
 class RecentCalls:
-    """What repeats earlier all-reduces on a GPU, by shape, dtype and format."""
+    """The launches of earlier all-reduces on a GPU, by shape, dtype and format."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: dict[Any, tuple[str, int, Launch]] = {}
 
-    def keep(self, x: Tensor, format: Any, whole: int | None, name: str, n_bytes: int, again: Launch) -> None:
-        """Remember a call of that name that sent n_bytes."""
+    def keep(self, x: Tensor, format: Any, whole: int | None, name: str, n_bytes: int, launch: Launch) -> None:
+        """Remember the launch of a call, with its name and the bytes it sent."""
         if len(self._kept) >= MAX_KINDS:
             self._kept.clear()
-        self._kept[x.shape, x.dtype, format, whole] = name, n_bytes, again
+        self._kept[x.shape, x.dtype, format, whole] = name, n_bytes, launch
 
     def repeat(self, x: Any, format: Any, whole: int | None) -> tuple[Tensor, str, int] | None:
-        """The result of a call like an earlier one, its name and bytes; None if there was none or x is not as plain."""
+        """Run a call like an earlier one. Return its result, name and bytes; None if it needs the normal path."""
         if not self._kept or type(x) not in PLAIN or not (format is None or isinstance(format, (str, WireFormat))):
             return None
         kept, device = self._kept.get((x.shape, x.dtype, format, whole)), self._device.index
@@ -40,9 +40,9 @@ class RecentCalls:
             return None
         if current_gpu() != device:  # kernels go to the current device
             return None
-        name, n_bytes, again = kept
+        name, n_bytes, launch = kept
         result = torch.empty_like(x)
-        again(source, result.data_ptr())
+        launch(source, result.data_ptr())
         return result, name, n_bytes
 
     def clear(self) -> None:

@@ -1,4 +1,6 @@
-"""Tensor-parallel styles for `parallelize_module` with low-bit collectives. Each replaces one of torch's styles:
+"""Tensor-parallel styles for `parallelize_module` with low-bit collectives.
+
+Each replaces one of torch's styles:
 
     FlashRowwiseParallel      RowwiseParallel      Partial to Replicate: all-reduce; Partial to Shard: reduce-scatter
     FlashColwiseParallel      ColwiseParallel      an input of layout Shard: all-gather
@@ -6,13 +8,13 @@
 
     parallelize_module(mlp, mesh, {"up": ColwiseParallel(), "down": FlashRowwiseParallel(format="int4-had")})
 
-They take the arguments of torch's styles, and `format`. An all-reduce takes the route of `flashcomm.all_reduce`, so
-that small ones are not quantized; a reduce-scatter or all-gather is low-bit at any size. Training, embeddings, other
-dtypes and layouts sharded along the last dimension keep torch's own collectives. Everything compiles with
-`fullgraph=True`, once for all lengths of input.
+They take the arguments of torch's styles, and `format`. All-reduces take the route of `flashcomm.all_reduce`, so small
+messages are not quantized. A reduce-scatter or all-gather is low-bit at any size. Training, embeddings, other dtypes
+and layouts sharded along the last dimension keep torch's own collectives. The styles compile with `fullgraph=True`, and
+one graph serves inputs of all lengths.
 
-Private names of torch that this module uses, read in torch 2.11 and 2.13: `AsyncCollectiveTensor`, and of the styles
-`_apply`, `_prepare_output_fn`, `_prepare_input_fn` and `_prepare_input_arg`.
+This module uses these private names of torch, tested with 2.11 and 2.13: `AsyncCollectiveTensor`, and the methods
+`_apply`, `_prepare_output_fn`, `_prepare_input_fn` and `_prepare_input_arg` of the styles.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ from flashcomm.wire.torch_codec import DTYPES
 
 @dataclass(frozen=True)
 class MeshCollectives:
-    """The collectives of one mesh dimension, along any dimension of a tensor, over the shards of torch.chunk.
+    """The collectives of one mesh dimension, along any dimension of a tensor. Shards are those of torch.chunk.
 
     Attributes:
-        name: The Communicator's, as `ops.op_name` makes it.
+        name: The name of the Communicator, from `ops.op_name`.
         world_size: Ranks of the mesh.
         rank: This rank in the mesh.
     """
@@ -51,14 +53,16 @@ class MeshCollectives:
 
     @classmethod
     def of(cls, mesh: DeviceMesh, format: str | None) -> MeshCollectives:
+        """Return the collectives of a one-dimensional mesh in a wire format; None: FLASHCOMM_FORMAT, or the default."""
         group = mesh.get_group()
         return cls(ops.op_name(format, group), group.size(), mesh.get_local_rank())
 
     def all_reduce(self, partial: Tensor) -> Tensor:
+        """Sum the ranks' partial sums."""
         return ops.all_reduce_by_name(partial, self.name)
 
     def reduce_scatter(self, partial: Tensor, dim: int) -> Tensor:
-        """This rank's shard, along dim, of the sum; the last shards may be smaller, or empty."""
+        """Return this rank's shard of the sum along dim. The last shards may be smaller, or empty."""
         rows = partial.movedim(dim, 0)
         size = -(-rows.shape[0] // self.world_size)
         shard = ops.reduce_scatter_by_name(_padded(rows, size * self.world_size), self.name, self.world_size)
@@ -66,23 +70,23 @@ class MeshCollectives:
         return shard[:mine].movedim(0, dim).contiguous()
 
     def all_gather(self, shard: Tensor, dim: int, length: int) -> Tensor:
-        """All ranks' shards joined along dim, where together they are `length` long."""
+        """Concatenate all ranks' shards along dim, to a total size of `length`."""
         rows = _padded(shard.movedim(dim, 0), -(-length // self.world_size))
         return ops.all_gather_by_name(rows, self.name, self.world_size)[:length].movedim(0, dim).contiguous()
 
 
 class FlashRowwiseParallel(RowwiseParallel):
-    """RowwiseParallel with a low-bit sum over the ranks; a Linear's bias is added after it, unquantized.
+    """RowwiseParallel with a low-bit sum over the ranks. A Linear's bias is added after the sum, unquantized.
 
     With output_layouts=Replicate() the sum is an all-reduce. With Shard(d), for sequence-parallel blocks, it is a
     reduce-scatter along d.
 
     Args:
         format: A wire format such as "int4-had". None: FLASHCOMM_FORMAT, or the default.
-        layouts: The arguments of torch's RowwiseParallel.
+        **layouts: The arguments of torch's RowwiseParallel.
 
     Raises:
-        FormatError: If the format is unknown.
+        FormatError: The format does not exist.
     """
 
     def __init__(self, *, format: str | WireFormat | None = None, **layouts: Any) -> None:
@@ -126,7 +130,7 @@ class FlashColwiseParallel(ColwiseParallel):
 
     Args:
         format: As for `FlashRowwiseParallel`.
-        layouts: The arguments of torch's ColwiseParallel.
+        **layouts: The arguments of torch's ColwiseParallel.
     """
 
     def __init__(self, *, format: str | WireFormat | None = None, **layouts: Any) -> None:
@@ -140,7 +144,7 @@ class FlashColwiseParallel(ColwiseParallel):
     def _prepare_input_fn(  # type: ignore[override]  # a static method in the parent, called alike
         self, input_layouts: Any, desired_input_layouts: Any, mod: nn.Module, inputs: Any, device_mesh: DeviceMesh
     ) -> Any:
-        given = _whole(inputs[0], device_mesh, input_layouts[0], self._collectives)
+        given = _gathered(inputs[0], device_mesh, input_layouts[0], self._collectives)
         original: Any = ColwiseParallel._prepare_input_fn
         layouts = input_layouts if given is inputs[0] else desired_input_layouts
         return original(layouts, desired_input_layouts, mod, (given, *inputs[1:]), device_mesh)
@@ -151,7 +155,7 @@ class FlashPrepareModuleInput(PrepareModuleInput):
 
     Args:
         format: As for `FlashRowwiseParallel`.
-        layouts: The arguments of torch's PrepareModuleInput.
+        **layouts: The arguments of torch's PrepareModuleInput.
     """
 
     def __init__(self, *, format: str | WireFormat | None = None, **layouts: Any) -> None:
@@ -167,13 +171,13 @@ class FlashPrepareModuleInput(PrepareModuleInput):
     ) -> Any:
         if input_layout is None or desired_layout is None or not desired_layout.is_replicate():
             return super()._prepare_input_arg(input, mesh, input_layout, desired_layout)
-        given = _whole(input, mesh, input_layout, self._collectives)
+        given = _gathered(input, mesh, input_layout, self._collectives)
         layout = input_layout if given is input else desired_layout
         return super()._prepare_input_arg(given, mesh, layout, desired_layout)
 
 
-def _whole(given: Any, mesh: DeviceMesh, layout: Placement, collectives: MeshCollectives) -> Any:
-    """A sharded input as a replicated DTensor, after a low-bit all-gather; any other input as it was given."""
+def _gathered(given: Any, mesh: DeviceMesh, layout: Placement, collectives: MeshCollectives) -> Any:
+    """Gather a sharded input, low-bit, into a replicated DTensor. Return any other input unchanged."""
     if not isinstance(given, Tensor) or given.requires_grad or given.dtype not in DTYPES:
         return given
     sharded = given if isinstance(given, DTensor) else DTensor.from_local(given, mesh, (layout,), run_check=False)
@@ -186,9 +190,9 @@ def _whole(given: Any, mesh: DeviceMesh, layout: Placement, collectives: MeshCol
 
 
 class _BiasAfterSum(nn.Linear):
-    """An nn.Linear that leaves out its bias at inference: FlashRowwiseParallel adds it after the sum.
+    """An nn.Linear that leaves out its bias at inference, because FlashRowwiseParallel adds it after the sum.
 
-    It is a class because the Dynamo of torch 2.11 overlooks a `forward` that was set on an instance.
+    It is a class because Dynamo (torch 2.11) ignores a `forward` that was set on an instance.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ class _BiasAfterSum(nn.Linear):
 
 @cache
 def _bias_after_sum(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class of a module of that kind, which has nn.Linear's forward, without its bias."""
+    """Return a subclass of `kind`, which must have nn.Linear's forward, that leaves out the bias."""
     return _BiasAfterSum if kind is nn.Linear else type(kind.__name__, (_BiasAfterSum, kind), {})
 
 
@@ -207,7 +211,7 @@ def _is_sum(x: Any) -> bool:
 
 
 def _is_sharded_by_rows(layout: Any, x: DTensor) -> bool:
-    """Whether a layout of x is Shard(d) with d another than the last dimension."""
+    """Return whether a layout of x is Shard(d), with d not the last dimension."""
     return type(layout) is Shard and layout.dim % x.ndim != x.ndim - 1
 
 
@@ -217,14 +221,14 @@ def _local(x: DTensor) -> Tensor:
 
 
 def _padded(rows: Tensor, n: int) -> Tensor:
-    """rows, with zeros appended up to n of them; traced graphs always pad, so that one graph serves all lengths."""
+    """Append zeros up to n rows. Traced graphs always call pad, so that one graph serves all lengths."""
     if rows.shape[0] == n and not torch.compiler.is_compiling():
         return rows
     return functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, n - rows.shape[0]))
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of a contiguous tensor of x's shape."""
+    """Return the strides of a contiguous tensor of x's shape."""
     strides = [1]
     for size in reversed(x.shape[1:]):
         strides.append(strides[-1] * size)

@@ -1,30 +1,32 @@
-"""`backend="flashcomm"`: any torch.distributed program, unchanged, with low-bit sums.
+"""The c10d backend "flashcomm": low-bit all-reduces in any torch.distributed program, without changes to it.
 
     import flashcomm.integrations.process_group                       # registers the backend
     torch.distributed.init_process_group("flashcomm")                 # FLASHCOMM_FORMAT=int4 python program.py
 
-or for one dimension of a mesh: `init_device_mesh(..., backend_override={"tp": "flashcomm"})`. Under it lie gloo for CPU
-tensors and NCCL for CUDA tensors. They carry, bit for bit as without us, everything that is not a SUM all-reduce of one
-dense bf16, fp16 or fp32 tensor, and every sum that the Communicator of the same ranks would not quantize.
+It can also serve one dimension of a mesh: `init_device_mesh(..., backend_override={"tp": "flashcomm"})`.
 
-Gradients are left alone: a sum that the autograd engine makes during a backward pass (DDP's buckets, tensor-parallel
-layers, DTensor) goes to gloo or NCCL unless FLASHCOMM_GRADIENTS=1. A program that averages gradients itself, after the
-backward pass, looks like any other; leave it on another backend.
+Low-bit are the SUM all-reduces of one dense bf16, fp16 or fp32 tensor that a Communicator of the same ranks would
+quantize (`Communicator.explain`). All other collectives go to gloo (CPU tensors) or NCCL (CUDA tensors), and their
+results are the same bits as without flashcomm.
 
-Sums of CPU tensors run on a thread of the group's own, in the order of their calls, so that `async_op=True` returns at
-once as it does over gloo. Their time-out is the group's unless FLASHCOMM_TIMEOUT_S says otherwise. Sums of CUDA tensors
-are enqueued by the call itself.
+Gradients are not quantized: an all-reduce that the autograd engine starts during a backward pass (DDP's buckets,
+tensor-parallel layers, DTensor) goes to gloo or NCCL unless FLASHCOMM_GRADIENTS=1. If a program averages gradients
+itself, after the backward pass, flashcomm cannot recognize them: use another backend for it.
 
-The integration is a Python subclass of ProcessGroup, because torch (2.11 to 2.13) calls a Python Backend's methods from
-Python only, and functional collectives and DTensor come from C++. Such a subclass must pass on *every* collective in
-Python. Where it does not, torch runs the inherited method with the GIL held, and gloo's worker thread, which needs the
-GIL to let go of a tensor while it holds the lock that the method wants, deadlocks with it.
+All-reduces of CPU tensors run on a thread of the group, in the order of the calls. So `async_op=True` returns at once,
+as with gloo. Their time-out is FLASHCOMM_TIMEOUT_S if that is set, else the group's. All-reduces of CUDA tensors are
+enqueued by the call itself.
 
-Two things differ from gloo. `torch.distributed.get_backend` says "flashcomm", and so `monitored_barrier`, which torch
-allows for the name "gloo" only, raises ValueError; the group's own method works.
+The integration is a Python subclass of ProcessGroup, not of Backend: torch (2.11 to 2.13) calls the methods of a Python
+Backend from Python only, but functional collectives and DTensor call from C++. Such a subclass must pass on *every*
+collective in Python. Otherwise torch runs the inherited method while it holds the GIL, and waits for a lock of gloo's
+worker thread. That thread needs the GIL to free a tensor before it releases the lock: a deadlock.
 
-FLASHCOMM_FORMAT may name a plan. A collective knows no layer, so that what holds is the plan's format for layers not
-named, and its format for decoding.
+Two things differ from gloo: `torch.distributed.get_backend` returns "flashcomm", and `torch.distributed.
+monitored_barrier` raises ValueError, because torch allows it for "gloo" only. The group's own method works.
+
+FLASHCOMM_FORMAT may name a plan. A collective does not know its layer, so only the plan's default format and its format
+for decoding apply.
 """
 
 from __future__ import annotations
@@ -51,16 +53,16 @@ from flashcomm.wire.torch_codec import DTYPES
 
 NAME = "flashcomm"
 log = logging.getLogger("flashcomm")
-GRADIENTS = "FLASHCOMM_GRADIENTS"  # 1: low-bit sums in backward passes, too
+GRADIENTS = "FLASHCOMM_GRADIENTS"  # 1: all-reduces in backward passes are low-bit, too
 _SUM: Any = dist.ReduceOp.SUM
 
 
 def _done(timeout: float | None = None) -> None:
-    """Nothing to wait for."""
+    """Return at once: there is nothing to wait for."""
 
 
 class _Sum(dist.Work):
-    """A low-bit sum that runs, or has been enqueued."""
+    """The Work of a low-bit all-reduce that is running, or has been enqueued."""
 
     def __init__(
         self, x: Tensor, future: torch.futures.Future[list[Tensor]], finish: Callable[..., object] = _done
@@ -77,12 +79,21 @@ class _Sum(dist.Work):
         self._future.set_result([self._x])
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Raises what the sum raised; CommunicationError if it takes longer than timeout (0: no limit but its own)."""
+        """Wait for the all-reduce and raise its exception, if any.
+
+        Args:
+            timeout: How long to wait at most. 0: as long as the all-reduce may take.
+
+        Raises:
+            CommunicationError: It is not done within `timeout`.
+        """
         seconds = timeout.total_seconds()
         try:
             self.finish(timeout=seconds if seconds > 0 else None)
         except FutureTimeout as why:
-            raise CommunicationError(f"the sum was not done within {seconds:g} s: wait longer, or again") from why
+            raise CommunicationError(
+                f"the all-reduce was not done within {seconds:g} s: call wait() again, or with a longer timeout"
+            ) from why
         return True
 
     def synchronize(self) -> None:
@@ -110,7 +121,7 @@ class _Sum(dist.Work):
 
 
 class FlashProcessGroup(dist.ProcessGroup):
-    """A process group whose large floating-point sums are low-bit; all else goes to gloo and NCCL."""
+    """A process group whose large floating-point all-reduces are low-bit. All else goes to gloo and NCCL."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # the constructor meant for Python subclasses
@@ -121,7 +132,8 @@ class FlashProcessGroup(dist.ProcessGroup):
         self._settings, self._plan = _agreed_settings(store, rank, size, timeout)
         if self._plan is not None and self._plan.layers and rank == 0:
             log.warning(
-                "backend 'flashcomm' sees no layers: %s for all sums, the plan's layers are ignored", self._plan.format
+                "backend 'flashcomm' does not know layers: format %s applies to all, the plan's layers are ignored",
+                self._plan.format,
             )
         self._gradients = os.environ.get(GRADIENTS) == "1"
         self._planned: dict[str, PlannedAllReduce] = {}
@@ -130,7 +142,16 @@ class FlashProcessGroup(dist.ProcessGroup):
             self._planned_on("cpu")  # now, when all ranks are here: the first sum may be asynchronous
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: timedelta | None = None) -> dist.Work:
-        """Called for every all-reduce on this group; the result is written in place, as torch.distributed wants it."""
+        """Sum one tensor in place. torch.distributed calls this for every all-reduce of the group.
+
+        Args:
+            tensors: The tensor, or a list of it. Lists of several tensors go to gloo or NCCL.
+            opts: AllreduceOptions, or a ReduceOp.
+            timeout: Ignored.
+
+        Returns:
+            The Work of the all-reduce.
+        """
         options = opts if isinstance(opts, AllreduceOptions) else AllreduceOptions()
         if opts is not None and options is not opts:
             options.reduceOp = opts
@@ -177,14 +198,20 @@ class FlashProcessGroup(dist.ProcessGroup):
         return int(gloo._get_sequence_number_for_group())
 
     def getBackendName(self) -> str:  # noqa: N802  torch's name
+        """Return the name of the backend."""
         return NAME
 
 
 def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> tuple[dict[str, Settings], Plan | None]:
-    """Settings by device and the plan, if any, from the environment, after comparing over the store.
+    """Read settings and plan from the environment and compare them with all ranks, over the store.
 
-    They are equal on all ranks, or the same error is raised on all. Here and not at the first sum, because they decide
-    which sums are ours.
+    This must happen before the first all-reduce, because settings decide which all-reduces are low-bit.
+
+    Returns:
+        The settings for each device type, and the plan, if FLASHCOMM_FORMAT is set.
+
+    Raises:
+        FormatError, PlanError, SettingsError: On all ranks, if settings are wrong on any rank or differ between ranks.
     """
     given: dict[str, Any] = {} if "FLASHCOMM_TIMEOUT_S" in os.environ else {"timeout_s": timeout.total_seconds()}
     settings, plan, error = {}, None, ""
@@ -193,7 +220,7 @@ def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> 
             plan = Plan.of(os.environ["FLASHCOMM_FORMAT"])
             given["format"] = plan.format
         settings = {device: Settings.resolve(device, **given) for device in ("cpu", "cuda")}
-    except Exception as why:  # of this rank alone, perhaps: the others must hear of it
+    except Exception as why:  # perhaps only on this rank: sent to all below
         error = f"{type(why).__name__} rank {rank}: {why if isinstance(why, FlashcommError) else repr(why)}"
     store.set(f"flashcomm/{rank}", error or f"ok {settings} plan {plan.digest if plan else 'none'}")
     texts = [store.get(f"flashcomm/{r}").decode() for r in range(size)]
@@ -203,7 +230,7 @@ def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> 
         raise {"FormatError": FormatError, "PlanError": PlanError}.get(kind, SettingsError)(text)
     if len(set(texts)) > 1:
         lines = "\n".join(f"  rank {r}: {text[3:]}" for r, text in enumerate(texts))
-        raise SettingsError(f"FLASHCOMM_* settings differ between ranks; give all of them the same:\n{lines}")
+        raise SettingsError(f"FLASHCOMM_* settings differ between ranks; use the same on all ranks:\n{lines}")
     return settings, plan
 
 

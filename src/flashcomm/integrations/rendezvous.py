@@ -1,7 +1,7 @@
-"""The rendezvous of an engine's workers: do all of a group take part, before the first of them waits for the others?
+"""The rendezvous of an engine's workers, which finds missing workers before the first collective.
 
-Engines load plugins worker by worker. If one worker lacks the package or the setting, the others would wait in a
-collective that it never calls. Here each worker first writes its name into the store that all of them share already.
+An engine loads plugins in each worker. If one worker lacks the package or the setting, the others would hang in a
+collective that it never calls. So each worker first writes its settings into the store that all workers share.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ def rendezvous(
     """Return once all workers of a group have called this without a problem and with equal settings.
 
     Args:
-        store: The store of all workers.
-        group: The group's name; one that was not used before with this store.
+        store: The store that all workers share.
+        group: The group's name, used only once with this store.
         rank: The global rank of this worker.
         ranks: The global ranks of the group.
-        check: Returns what must be equal besides flashcomm's version, such as ", plan 12ab"; raises FlashcommError if
-            this worker cannot take part.
-        advice: What to do if a worker is missing.
+        check: Returns text that must be equal on all workers, besides flashcomm's version, such as ", plan 12ab". It
+            raises FlashcommError if this worker cannot take part.
+        advice: What to do if a worker is missing, for the error message.
 
     Raises:
-        UnavailableError: On every worker that came. It names those that did not come within FLASHCOMM_TIMEOUT_S, or
-            their problems, or how their settings differ.
+        UnavailableError: On every worker that called this. It names the workers that did not within
+            FLASHCOMM_TIMEOUT_S, or their problems, or how their settings differ.
     """
     timeout_s, problem, settings = 60.0, "", ""
     try:
@@ -59,5 +59,5 @@ def rendezvous(
     if wrong:
         raise UnavailableError(f"group {group!r} cannot use flashcomm: {wrong}")
     if len(set(all_settings)) > 1:
-        told = "; ".join(f"rank {r}: {text}" for r, text in zip(ranks, all_settings, strict=True))
-        raise UnavailableError(f"group {group!r} cannot use flashcomm, give all its workers the same: {told}")
+        by_rank = "; ".join(f"rank {r}: {text}" for r, text in zip(ranks, all_settings, strict=True))
+        raise UnavailableError(f"group {group!r} cannot use flashcomm, give all its workers the same: {by_rank}")

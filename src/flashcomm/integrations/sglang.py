@@ -1,17 +1,17 @@
-"""Low-bit all-reduce in SGLang, as a plugin that SGLang finds by itself, switched on by one setting:
+"""Low-bit all-reduce in SGLang, as a plugin that SGLang finds by itself. One setting turns it on.
 
     FLASHCOMM_FORMAT=int8 python -m sglang.launch_server --model-path ... --tp 2
 
 The plugin registers three hooks with SGLang's own registry:
 
-    GroupCoordinator.__init__                gives tensor-parallel groups a `qr_comm`, the place of AMD's QuickReduce;
-                                             its method "qr" works under torch.compile and in CUDA graphs
-    _resolve_outplace_all_reduce_method      prefers "qr" for messages that go low-bit (`Communicator.explain`)
-    is_flashinfer_allreduce_unavailable      turns off FlashInfer's fusion of all-reduce and norm, which would take
-                                             those messages first
+    GroupCoordinator.__init__                gives tensor-parallel groups a `qr_comm`, the attribute for AMD's
+                                             QuickReduce; its method "qr" works under torch.compile and in CUDA graphs
+    _resolve_outplace_all_reduce_method      selects "qr" for low-bit messages (`Communicator.explain`)
+    is_flashinfer_allreduce_unavailable      turns off FlashInfer's fusion of all-reduce and norm, which would
+                                             otherwise reduce those messages
 
-All other messages and groups keep SGLang's own all-reduce. `python -m flashcomm.integrations.sglang` tells whether the
-hooks fit the SGLang that is installed.
+All other messages and groups keep SGLang's own all-reduce. `python -m flashcomm.integrations.sglang` checks whether the
+hooks fit the installed SGLang.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from flashcomm.integrations.rendezvous import rendezvous
 from flashcomm.plan import Plan
 from flashcomm.routing.route import Executor
 
-# The names of SGLang that are hooked or called, with the first and last version in which they were read.
+# The first and last version of SGLang in which the names below, which are hooked or called, were read.
 READ = ("0.5.16", "0.5.23")
 GROUPS = ("tp", "attention_tp")  # tensor-parallel groups: unique names up to the colon
 COORDINATOR = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 RESOLVE = "_resolve_outplace_all_reduce_method"
 REDUCE = "_all_reduce_out_place"  # calls qr_comm.quick_all_reduce
 FUSION = "sglang.srt.layers.flashinfer_comm_fusion.is_flashinfer_allreduce_unavailable"
-OWN_PATH = "SGLang's own all-reduce is used"
+OWN_ROUTE = "SGLang's own all-reduce is used"
 log = logging.getLogger("flashcomm")
 
-_hooked: list[Any] = []  # registries that have the hooks
+_hooked: list[Any] = []  # registries in which the hooks are registered
 _quick: weakref.WeakKeyDictionary[Any, QuickReduce] = weakref.WeakKeyDictionary()  # by GroupCoordinator
 _warned: set[str] = set()
 _active = False
 
 
 class QuickReduce:
-    """A `qr_comm` of SGLang: it says whether it takes a tensor, and reduces it.
+    """A `qr_comm` for SGLang. It decides which tensors are low-bit, and reduces them.
 
     Args:
         group: The process group.
@@ -66,41 +66,41 @@ class QuickReduce:
         self.planned = PlannedAllReduce(Communicator(group, format))
 
     def should_quick_allreduce(self, x: Tensor) -> bool:
-        """Whether x goes low-bit; equal on every rank, because shape, dtype and capturing are."""
+        """Return whether x is low-bit. It depends on shape, dtype and graph capture only, equal on all ranks."""
         if self.disabled or not self.planned.is_low_bit(x):
             return False
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
         return not captured or self.planned.route(x).executor is Executor.KERNEL
 
     def quick_all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, as a new tensor."""
+        """Return the sum of x over the ranks, as a new tensor."""
         return self.planned(x)
 
 
 def plugin() -> None:
-    """The entry point of group `sglang.srt.plugins`: register the hooks if FLASHCOMM_FORMAT is set.
+    """Register the hooks if FLASHCOMM_FORMAT is set. It is the entry point of group `sglang.srt.plugins`.
 
-    If the hooks do not fit this version of SGLang, one warning says so and SGLang stays as it is.
+    If the hooks do not fit this version of SGLang, log one warning and change nothing.
     """
     global _active
     if "FLASHCOMM_FORMAT" not in os.environ:
         return
     if problem := why_not():
-        _warn(f"{problem}; {OWN_PATH}")
+        _warn(f"{problem}; {OWN_ROUTE}")
         return
     registry = importlib.import_module("sglang.srt.plugins.hook_registry")
     if registry.HookRegistry not in _hooked:
         _hooked.append(registry.HookRegistry)
-        for target, hook in ((f"{COORDINATOR}.__init__", _make), (f"{COORDINATOR}.{RESOLVE}", _resolve)):
+        for target, hook in ((f"{COORDINATOR}.__init__", _wrap_init), (f"{COORDINATOR}.{RESOLVE}", _wrap_resolve)):
             registry.HookRegistry.register(target, hook, registry.HookType.AROUND)
-        registry.HookRegistry.register(FUSION, _no_fusion, registry.HookType.AROUND)
+        registry.HookRegistry.register(FUSION, _wrap_fusion_unavailable, registry.HookType.AROUND)
     _active = True
 
 
 def disable() -> None:
-    """Use SGLang's own all-reduce again from the next call on; to be called on every rank.
+    """Use SGLang's own all-reduce again from the next call on. Call this on every rank.
 
-    The hooks stay registered and pass everything on.
+    The hooks stay registered, but have no effect.
     """
     global _active
     _active = False
@@ -113,20 +113,18 @@ def disable() -> None:
 
 
 def communicators() -> list[Communicator]:
-    """The Communicators of this worker's tensor-parallel groups: `calls` and `sent` count what went over each route."""
+    """Return the Communicators of this worker's tensor-parallel groups. `calls` and `sent` count calls and bytes."""
     return [quick.planned.comm for quick in _quick.values()]
 
 
 def why_not() -> str:
-    """Why the hooks do not fit the SGLang that is installed here, or ""."""
+    """Return why the hooks do not fit the installed SGLang, or ""."""
     try:
         found = version("sglang")
     except PackageNotFoundError:
         return "sglang is not installed here: pip install sglang"
     if not _numbers(READ[0]) <= _numbers(found) <= _numbers(READ[1]):
-        return (
-            f"sglang {found} is not one of {READ[0]} to {READ[1]}, which flashcomm was written for: install one of them"
-        )
+        return f"sglang {found} is not supported: install a version from {READ[0]} to {READ[1]}"
     missing = [name for name in (f"{COORDINATOR}.__init__", f"{COORDINATOR}.{RESOLVE}", FUSION) if not _has(name)]
     missing += [] if _has("sglang.srt.plugins.hook_registry.HookType.AROUND") else ["HookType.AROUND"]
     if missing:
@@ -134,25 +132,25 @@ def why_not() -> str:
     coordinator = pkgutil.resolve_name(COORDINATOR)
     called = getattr(coordinator, REDUCE, None)
     if "quick_all_reduce" not in getattr(getattr(called, "__code__", None), "co_names", ()):
-        return f"sglang {found} does not call qr_comm.quick_all_reduce, which flashcomm fills: use another version"
+        return f"sglang {found} does not call qr_comm.quick_all_reduce, which flashcomm sets: use another version"
     if "input_" not in inspect.signature(getattr(coordinator, RESOLVE)).parameters:
-        return f"{RESOLVE} of sglang {found} takes no input_, which flashcomm looks at: use another version"
+        return f"{RESOLVE} of sglang {found} has no parameter input_, which flashcomm reads: use another version"
     return ""
 
 
-def _make(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    """Around GroupCoordinator.__init__, which every rank calls in the same order."""
+def _wrap_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Wrap GroupCoordinator.__init__. Every rank creates its groups in the same order."""
     original(self, *args, **kwargs)
     if not _active or self.world_size < 2 or self.unique_name.split(":")[0] not in GROUPS:
         return
     if os.environ.get("SGLANG_ENABLE_DETERMINISTIC_INFERENCE", "0").lower() in ("1", "true", "yes", "y"):
-        _warn(f"deterministic inference is on, and a message's route depends on its size; {OWN_PATH}")
+        _warn(f"deterministic inference is on, but the route of a message depends on its size; {OWN_ROUTE}")
         return
     if self.qr_comm is not None:
-        _warn(f"{type(self.qr_comm).__name__} already has the place of qr_comm (QuickReduce, or a plugin); {OWN_PATH}")
+        _warn(f"{type(self.qr_comm).__name__} is already set as qr_comm (by QuickReduce, or a plugin); {OWN_ROUTE}")
         return
     if kwargs.get("recovered_rank") or kwargs.get("rank_offset"):
-        raise UnavailableError("workers cannot join or recover with flashcomm: unset FLASHCOMM_FORMAT and start again")
+        raise UnavailableError("workers cannot join or recover with flashcomm: unset FLASHCOMM_FORMAT and restart")
 
     def check_worker() -> str:
         try:
@@ -169,38 +167,40 @@ def _make(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     self.qr_comm = _quick[self] = QuickReduce(self.device_group, _format())
 
 
-def _resolve(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the choice of a method: "qr" for messages that go low-bit, else SGLang's own choice."""
+def _wrap_resolve(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap the choice of a method: return "qr" for low-bit messages, else SGLang's own choice."""
     quick = _quick.get(self) if _active else None
     if quick is not None and self.qr_comm is not quick:
-        _warn(f"{type(self.qr_comm).__name__} took the place of flashcomm's qr_comm: choose one; {OWN_PATH}")
+        _warn(f"{type(self.qr_comm).__name__} replaced flashcomm's qr_comm: use only one of them; {OWN_ROUTE}")
     elif quick is not None and quick.should_quick_allreduce(kwargs["input_"] if "input_" in kwargs else args[0]):
         return "qr"
     return original(self, *args, **kwargs)
 
 
-def _no_fusion(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around the question whether FlashInfer's fusion is unavailable: yes, in workers with low-bit all-reduces."""
+def _wrap_fusion_unavailable(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap is_flashinfer_allreduce_unavailable: return True in workers with low-bit all-reduces."""
     return True if len(_quick) else original(*args, **kwargs)
 
 
 def _format() -> str:
-    """The format of FLASHCOMM_FORMAT; of a plan the default one. Raises FormatError or PlanError."""
+    """Return the format in FLASHCOMM_FORMAT; for a plan, its default one. Raises FormatError or PlanError."""
     plan = Plan.of(os.environ["FLASHCOMM_FORMAT"])
     if plan.layers or plan.decode:
-        _warn(f"SGLang's all-reduce knows no layers: all take {plan.format}, the rest of the plan is ignored")
+        _warn(
+            f"SGLang's all-reduce does not know layers: {plan.format} applies to all, the rest of the plan is ignored"
+        )
     return str(plan.format)
 
 
 def _warn(text: str) -> None:
-    """Warn once in a process."""
+    """Log a warning, once per process."""
     if text not in _warned:
         _warned.add(text)
         log.warning("flashcomm in SGLang: %s", text)
 
 
 def _has(path: str) -> bool:
-    """Whether a dotted path of modules and attributes leads to an object."""
+    """Return whether a dotted path of modules and attributes names an object."""
     try:
         return pkgutil.resolve_name(path) is not None
     except (ImportError, AttributeError):
@@ -208,12 +208,12 @@ def _has(path: str) -> bool:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """0.5.15.post1 as (0, 5, 15)."""
+    """Return (0, 5, 15) for "0.5.15.post1"."""
     return tuple(int(n) for n in re.findall(r"\d+", text)[:3])
 
 
 def main() -> int:
-    """Print whether the plugin would work here; the exit status is 0 if it would."""
+    """Print whether the plugin would work here. Return the exit status, 0 if it would."""
     problem = why_not()
     print(problem or f"sglang {version('sglang')}: the hooks fit")
     asked = os.environ.get("FLASHCOMM_FORMAT")

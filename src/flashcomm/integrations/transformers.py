@@ -1,12 +1,12 @@
-"""Low-bit all-reduce in the tensor parallelism of Hugging Face transformers (>= 5.17), with one line of user code:
+"""Low-bit all-reduce in the tensor parallelism of Hugging Face transformers (>= 5.17), with one line of user code.
 
     flashcomm.integrations.transformers.enable("int4")
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
 
-`enable` replaces the "rowwise" styles of the tensor-parallel plan by a subclass. It differs in one thing: the
-all-reduce after a row-parallel Linear, of which a Llama has two per layer. In place of a format it takes a plan
-(`flashcomm.plan`) with a format for each layer. It applies to models loaded afterwards in this process, until
-`disable`. Training, embeddings and mixtures of experts keep transformers' own all-reduce.
+`enable` replaces the "rowwise" styles of the tensor-parallel plan by a subclass that differs only in the all-reduce
+after a row-parallel Linear. A Llama has two of these per layer. Instead of a format, `enable` accepts a plan
+(`flashcomm.plan`) with a format for each layer. It applies to models that this process loads before `disable`.
+Training, embeddings and mixtures of experts keep transformers' own all-reduce.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ except ImportError as why:
     ) from why
 
 STYLES = ("rowwise", "rowwise_rep", "rowwise_split_input")
-METHODS = ("transform_output_post_forward", "validate_param")  # of RowwiseParallel, overridden; read in 5.17
+METHODS = ("transform_output_post_forward", "validate_param")  # methods of RowwiseParallel that are overridden
 
 
 class Mode(enum.Enum):
-    """What takes the place of transformers' all-reduces; all but LOW_BIT are for measuring."""
+    """What replaces transformers' all-reduces. All modes but LOW_BIT are for measurements."""
 
     LOW_BIT = enum.auto()
     BACKEND = enum.auto()  # transformers' own
-    ONE_VALUE = enum.auto()  # an all-reduce of one value, so that ranks stay in step
+    ONE_VALUE = enum.auto()  # an all-reduce of one value, which keeps the ranks synchronized
     NOTHING = enum.auto()
 
 
 @dataclass(frozen=True)
 class Message:
-    """A partial sum that a row-parallel layer gave to be all-reduced.
+    """A message of a row-parallel layer.
 
     Attributes:
         layer: The layer's module name.
         shape: The tensor's shape.
         dtype: The tensor's dtype.
         group: The process group.
-        whole: Number of values of the whole message; more than the shape's in a two-batch overlap.
+        whole: Number of values of the whole message. In a two-batch overlap it is more than the shape has.
     """
 
     layer: str
@@ -76,26 +76,26 @@ class Message:
 
 
 class RowwiseAllReduce:
-    """The all-reduce of all styles in force: the settings, and a Communicator for each group, made at first use."""
+    """The all-reduce of all enabled styles. It creates a Communicator for each group at first use."""
 
     def __init__(self, settings: dict[str, Any], plan: Plan) -> None:
         self.mode = Mode.LOW_BIT
         self.communicators: dict[tuple[Any, str], Communicator] = {}  # by group and settings
-        self.seen: list[Message] | None = None  # filled inside `messages`
+        self.seen: list[Message] | None = None  # a list inside `messages`
         self.use(settings, plan)
 
     def use(self, settings: dict[str, Any], plan: Plan) -> None:
-        """Follow this plan from now on, with Communicators of these settings."""
+        """Use this plan from now on, with Communicators of these settings."""
         self.settings, self.plan = settings, plan
         self._planned: dict[Any, PlannedAllReduce] = {}
 
     def __call__(self, partial: Tensor, mesh: Any, layer: str) -> Tensor:
-        """All-reduce a layer's partial sum over the tensor-parallel group of a mesh."""
+        """Sum a layer's partial sums over the tensor-parallel group of a mesh."""
         group = _tp_group(mesh)
         if torch.compiler.is_compiling():
             if self.mode is not Mode.LOW_BIT:
                 return partial
-            named = layer if self.plan.layers else ""  # a name would make each layer a graph of its own
+            named = layer if self.plan.layers else ""  # names would compile a graph for each layer
             return torch.ops.flashcomm.rowwise_all_reduce(partial, group.group_name, named)  # type: ignore[no-any-return]
         micro_batches = two_batch_overlap.current()
         if micro_batches is None or self.mode is Mode.NOTHING:
@@ -104,7 +104,7 @@ class RowwiseAllReduce:
         return micro_batches.reduce(lambda: self.reduce(partial, group, layer, whole))
 
     def reduce(self, partial: Tensor, group: Any, layer: str, whole: int | None = None) -> Tensor:
-        """All-reduce over a group, in the current mode; whole: see `Communicator.all_reduce`."""
+        """All-reduce over a group in the current mode. For `whole` see `Communicator.all_reduce`."""
         if self.mode is Mode.LOW_BIT:
             return self.planned(group)(partial, layer, whole=whole)
         if self.mode is not Mode.NOTHING:
@@ -112,14 +112,14 @@ class RowwiseAllReduce:
         return partial
 
     def note(self, partial: Tensor, mesh: Any, layer: str) -> None:
-        """Add a message to the list of `messages`, if there is one."""
+        """Append a message to the list of `messages`, if there is one."""
         if self.seen is not None:
             micro_batches = two_batch_overlap.current()
             whole = micro_batches.whole(partial.numel()) if micro_batches else partial.numel()
             self.seen.append(Message(layer, partial.shape, partial.dtype, _tp_group(mesh), whole))
 
     def wire_bytes(self, message: Message) -> int:
-        """See the function `wire_bytes`."""
+        """Return the payload bytes that this rank sends for a message."""
         x = torch.empty(message.shape, dtype=message.dtype, device="meta")
         if self.mode is Mode.BACKEND:  # a ring, as `Route.wire_bytes` assumes
             world_size: int = message.group.size()
@@ -128,7 +128,7 @@ class RowwiseAllReduce:
         return route.wire_bytes * x.numel() // message.whole
 
     def planned(self, group: Any) -> PlannedAllReduce:
-        """The group's all-reduce under the plan in force. The first call for new settings is collective."""
+        """Return the group's all-reduce under the current plan. The first call for new settings is collective."""
         if group not in self._planned:
             key = (group, repr(sorted(self.settings.items())))
             if key not in self.communicators:
@@ -138,7 +138,7 @@ class RowwiseAllReduce:
 
 
 class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships no types
-    """A row-parallel Linear that ends in a low-bit all-reduce; its bias is added after that, unquantized."""
+    """The style of a row-parallel Linear with a low-bit all-reduce. The bias is added afterwards, unquantized."""
 
     def __init__(self, base: Any, all_reduce: RowwiseAllReduce) -> None:
         super().__init__(
@@ -147,12 +147,12 @@ class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships
         self.all_reduce = all_reduce
 
     def validate_param(self, module: Any, param: Any, mesh: Any, parameter_name: str | None = None) -> None:
-        """Called by transformers as it shards the model; only here does it pass the layer's name."""
+        """Remember the layer's name. transformers calls this as it shards the model, and passes the name only here."""
         super().validate_param(module, param, mesh, parameter_name=parameter_name)
         module._flashcomm_layer = (parameter_name or "").rpartition(".")[0]
 
     def transform_output_post_forward(self, module: Any, output: Any, mesh: Any) -> Any:
-        """Called by transformers with this rank's partial sum."""
+        """Sum the partial sums of all ranks. transformers calls this with the output of the Linear."""
         inference = isinstance(module, torch.nn.Linear) and type(output) is Tensor and not output.requires_grad
         layer, compiling = getattr(module, "_flashcomm_layer", ""), torch.compiler.is_compiling()
         if inference and not compiling:
@@ -168,18 +168,18 @@ class FlashRowwise(RowwiseParallel):  # type: ignore[misc]  # transformers ships
 def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> None:
     """Use low-bit all-reduce in models loaded from now on.
 
-    Call it on every rank with the same arguments, before `from_pretrained`. Another call changes the settings, also of
+    Call it on every rank with the same arguments, before `from_pretrained`. Another call changes the settings, even for
     the models loaded since the first call.
 
     Args:
         format: A wire format, a plan, or the path of a plan's `.json` file. None: FLASHCOMM_FORMAT, or the default.
-        settings: Further arguments of `flashcomm.Communicator`.
+        **settings: Further arguments of `flashcomm.Communicator`.
 
     Raises:
-        FormatError: If the format is unknown.
-        PlanError: If the plan cannot be read.
-        SettingsError: If a setting is wrong.
-        UnavailableError: If this version of transformers lacks a name that is needed.
+        FormatError: The format does not exist.
+        PlanError: The plan cannot be read.
+        SettingsError: A setting is wrong.
+        UnavailableError: This version of transformers lacks a name that flashcomm needs.
     """
     plan = Plan.of(os.environ.get("FLASHCOMM_FORMAT", DEFAULT_FORMAT) if format is None else format)
     Settings.resolve("cpu", format=str(plan.format), **settings)
@@ -193,7 +193,7 @@ def enable(format: str | WireFormat | Plan | None = None, **settings: Any) -> No
         )
     digest = {"plan": plan.digest} if plan.layers or plan.decode else {}
     settings = {"format": str(plan.format), **settings, **digest}
-    all_reduce = _in_force()
+    all_reduce = _current()
     if all_reduce is None:
         all_reduce = RowwiseAllReduce(settings, plan)
     else:
@@ -211,30 +211,30 @@ def disable() -> None:
 
 
 def check_plan(model: Any) -> None:
-    """Check that the plan in force is for this model; useful right after `from_pretrained`.
+    """Check that the current plan is for this model. Call it after `from_pretrained`.
 
     Raises:
-        PlanError: If the plan was made for another model, or names layers that this one does not have.
+        PlanError: The plan was made for another model, or names layers that this model does not have.
     """
-    all_reduce = _in_force()
+    all_reduce = _current()
     names = [m._flashcomm_layer for m in model.modules() if getattr(m, "_flashcomm_layer", "")]
     if all_reduce is not None and names:  # with one rank there are none
         all_reduce.plan.check(names, model.config)
 
 
 def communicators() -> list[Communicator]:
-    """The Communicators made so far: `calls` and `sent` count what went over each route."""
-    all_reduce = _in_force()
+    """Return the Communicators created so far, whose `calls` and `sent` count calls and bytes by route."""
+    all_reduce = _current()
     return list(all_reduce.communicators.values()) if all_reduce else []
 
 
 @contextmanager
 def without_all_reduce(active: bool = True, *, in_step: bool = True) -> Iterator[None]:
-    """Leave out all-reduces inside a with block, to time everything else. Results are wrong.
+    """Skip all-reduces inside a with block, to time everything else. Results are wrong.
 
     Args:
-        active: False changes nothing.
-        in_step: All-reduce one value in place of each message, so that ranks stay in step as they do otherwise.
+        active: Whether to skip them. False changes nothing.
+        in_step: Whether to all-reduce one value instead of each message, which keeps the ranks synchronized.
     """
     with _mode(Mode.LOW_BIT if not active else Mode.ONE_VALUE if in_step else Mode.NOTHING):
         yield
@@ -242,7 +242,7 @@ def without_all_reduce(active: bool = True, *, in_step: bool = True) -> Iterator
 
 @contextmanager
 def backend_all_reduce(active: bool = True) -> Iterator[None]:
-    """Use transformers' own all-reduce inside a with block, as without flashcomm; active=False changes nothing."""
+    """Use transformers' own all-reduce inside a with block, as without flashcomm. active=False changes nothing."""
     with _mode(Mode.BACKEND if active else Mode.LOW_BIT):
         yield
 
@@ -255,7 +255,7 @@ def native_all_reduce(active: bool = True) -> AbstractContextManager[None]:
 
 @contextmanager
 def messages() -> Iterator[list[Message]]:
-    """A list that fills with the messages of the forward passes inside a with block; see `wire_bytes`."""
+    """Record the messages of the forward passes inside a with block in the list it yields; see `wire_bytes`."""
     all_reduce = _required()
     all_reduce.seen = []
     try:
@@ -265,7 +265,7 @@ def messages() -> Iterator[list[Message]]:
 
 
 def wire_bytes(message: Message) -> int:
-    """Payload bytes that this rank sends for a message under the settings in force."""
+    """Return the payload bytes that this rank sends for a message under the current settings."""
     return _required().wire_bytes(message)
 
 
@@ -283,14 +283,14 @@ def _tp_group(mesh: Any) -> Any:
     return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
-def _in_force() -> RowwiseAllReduce | None:
+def _current() -> RowwiseAllReduce | None:
     style = ALL_PARALLEL_STYLES[STYLES[0]]
     return style.all_reduce if isinstance(style, FlashRowwise) else None
 
 
 def _required() -> RowwiseAllReduce:
-    if (all_reduce := _in_force()) is None:
-        raise UnavailableError("flashcomm is not in use in transformers: call enable(), and compile models after that")
+    if (all_reduce := _current()) is None:
+        raise UnavailableError("flashcomm is not enabled in transformers: call enable(), and compile models after that")
     return all_reduce
 
 
@@ -299,7 +299,7 @@ _library.define("rowwise_all_reduce(Tensor partial, str group, str layer) -> Ten
 
 
 def _rowwise_all_reduce(partial: Tensor, group: str, layer: str) -> Tensor:
-    """Called by compiled models. It looks up the plan as it runs, so that one graph serves all formats."""
+    """Run the op of compiled models. It looks up the plan at run time, so that one graph serves all formats."""
     return _required().reduce(partial, process_group_named(group), layer)
 
 

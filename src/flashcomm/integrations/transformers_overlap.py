@@ -1,15 +1,15 @@
-"""Two-batch overlap in transformers: one half of a batch computes while the all-reduces of the other half travel.
+"""Two-batch overlap in transformers: one half of a batch computes during the all-reduces of the other half.
 
-`overlap` replaces the `forward` of the model's stack of decoder layers (embeddings to last norm). The new one cuts a
-batch in two, runs both micro-batches in turns (`two_batch_overlap`) and joins their results and caches. What it cannot
-cut runs as before.
+`overlap` replaces the `forward` of the model's stack of decoder layers (embeddings to last norm). The new one splits a
+batch into two micro-batches, runs them in turns (`two_batch_overlap`) and joins their results and caches. Batches that
+it cannot split run as before.
 
-Results have the same bits as without overlap: attention sees whole sequences, an all-reduce takes the route of the
-whole message, and a matrix product of half the rows has the same bits wherever the BLAS takes the same kernel for it.
+Results have the same bits as without overlap, if the BLAS uses the same kernel for half the rows of a matrix product.
+Attention always gets whole sequences, and an all-reduce takes the route of the whole message.
 
-Memory needed beyond the model's own: one layer's cache of one micro-batch at a time, while caches are joined; a second
-copy of the last hidden states; on GPUs two all-reduces in flight, each of half a message, and a cuBLAS workspace for
-the second thread. Activations within a layer are half as large, so that the peak is often lower.
+It needs additional memory: while caches are joined, one layer's cache of one micro-batch; a second copy of the last
+hidden states; and on GPUs, two all-reduces in flight, each of half a message, and a cuBLAS workspace for the second
+thread. Activations within a layer are half as large, so the peak is often lower.
 """
 
 from __future__ import annotations
@@ -29,31 +29,32 @@ from flashcomm.integrations.two_batch_overlap import TwoBatchOverlap
 
 MIN_TOKENS = 2
 _STYLES = {"colwise", "rowwise", "rowwise_rep", "rowwise_split_input", "replicated_with_grad_allreduce"}
-_NOT_CUT = (bool, int, float, str, type(None))  # arguments of these types go to both micro-batches as they are
+_NOT_CUT = (bool, int, float, str, type(None))  # both micro-batches get arguments of these types unchanged
 
 
 def overlap(model: Any, min_tokens: int = MIN_TOKENS) -> Any:
-    """Overlap the model's all-reduces with computing in its forward passes from now on.
+    """Overlap the model's all-reduces with computation in its forward passes from now on.
 
-    Call it after `from_pretrained`. All ranks must call the model with the same shapes. These run as before: single
-    sequences, single tokens (decoding), training, caches other than DynamicCache, and calls that ask for hidden states
-    or attentions.
+    Call it after `from_pretrained`. All ranks must call the model with the same shapes. These calls run as before:
+    single sequences, single tokens (decoding), training, caches other than DynamicCache, and calls that return all
+    hidden states or attentions.
 
     Args:
         model: A dense transformers model that was loaded with a tensor-parallel plan.
-        min_tokens: Batches of fewer tokens are not cut.
+        min_tokens: Batches of fewer tokens are not split.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: If layers of the model make other collectives, as mixtures of experts do.
+        InputError: Layers of the model use other collectives, as in mixtures of experts.
     """
     stack = model.base_model
     layers = {style for name, style in (model.tp_plan or {}).items() if "layers." in name}
     if others := sorted(layers - _STYLES):
         raise InputError(
-            f"overlap is for dense models, this one's tensor-parallel plan has {', '.join(others)}: leave overlap out"
+            f"overlap is for dense models, but this model's tensor-parallel plan has {', '.join(others)}: do not use "
+            "overlap for it"
         )
     if not isinstance(stack.forward, _OverlappedForward):
         stack.forward = _OverlappedForward(stack, min_tokens)
@@ -61,7 +62,7 @@ def overlap(model: Any, min_tokens: int = MIN_TOKENS) -> Any:
 
 
 class _OverlappedForward:
-    """The forward of a stack of decoder layers, in two micro-batches where the batch can be cut."""
+    """The forward of a stack of decoder layers, in two micro-batches if the batch can be split."""
 
     def __init__(self, stack: Any, min_tokens: int) -> None:
         self.stack, self.plain, self.min_tokens = stack, stack.forward, min_tokens
@@ -77,7 +78,7 @@ class _OverlappedForward:
         cut = self._cut(given)
         if cut is None:
             return self.plain(*args, **kwargs)
-        if given.get("inputs_embeds") is None:  # a sharded embedding makes a collective, which must not be cut
+        if given.get("inputs_embeds") is None:  # outside: a sharded embedding has a collective
             given["inputs_embeds"] = self.stack.get_input_embeddings()(given.pop("input_ids"))
         n, device = given["inputs_embeds"].shape[0], given["inputs_embeds"].device
         first, second = (
@@ -98,7 +99,7 @@ class _OverlappedForward:
         return type(outs[0])(last_hidden_state=hidden, past_key_values=past)
 
     def _cut(self, given: Mapping[str, Any]) -> int | None:
-        """How many sequences the first micro-batch has; None if a call with these arguments cannot be cut."""
+        """Return the number of sequences in the first micro-batch; None if a call cannot be split."""
         x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if not self.enabled or torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return None
@@ -119,14 +120,14 @@ def _can_cut(value: Any, n: int) -> bool:
 
 
 def _same_padding(mask: Any, cut: int) -> bool:
-    """Whether both micro-batches or neither are padded: attention takes another kernel where no mask is needed."""
+    """Return whether both micro-batches are padded, or neither: attention uses another kernel without a mask."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return True
     return bool(mask[:cut].all()) == bool(mask[cut:].all())
 
 
 def _slice(value: Any, rows: slice, n: int) -> Any:
-    """A micro-batch's part of an argument, made without copying: some of the n rows of a tensor or cache."""
+    """Return a micro-batch's rows of an argument, a tensor or cache of n rows, as views."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and value.shape[0] == n else value
     if not isinstance(value, DynamicCache):
@@ -140,7 +141,7 @@ def _slice(value: Any, rows: slice, n: int) -> Any:
 
 
 def _join(a: DynamicLayer, b: DynamicLayer) -> DynamicLayer:
-    """The cache of a layer for both micro-batches, in a's object; b's tensors are freed."""
+    """Concatenate the caches of a layer into a, and free the tensors of b."""
     if not a.is_initialized:
         return a
     a.keys, b.keys = torch.cat([a.keys, b.keys]), None

@@ -1,17 +1,17 @@
-"""Two-batch overlap: two micro-batches take turns, so that one computes while the all-reduces of the other travel.
+"""Two-batch overlap (as SGLang's TBO and vLLM's DBO): one micro-batch computes during the all-reduce of the other.
 
-Each micro-batch is a plain call on a thread of its own. Only one of the two computes at any time. It hands over when it
-reaches an all-reduce, so that the two alternate layer by layer and the model need not know. All ranks run the
+Each micro-batch is a plain call on its own thread. Only one of the two computes at any time. When it reaches an
+all-reduce, the other continues, so the two alternate layer by layer without changes to the model. All ranks run the
 all-reduces in the same order: the first of micro-batch 0, the first of micro-batch 1, the second of micro-batch 0, ...
 
     computing   | 0: attention  | 1: attention  | 0: MLP         | 1: MLP         | 0: attention ...
-    travelling  |               | 0: all-reduce | 1: all-reduce  | 0: all-reduce  | 1: all-reduce
+    reducing    |               | 0: all-reduce | 1: all-reduce  | 0: all-reduce  | 1: all-reduce
 
 All-reduces run one after the other in one place: a stream on GPUs, a thread on CPUs. On GPUs two streams share tensors:
 
     tensor              written on  read on     may be freed when
-    input of a reduce   computing   travelling  the computing stream has waited for the result: `done()`
-    its result          travelling  computing   its readers are enqueued: the next all-reduce waits for the computing
+    input of a reduce   computing   reducing    the computing stream has waited for the result: `done()`
+    its result          reducing    computing   its readers are enqueued: the next all-reduce waits for the computing
                                                 stream first
 """
 
@@ -41,10 +41,10 @@ class TwoBatchOverlap:
     """One run of two micro-batches.
 
     Args:
-        sizes: How many sequences each micro-batch has.
-        device: Where they compute.
-        stream: The CUDA stream for all-reduces; None on CPUs. Keep it between runs.
-        helper: The thread of micro-batch 1; None starts one for this run. On GPUs keep it between runs, because CUDA's
+        sizes: The number of sequences in each micro-batch.
+        device: The device of the model.
+        stream: The CUDA stream for all-reduces; None on CPUs. Pass the same one to all runs.
+        helper: The thread of micro-batch 1. None: a new one. On GPUs pass the same one to all runs, because CUDA's
             libraries allocate a state for each thread.
     """
 
@@ -66,10 +66,10 @@ class TwoBatchOverlap:
         """Run both calls in turns, the first one in this thread.
 
         Returns:
-            What the two calls return.
+            The results of the two calls.
 
         Raises:
-            BaseException: What either call raises, after both have ended.
+            BaseException: The first exception of either call, after both have ended.
         """
         results: list[Any] = [None, None]
         modes = _ThreadModes()
@@ -106,9 +106,9 @@ class TwoBatchOverlap:
         return results[0], results[1]
 
     def reduce(self, work: Work) -> Tensor:
-        """The result of work(), an all-reduce; the other micro-batch computes meanwhile.
+        """Run work(), an all-reduce, while the other micro-batch computes. Return its result.
 
-        To be called from a micro-batch. All-reduces run in the order in which they are asked for.
+        Call this from a micro-batch. All-reduces run in the order of these calls.
         """
         done = self._on_gpu(work) if self.stream is not None else self._on_cpu(work)
         mine: int = _of_thread.index
@@ -119,7 +119,7 @@ class TwoBatchOverlap:
         return done()
 
     def whole(self, numel: int) -> int:
-        """How many values both micro-batches have together where the calling one has `numel`."""
+        """Return the number of values in both micro-batches, given `numel` in the calling one."""
         return numel // self.sizes[_of_thread.index] * sum(self.sizes)
 
     def _stop_after_error(self) -> None:
@@ -139,7 +139,7 @@ class TwoBatchOverlap:
     def _on_gpu(self, work: Work) -> Work:
         assert self.stream is not None
         computing = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(computing)  # the input is ready, and readers of earlier results come before new ones
+        self.stream.wait_stream(computing)  # for the input, and for readers of the previous result
         with torch.cuda.stream(self.stream):
             result = work()
             ready = self.stream.record_event()
@@ -152,12 +152,12 @@ class TwoBatchOverlap:
 
 
 def current() -> TwoBatchOverlap | None:
-    """The run of which the calling thread is a micro-batch; None outside of one."""
+    """Return the run that the calling thread is a micro-batch of; None outside of a run."""
     return getattr(_of_thread, "overlap", None)
 
 
 class _ThreadModes:
-    """The modes that torch keeps for each thread, as they are here: gradients, inference, autocast, current stream."""
+    """A copy of torch's per-thread modes of the calling thread: gradients, inference, autocast, current stream."""
 
     def __init__(self) -> None:
         self._inference, self._grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -167,7 +167,7 @@ class _ThreadModes:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the modes in force in the calling thread."""
+        """Apply the modes to the calling thread inside a with block."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._grad))

@@ -1,14 +1,14 @@
-"""Low-bit all-reduce in vLLM's tensor parallelism, on CUDA and on CPUs, switched on by one setting:
+"""Low-bit all-reduce in vLLM's tensor parallelism, on CUDA and on CPUs. One setting turns it on.
 
     FLASHCOMM_FORMAT=int4 vllm serve MODEL --tensor-parallel-size 2
 
-vLLM finds two entry points of this package, both named "flashcomm", and both do nothing without that setting:
+vLLM finds two entry points of this package, both named "flashcomm". Both do nothing without that setting:
 
-    platform_plugin   vLLM's CUDA or CPU platform, with one more parent for its device communicators (`vllm_group`):
-                      hidden states of the tensor-parallel group go low-bit, everything else is vLLM's own
-    layer_plugin      only if the setting is a plan (`flashcomm.plan`): row-parallel layers pass their names on
+    platform_plugin   subclasses vLLM's CUDA or CPU platform, to add a parent class to its device communicators
+                      (`vllm_group`): all-reduces of hidden states are low-bit, everything else is vLLM's own
+    layer_plugin      if the setting is a plan (`flashcomm.plan`): row-parallel layers pass on their names
 
-Importing this module does not import vLLM; its functions do, when vLLM calls them. docs/vllm.md is the how-to.
+Importing this module does not import vLLM. Its functions do, when vLLM calls them. docs/vllm.md is the how-to.
 """
 
 from __future__ import annotations
@@ -26,26 +26,31 @@ from flashcomm.integrations import vllm_group
 from flashcomm.plan import Plan
 from flashcomm.settings import NAMES
 
-TESTED = ((0, 26), (0, 32))  # first and last minor release of vLLM in which the names used here were read
+TESTED = ((0, 26), (0, 32))  # the first and last minor release in which the names used here were read
 log = logging.getLogger("flashcomm")
 
 
 def platform_plugin() -> str | None:
-    """The entry point of group `vllm.platform_plugins`: the path of the platform's class, or None to stay out."""
+    """Return the path of the platform's class, or None to leave vLLM unchanged.
+
+    It is the entry point of group `vllm.platform_plugins`.
+    """
     if not vllm_group.format_setting() or not _is_tested():
         return None
     if _base_platform() is None:
-        _warn("vLLM runs neither on CUDA nor on a CPU here: its own all-reduce is used")
+        _warn("vLLM does not run on CUDA or a CPU here: its own all-reduce is used")
         return None
     return f"{__name__}.FlashPlatform"
 
 
 def layer_plugin() -> None:
-    """The entry point of group `vllm.general_plugins`: row-parallel layers follow the plan, if there is one.
+    """Make row-parallel layers follow the plan, if there is one.
+
+    It is the entry point of group `vllm.general_plugins`.
 
     Raises:
-        PlanError: If the plan cannot be read.
-        SettingsError: If another plugin has replaced the class of the layers.
+        PlanError: The plan cannot be read.
+        SettingsError: Another plugin has replaced the class of the layers.
     """
     text = vllm_group.format_setting()
     if not text.lower().endswith(".json") or not _is_tested() or not Plan.of(text).layers:
@@ -58,13 +63,13 @@ def layer_plugin() -> None:
         RowParallelLinear.register_oot(_layer_class(RowParallelLinear))
     elif not hasattr(found, "flashcomm_name"):
         raise SettingsError(
-            f"{text} has formats by layer, and another vLLM plugin ({found.__module__}) took RowParallelLinear: choose "
-            "one of them with VLLM_PLUGINS, or give FLASHCOMM_FORMAT one format for all layers"
+            f"{text} has formats by layer, but another vLLM plugin ({found.__module__}) took RowParallelLinear: "
+            "choose one of them with VLLM_PLUGINS, or set FLASHCOMM_FORMAT to one format for all layers"
         )
 
 
 def __getattr__(name: str) -> Any:
-    """FlashPlatform and FlashDeviceCommunicator: subclasses of vLLM's, made when vLLM first asks for them by name."""
+    """Create FlashPlatform or FlashDeviceCommunicator, subclasses of vLLM's classes, when vLLM first imports them."""
     if name == "FlashPlatform":
         made = _platform_class()
     elif name == "FlashDeviceCommunicator":
@@ -80,9 +85,9 @@ def _platform_class() -> Any:
     base: Any = _resolve(_base_platform() or "")
 
     class FlashPlatform(base):  # type: ignore[misc]  # a class found at run time
-        """vLLM's own platform of this machine, with other device communicators."""
+        """vLLM's own platform of this machine, with flashcomm's device communicators."""
 
-        additional_env_vars = (  # which vLLM passes to the workers that it starts on other machines
+        additional_env_vars = (  # vLLM passes these to workers on other machines
             *getattr(base, "additional_env_vars", ()),
             *(f"FLASHCOMM_{name}" for name in NAMES),
         )
@@ -98,7 +103,7 @@ def _platform_class() -> Any:
 
         @classmethod
         def use_custom_op_collectives(cls) -> bool:
-            return True  # also on CPUs: all_reduce then runs, and is routed, behind an op that Dynamo does not trace
+            return True  # also on CPUs: all_reduce then runs inside an op that Dynamo does not trace
 
     FlashPlatform.__module__ = __name__
     return FlashPlatform
@@ -106,7 +111,7 @@ def _platform_class() -> Any:
 
 def _layer_class(base: Any) -> Any:
     class FlashRowParallelLinear(base):  # type: ignore[misc]  # a class found at run time
-        """A row-parallel Linear that passes its name to the all-reduce, which finds the plan's format for it."""
+        """A row-parallel Linear that passes its name to the all-reduce, so that the plan's format for it applies."""
 
         flashcomm_name = ""
 
@@ -130,43 +135,45 @@ def _layer_class(base: Any) -> Any:
 
 
 class Report:
-    """A worker extension that tells what became of the all-reduces.
+    """A worker extension that reports the all-reduces of each worker.
 
-    llm = LLM(..., worker_extension_cls="flashcomm.integrations.vllm.Report")
-    llm.collective_rpc("flashcomm_report")
+    Example::
+
+        llm = LLM(..., worker_extension_cls="flashcomm.integrations.vllm.Report")
+        llm.collective_rpc("flashcomm_report")
     """
 
     def flashcomm_report(self) -> dict[str, Any]:
-        """This worker's all-reduces since start-up; {} if vLLM's own are used.
+        """Return this worker's all-reduces since start-up; {} if it uses vLLM's own.
 
-        Calls that a CUDA graph captured are counted once; its replays are not.
+        Calls that a CUDA graph captured are counted once. Its replays are not counted.
 
         Returns:
-            rank: In the tensor-parallel group.
+            rank: The rank in the tensor-parallel group.
             world_size: Ranks of that group.
-            format: The wire format; of a plan the one for layers that it does not name.
+            format: The wire format; for a plan, its default one.
             low_bit: For each route, such as "all_reduce/two_shot": calls, and sent_bytes to other ranks.
-            own: vLLM's own all-reduces: for each reason, calls.
+            own: The calls of vLLM's own all-reduce, by reason.
         """
         all_reduce = _tp_all_reduce()
         return {} if all_reduce is None else all_reduce.report()
 
 
 def _tp_all_reduce() -> vllm_group.TensorParallelAllReduce | None:
-    """The low-bit all-reduce of this process' tensor-parallel group, if it has one."""
+    """Return the low-bit all-reduce of this process's tensor-parallel group, or None."""
     from vllm.distributed.parallel_state import get_tp_group
 
     return getattr(get_tp_group().device_communicator, "flashcomm", None)
 
 
 def _base_platform() -> str | None:
-    """The path of the platform's class that vLLM would take without flashcomm."""
+    """Return the path of the platform class that vLLM would use without flashcomm."""
     from vllm.platforms import builtin_platform_plugins
 
     for name in ("cuda", "cpu"):
         try:
             found: str | None = builtin_platform_plugins[name]()
-        except Exception:  # vLLM counts that as a no, too
+        except Exception:  # vLLM treats an exception as None, too
             found = None
         if found is not None:
             return found
@@ -179,7 +186,7 @@ def _resolve(path: str) -> Any:
 
 
 def _is_tested() -> bool:
-    """Whether vLLM's version is one of TESTED; warns if it is not."""
+    """Return whether vLLM's version is in the range `TESTED`. Warn if it is not."""
     from vllm.version import __version__, __version_tuple__
 
     if TESTED[0] <= tuple(__version_tuple__[:2]) <= TESTED[1]:
@@ -190,7 +197,7 @@ def _is_tested() -> bool:
 
 
 def _warn(text: str) -> None:
-    """Warn once, in the process that the user started."""
+    """Log a warning, once, and only in the process that the user started."""
     if multiprocessing.parent_process() is None and text not in _warned:
         _warned.add(text)
         log.warning("FLASHCOMM_FORMAT is set, but %s", text)

@@ -1,10 +1,10 @@
-"""Low-bit all-reduce for a tensor-parallel group of vLLM; `vllm.py` puts it in place.
+"""Low-bit all-reduce for a tensor-parallel group of vLLM. `vllm.py` installs it.
 
-`LowBitCommunicator` comes before vLLM's own device communicator in the class hierarchy. When the group "tp" is created,
-all its workers meet, create a `Communicator` and run every kind of call once, before vLLM measures how much memory is
-left. Afterwards
+`LowBitCommunicator` precedes vLLM's own device communicator in the class hierarchy. When the group "tp" is created, all
+its workers meet, create a `Communicator` and run every kind of call once, before vLLM measures the free memory.
+Afterwards these all-reduces run:
 
-    hidden states    (tokens, hidden size) in bf16 or fp16, where low-bit pays (`Communicator.explain`): low-bit
+    hidden states    (tokens, hidden size) in bf16 or fp16, if low-bit is faster (`Communicator.explain`): low-bit
     all others       other widths and dtypes, single values, small messages: vLLM's own all-reduce, unchanged
 
 Every decision depends on shapes and settings alone, which are equal on all ranks.
@@ -31,41 +31,41 @@ from flashcomm.plan import Plan
 from flashcomm.settings import Settings
 
 DTYPES = (torch.bfloat16, torch.float16)  # of hidden states
-WORKSPACE_BYTES = (4 << 20, 256 << 20)  # at least, at most; in between it is what the largest batch needs
+WORKSPACE_BYTES = (4 << 20, 256 << 20)  # the least and the most; in between, as the largest batch needs
 TIMEOUT_S = 600.0  # ranks may be this far apart, for instance while one compiles the model
 log = logging.getLogger("flashcomm")
 
 
 def format_setting() -> str:
-    """FLASHCOMM_FORMAT, the one setting that turns flashcomm on in vLLM; "" if it is not set."""
+    """Return FLASHCOMM_FORMAT, which turns flashcomm on in vLLM; "" if it is not set."""
     return os.environ.get("FLASHCOMM_FORMAT", "").strip()
 
 
 def why_not(config: Any) -> str:
-    """Why vLLM keeps its own all-reduce under this VllmConfig, or ""; equal on all ranks."""
+    """Return why vLLM keeps its own all-reduce under this VllmConfig, or "". Equal on all ranks."""
     from vllm import envs
 
     if config is None or config.model_config is None:
         return "there is no model config"
     if getattr(envs, "VLLM_BATCH_INVARIANT", False):
-        return "batch-invariant mode is on, and the route of a message depends on its size"
+        return "batch-invariant mode is on, but the route of a message depends on its size"
     if getattr(config.parallel_config, "use_ubatching", False):
-        return "dual-batch overlap (DBO) is on, and a Communicator is for one stream"
+        return "dual-batch overlap (DBO) is on, but a Communicator works on one stream only"
     if config.model_config.dtype not in DTYPES:
-        return f"the model runs in {config.model_config.dtype}; only bfloat16 and float16 go low-bit"
+        return f"the model runs in {config.model_config.dtype}; only bfloat16 and float16 can be low-bit"
     return ""
 
 
 def configure(config: Any) -> None:
-    """Adapt a VllmConfig, in the process that makes it.
+    """Adapt a VllmConfig, in the process that creates it.
 
-    Adds the plan's digest to it, because vLLM's cache of compiled graphs depends on the plan, and turns off vLLM's
-    fusion of all-reduce and RMSNorm unless the user asked for it.
+    Add the plan's digest to it, because vLLM's cache of compiled graphs depends on the plan. Turn off vLLM's fusion of
+    all-reduce and RMSNorm, unless the user turned it on.
 
     Raises:
-        FormatError: If the format is unknown.
-        PlanError: If the plan cannot be read.
-        SettingsError: If a FLASHCOMM_* setting is wrong, or `additional_config` is no dict.
+        FormatError: The format does not exist.
+        PlanError: The plan cannot be read.
+        SettingsError: A FLASHCOMM_* setting is wrong, or `additional_config` is not a dict.
     """
     plan = Plan.of(format_setting())
     Settings.resolve("cpu", format=str(plan.format))
@@ -81,14 +81,14 @@ def configure(config: Any) -> None:
     if fusions.fuse_allreduce_rms is None:
         fusions.fuse_allreduce_rms = False
     elif fusions.fuse_allreduce_rms:
-        log.warning("fuse_allreduce_rms is on: messages that FlashInfer fuses with RMSNorm do not go low-bit")
+        log.warning("fuse_allreduce_rms is on: messages that FlashInfer fuses with RMSNorm are not low-bit")
 
 
 class LowBitCommunicator:
-    """A parent for subclasses of vLLM's DeviceCommunicatorBase, before that class.
+    """A mixin that precedes vLLM's DeviceCommunicatorBase among the parents of a class.
 
     Attributes:
-        flashcomm: The group's low-bit all-reduce; None where vLLM's own is used.
+        flashcomm: The group's low-bit all-reduce; None if vLLM's own is used.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -96,31 +96,31 @@ class LowBitCommunicator:
         self.flashcomm = _create(self)
 
     def all_reduce(self, input_: Tensor) -> Tensor:
-        """Called behind `torch.ops.vllm.all_reduce`. Returns a new tensor and leaves the input as it was."""
+        """Return the sum as a new tensor and leave the input unchanged. `torch.ops.vllm.all_reduce` calls this."""
         return self.own_all_reduce(input_) if self.flashcomm is None else self.flashcomm(input_)
 
     def own_all_reduce(self, x: Tensor) -> Tensor:
-        """vLLM's own all-reduce, as a new tensor: on CPUs vLLM sums in place."""
+        """Return the sum by vLLM's own all-reduce as a new tensor. On CPUs vLLM sums in place, so x is copied."""
         total: Tensor = super().all_reduce(x.clone() if x.device.type == "cpu" else x)  # type: ignore[misc]
         return total
 
     def destroy(self) -> None:
-        """Called by vLLM at its end."""
+        """Close the Communicator. vLLM calls this when it exits."""
         if self.flashcomm is not None:
             self.flashcomm.planned.comm.close()
         super().destroy()  # type: ignore[misc]
 
 
 class TensorParallelAllReduce:
-    """The all-reduce of one tensor-parallel group: low-bit for hidden states where that pays, else vLLM's own.
+    """The all-reduce of one tensor-parallel group: low-bit for hidden states if that is faster, else vLLM's own.
 
     Args:
-        name: vLLM's name of the group. It is the same in every run, because cached graphs contain it.
+        name: vLLM's name of the group. It must be the same in every run, because cached graphs contain it.
         planned: The group's all-reduce under a plan.
-        hidden_size: The model's, in values.
+        hidden_size: The hidden size of the model, in values.
         own: vLLM's own all-reduce.
-        check: Called once, with the names of registered layers, when the model is there; raises PlanError if the plan
-            is for another model.
+        check: Called once, with the names of registered layers, after the model was built. It raises PlanError if the
+            plan is for another model.
     """
 
     def __init__(
@@ -138,7 +138,12 @@ class TensorParallelAllReduce:
         self._check: Callable[[list[str]], None] | None = check
 
     def __call__(self, x: Tensor, layer: str = "") -> Tensor:
-        """The sum of x over the group, as a new tensor; layer: the row-parallel layer's name, "" if not known."""
+        """Return the sum of x over the group as a new tensor.
+
+        Args:
+            x: This rank's tensor.
+            layer: The name of the row-parallel layer; "" if it is not known.
+        """
         if self._check is not None:
             self._check(self.layers)
             self._check = None
@@ -153,14 +158,14 @@ class TensorParallelAllReduce:
         return self._own(x)
 
     def register(self, layer: str) -> str:
-        """Register a layer. Returns the name under which `torch.ops.flashcomm.all_reduce` reduces its output."""
+        """Register a layer. Return the name by which `torch.ops.flashcomm.all_reduce` reduces its output."""
         name = f"vllm/{self.name}/{layer}"
         ops.override(name, lambda x: self(x, layer))
         self.layers.append(layer)
         return name
 
     def warm_up(self, max_tokens: int, dtype: torch.dtype) -> None:
-        """Run every kind of call that batches of up to max_tokens can need, so that none is compiled later."""
+        """Run every kind of call that batches of up to max_tokens need, so that nothing is compiled later."""
         comm, plan = self.planned.comm, self.planned.plan
         sizes = sorted({min(1 << i, max_tokens) for i in range(max_tokens.bit_length() + 1)})
         calls = [(n, fmt) for fmt in (plan.format, *(part.format for part in plan.layers.values())) for n in sizes]
@@ -176,7 +181,7 @@ class TensorParallelAllReduce:
         comm.sent.clear()
 
     def report(self) -> dict[str, Any]:
-        """What became of the group's all-reduces so far; see `vllm.Report`."""
+        """Return the group's all-reduces so far; see `vllm.Report`."""
         comm = self.planned.comm
         return {
             "rank": comm.rank,
@@ -187,22 +192,22 @@ class TensorParallelAllReduce:
         }
 
 
-def _create(made: Any) -> TensorParallelAllReduce | None:
-    """The all-reduce of a device communicator just made; None where vLLM keeps its own. Collective over the group.
+def _create(device_comm: Any) -> TensorParallelAllReduce | None:
+    """Create the all-reduce of a new device communicator; None if vLLM keeps its own. Collective over the group.
 
     Raises:
-        FlashcommError: On all workers that came, if one did not come or has other settings.
+        FlashcommError: On all workers that called this, if one did not, or has other settings.
     """
     from vllm.config import get_current_vllm_config_or_none
 
-    if made.unique_name.split(":")[0] != "tp" or made.world_size == 1:
+    if device_comm.unique_name.split(":")[0] != "tp" or device_comm.world_size == 1:
         return None
     config = get_current_vllm_config_or_none()
     reason = why_not(config)
-    if not reason and not is_registered(made.cpu_group):
+    if not reason and not is_registered(device_comm.cpu_group):
         reason = "the group is not one of torch.distributed's"
     if reason:
-        if made.rank_in_group == 0:
+        if device_comm.rank_in_group == 0:
             log.warning("vLLM's own all-reduce is used: %s", reason)
         return None
 
@@ -210,14 +215,14 @@ def _create(made: Any) -> TensorParallelAllReduce | None:
         digest, front_end = Plan.of(format_setting()).digest, config.additional_config.get("flashcomm")
         if front_end != digest:
             raise SettingsError(
-                f"this worker's FLASHCOMM_FORMAT={format_setting()!r} is not what vLLM's front end has "
-                f"({'another one' if front_end else 'none, or no flashcomm'}): set and install it for both"
+                f"this worker's FLASHCOMM_FORMAT={format_setting()!r} differs from that of vLLM's front end, which has "
+                f"{'another one' if front_end else 'none, or no flashcomm'}: set and install it for both"
             )
         return f", plan {digest}"
 
     advice = "all workers need the package, FLASHCOMM_FORMAT and the same VLLM_* variables, on every machine"
-    rank = made.ranks[made.rank_in_group]
-    rendezvous(default_store(), made.unique_name, rank, made.ranks, check_worker, advice)
+    rank = device_comm.ranks[device_comm.rank_in_group]
+    rendezvous(default_store(), device_comm.unique_name, rank, device_comm.ranks, check_worker, advice)
     plan = Plan.of(format_setting())
     hidden_size, max_tokens = config.model_config.get_hidden_size(), config.scheduler_config.max_num_batched_tokens
     settings: dict[str, Any] = {"plan": plan.digest if plan.layers or plan.decode else ""}
@@ -230,12 +235,16 @@ def _create(made: Any) -> TensorParallelAllReduce | None:
     def check_layers(layers: list[str]) -> None:
         if plan.layers and not layers:
             raise PlanError(
-                "the plan has formats by layer, and no layer of vLLM asks for them: add flashcomm to VLLM_PLUGINS"
+                "the plan has formats by layer, but no layer of vLLM uses them: add flashcomm to VLLM_PLUGINS"
             )
         if config.parallel_config.pipeline_parallel_size == 1:  # else this rank has only some of the layers
             plan.check(layers, config.model_config.hf_text_config)
 
-    planned = PlannedAllReduce(Communicator(made.device_group, plan.format, device=made.device.type, **settings), plan)
-    all_reduce = TensorParallelAllReduce(made.unique_name, planned, hidden_size, made.own_all_reduce, check_layers)
+    planned = PlannedAllReduce(
+        Communicator(device_comm.device_group, plan.format, device=device_comm.device.type, **settings), plan
+    )
+    all_reduce = TensorParallelAllReduce(
+        device_comm.unique_name, planned, hidden_size, device_comm.own_all_reduce, check_layers
+    )
     all_reduce.warm_up(max_tokens, config.model_config.dtype)
     return all_reduce

@@ -1,12 +1,12 @@
-"""`run`: call a function on every rank, and bring back what rank 0 returns.
+"""`run`: calls a function on every rank and returns the result of rank 0.
 
-A rank is a process in a process group. `processes` watches the ranks: their events and errors come back, and no rank
-outlives the run. Ranks come in three ways:
+A rank is a process in a process group. `processes` watches the ranks, receives their events and errors, and ends all of
+them with the run. There are three ways to start ranks:
 
-    alone        new processes, connected over the loopback
+    alone        new processes, connected over the loopback interface
     `link`       the same, each in its own network namespace: a process in between builds the network (see `link.py`)
-                 and watches the ranks; the caller's process watches that one, with the same loop
-    torchrun     the ranks exist already, this process is one of them, and `run` joins in
+                 and watches the ranks, and the caller's process watches that one, with the same loop
+    torchrun     torchrun has started the ranks, and this process is one of them
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from flashcomm.ranks import processes
 from flashcomm.ranks.processes import Emit
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
-_SHARES_GPUS = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's own name for it
+_SHARES_GPUS = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's variable for it
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a rank knows about itself.
+    """The context of a rank.
 
     Attributes:
         rank: 0 to world_size - 1.
         world_size: Number of ranks.
-        device: Where this rank's tensors live.
-        emit: Hands a picklable object to the `on_event` of whoever called `run`.
+        device: The device of this rank's tensors.
+        emit: Passes a picklable object to `on_event` in the process that called `run`.
     """
 
     rank: int
@@ -62,27 +62,30 @@ def run(
     on_event: Emit | None = None,
     timeout_s: float = 600,
 ) -> object:
-    """Run `target(ctx, *args)` on every rank and return what rank 0's returns.
+    """Run `target(ctx, *args)` on every rank and return the result of rank 0.
 
-    Under torchrun `target` runs in this process. `on_event` is then called, and the result returned, on rank 0 only
-    (None elsewhere), and `timeout_s` holds for each collective.
+    Under torchrun `target` runs in this process. Then only rank 0 calls `on_event` and returns the result, the others
+    return None, and `timeout_s` is the time-out of each collective.
 
     Args:
-        target: A module-level function. The default process group is ready when it is called: nccl for "cuda", gloo
-            for "cpu" and where ranks share GPUs. What it prints goes to stderr.
+        target: A module-level function. The default process group exists when it is called: nccl for "cuda", gloo for
+            "cpu" and for ranks that share GPUs. Its output to stdout goes to stderr.
         world_size: Number of ranks.
         args: Further arguments of `target`, picklable.
         device: "cpu" or "cuda".
-        link: Rate of an emulated network link for each rank, in bits per second or as text such as "100mbit".
-        local_world_size: Consecutive ranks that share one link, as ranks of one host do.
-        on_event: Called in this process with what any rank emits, in order.
-        timeout_s: Seconds that the run may take, starting the ranks included.
+        link: The rate of an emulated network link for each rank, in bits per second or as text such as "100mbit".
+        local_world_size: Number of consecutive ranks that share one link, like the ranks of a host.
+        on_event: Called in this process with the objects that ranks emit, in order.
+        timeout_s: Seconds that the run may take, including the start of the ranks.
+
+    Returns:
+        The result of rank 0.
 
     Raises:
-        SettingsError, UnavailableError: The request cannot be met.
+        SettingsError, UnavailableError: The arguments are wrong, or this machine does not support them.
         CommunicationError: The run takes longer than `timeout_s`.
-        FlashcommError: A rank raised it, died or raised something else. "rank N: " precedes the message unless all
-            ranks raised the same. `__cause__` has the rank's traceback.
+        FlashcommError: A rank raised an exception, or died. "rank N: " precedes the message, unless all ranks raised
+            the same. `__cause__` has the rank's traceback.
     """
     if world_size < 1 or device not in ("cpu", "cuda"):
         raise SettingsError(
@@ -92,29 +95,31 @@ def run(
     if rate is not None and device == "cuda":
         raise SettingsError("a link limits TCP between CPU ranks, and nccl would bypass it: drop link or device='cuda'")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
+        raise UnavailableError("device='cuda' was requested, but torch finds no CUDA device: use device='cpu'")
     on_event = on_event or (lambda event: None)
     job = _Job(target, tuple(args), world_size, device, timeout_s, local_world_size)
     if world_size % local_world_size:
-        raise SettingsError(f"local_world_size={local_world_size}: {world_size} ranks do not make nodes of that many")
+        raise SettingsError(
+            f"local_world_size={local_world_size}: {world_size} ranks cannot be divided into nodes of that size"
+        )
     if all(name in os.environ for name in _TORCHRUN):
         return _join(job, rate, on_event)
     if device == "cuda" and world_size > torch.cuda.device_count() and not shares_gpus():
         raise SettingsError(
-            f"world_size={world_size} needs a GPU for each rank and {torch.cuda.device_count()} can be seen; ranks may "
-            f"share one, for tests of bits and never for timing, with {_SHARES_GPUS}=1"
+            f"world_size={world_size} needs a GPU for each rank, and there are {torch.cuda.device_count()}: use fewer "
+            f"ranks, or, to test results but not speed, let ranks share GPUs with {_SHARES_GPUS}=1"
         )
     if rate is None:
         return _run_ranks(job, on_event)
-    with processes.children(3 * processes.GRACE_S) as children:  # the one child has children to stop itself
-        # Forked, because a fork has one thread whatever torch has started here: see link.py.
+    with processes.children(3 * processes.GRACE_S) as children:  # the child has to stop its own children
+        # Forked, because a forked process has a single thread, which link.py needs.
         with links.forking():
             children.start("fork", "the link's switch process", _switch_body, job, rate)
-        return children.watch(on_event, timeout_s + 15)[0]  # the child keeps the time; 15 s to build and to stop
+        return children.watch(on_event, timeout_s + 15)[0]  # the child has its own time-out; 15 s to start and stop it
 
 
 def shares_gpus() -> bool:
-    """Whether several ranks may sit on one GPU. NCCL refuses that: their group is gloo's."""
+    """Return whether several ranks may share a GPU. NCCL does not support that, so their group uses gloo."""
     return os.environ.get(_SHARES_GPUS) == "1"
 
 
@@ -129,26 +134,26 @@ class _Job:
 
 
 def _switch_body(emit: Emit, job: _Job, rate: int) -> object:
-    """Body of the process in between: build the network, and watch the ranks in it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the forked copies of the caller's handlers end here
+    """Build the network and watch the ranks in it. This is the process between the caller and the ranks."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # replaces the caller's handlers, which a fork inherits
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else the ranks warn that these addresses have no names
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise ranks warn that these addresses have no names
     return _run_ranks(job, emit, links.Network(job.world_size // job.local_world_size, rate))
 
 
 def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) -> object:
-    """Start the ranks, in their namespaces if there is a network, and watch them until the end."""
+    """Start the ranks, in their namespaces if there is a network, and watch them."""
     with processes.children() as children:
         if network is None:
-            # The kernel chooses the port and it stays open, so no other run can take it. The store trusts whoever
-            # connects, so it listens on the loopback only.
+            # The kernel chooses the port, and it stays open, so that no other run can take it. The store accepts any
+            # connection, so it listens on the loopback interface only.
             listener = socket.create_server(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-            store = TCPStore(  # noqa: F841  (serves as long as it is referenced)
+            store = TCPStore(  # noqa: F841  (it serves as long as it is referenced)
                 "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
             )
             common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-        else:  # rank 0 hosts the store, and in its namespace every port is free
+        else:  # rank 0 hosts the store; in its namespace every port is free
             common = {"MASTER_ADDR": links.address(0), "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": links.INTERFACE}
         common |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.world_size)}
         if job.device == "cpu":
@@ -162,7 +167,7 @@ def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) 
 
 
 def _rank_body(emit: Emit, job: _Job, env: dict[str, str], hosts_store: bool) -> object:
-    """Body of a rank that `_run_ranks` started."""
+    """Run a rank that `_run_ranks` started."""
     os.environ.update(env)
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     store = TCPStore(host, port, job.world_size, hosts_store, timedelta(seconds=job.timeout_s))
@@ -170,11 +175,11 @@ def _rank_body(emit: Emit, job: _Job, env: dict[str, str], hosts_store: bool) ->
 
 
 def _join(job: _Job, rate: int | None, on_event: Emit) -> object:
-    """Run as the rank that torchrun made this process."""
+    """Run this process as a rank of torchrun."""
     size, rank, stdout = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]), sys.stdout
     if job.world_size != size:
         raise SettingsError(
-            f"world_size={job.world_size} was asked for under a torchrun of {size} ranks: ask for {size}"
+            f"world_size={job.world_size} was requested under a torchrun of {size} ranks: use world_size={size}"
         )
     if rate is not None:
         raise SettingsError("a link needs ranks that flashcomm starts itself: drop link, or run without torchrun")
@@ -191,7 +196,7 @@ def _join(job: _Job, rate: int | None, on_event: Emit) -> object:
 
 
 def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
-    """Call the target in a process group, as the rank that the environment names; its result if that is rank 0."""
+    """Call the target in a process group, as the rank in the environment. Return its result on rank 0, else None."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     cuda, where = job.device == "cuda", torch.device("cpu")
     if cuda:
@@ -206,6 +211,6 @@ def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
     dist.init_process_group(**group, store=store, rank=rank, world_size=world_size, timeout=timeout)
     result = job.target(RankContext(rank, world_size, where, emit), *job.args)
     if dist.is_initialized():
-        dist.barrier()  # no rank closes its connections or the store while another needs them
+        dist.barrier()  # so that no rank closes connections or the store while another needs them
         dist.destroy_process_group()
     return result if rank == 0 else None

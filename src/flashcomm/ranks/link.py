@@ -1,18 +1,18 @@
-"""`--link RATE`: every rank behind a network link of its own, whose rate the kernel enforces.
+"""`--link RATE`: gives every rank its own network link, whose rate the kernel enforces.
 
-A low-bit collective pays off on a slow network, which one machine does not have. This module builds one from parts of
-every Linux kernel: network namespaces, veth pairs, a bridge and token bucket filters.
+Low-bit collectives are faster on slow networks, and a single machine has none. This module builds one from standard
+parts of the Linux kernel: network namespaces, veth pairs, a bridge and token bucket filters.
 
     rank 0's namespace          switch namespace          rank 1's namespace
     eth0 10.77.0.1 [tbf] ─────── [tbf] port0 ─ bridge ─ port1 [tbf] ─────── [tbf] eth0 10.77.0.2
 
-A queueing discipline shapes only what leaves a device. So each veth pair has two token bucket filters: the one on
-eth0 limits the rank's upload, the one on the bridge port its download. Everything above is the ordinary TCP stack.
+A queueing discipline limits only outgoing traffic of a device. So each veth pair has two token bucket filters: the one
+on eth0 limits the rank's upload, the one on the bridge port its download. The rest is the ordinary TCP stack.
 
-The namespaces are anonymous: file descriptors and processes hold them, and they have no names. When the processes end,
-however they end, the kernel frees the namespaces and every device in them. Root may create them directly; everyone else
-first creates a user namespace, where the kernel allows that. This needs a process with a single thread, so a `Network`
-is built in a newly forked child, which becomes the switch.
+The namespaces have no names: file descriptors and processes hold them. When the processes end, in whatever way, the
+kernel frees the namespaces and every device in them. Root may create them directly. Other users first create a user
+namespace, if the kernel allows that. This needs a process with a single thread, so a `Network` is built in a newly
+forked child, which becomes the switch.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from typing import Any
 from flashcomm.errors import FlashcommError, SettingsError, UnavailableError
 
 PAYLOAD_FRACTION = 1448 / 1514
-"""Share of the link's rate that can be payload: an Ethernet frame of 1514 bytes, as the filter counts it, carries
+"""The share of the link's rate that can be payload. An Ethernet frame of 1514 bytes, as the filter counts it, carries
 1448 bytes of a TCP/IPv4 stream with timestamps. The headers are 14 bytes of Ethernet, 20 of IPv4, 32 of TCP."""
 
 INTERFACE = "eth0"
-"""Name of each rank's only interface besides the loopback, for GLOO_SOCKET_IFNAME."""
+"""The name of each rank's only interface besides the loopback, for GLOO_SOCKET_IFNAME."""
 
 MAX_WORLD = 253
-"""Most ranks that a `Network` can connect: the host addresses of the /24, less one to spare."""
+"""The most ranks that a `Network` can connect: the host addresses of the /24, less one to spare."""
 
 _UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
-_MIN_RATE, _MAX_RATE = 10**3, 10 * 10**9  # above 10 Gbit/s a veth is as fast as the CPU, not as the filter says
+_MIN_RATE, _MAX_RATE = 10**3, 10 * 10**9  # above 10 Gbit/s the CPU limits a veth, not the filter
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def address(rank: int) -> str:
-    """IPv4 address of `rank` on the link. The range exists inside the namespaces only."""
+    """Return the IPv4 address of `rank` on the link. The range exists inside the namespaces only."""
     return f"10.77.0.{rank + 1}"
 
 
 def parse_rate(text: str) -> int:
-    """Bits per second of a rate such as "100mbit", "2.5Gbit" or "512 kbit" (decimal units: 1 kbit = 1000 bits).
+    """Parse a rate such as "100mbit", "2.5Gbit" or "512 kbit" into bits per second (1 kbit = 1000 bits).
 
     Raises:
         SettingsError: It is not a number with one of these units, or not within 1kbit to 10gbit.
@@ -71,13 +71,13 @@ def _allowed(rate: int, asked: str) -> int:
 
 
 def bucket(rate: int) -> dict[str, Any]:
-    """Arguments of the token bucket filter for `rate` bits per second.
+    """Return the arguments of the token bucket filter for `rate` bits per second.
 
-    `burst` bytes may leave at once after a pause: 1 ms of the rate, so that short messages too are held to it, but
-    never under 3200 bytes: a full frame (1514) must fit, with room for tokens that come in while the timer is late.
-    `limit` bytes may wait in the queue before it drops: 50 ms of the rate, and 64 KB at least, else TCP sees losses
-    long before its window is open. TCP segmentation offload stays on: the filter itself splits a large packet that
-    exceeds the burst into frames, and it counts the headers that each of those frames will have.
+    `burst` bytes may leave at once after a pause. It is 1 ms of the rate, so that the limit applies to short messages,
+    too. But it is at least 3200 bytes, for a full frame (1514) and for tokens that arrive while the timer is late.
+    `limit` bytes may wait in the queue before it drops packets. It is 50 ms of the rate, and at least 64 KB. Otherwise
+    TCP sees losses long before its window is open. TCP segmentation offload stays on: the filter splits packets that
+    exceed the burst into frames, and counts the headers of each frame.
     """
     burst = max(3200, rate // 8 // 1000)
     limit = max(64 * 1024, rate // 8 // 20) + burst
@@ -85,13 +85,14 @@ def bucket(rate: int) -> dict[str, Any]:
 
 
 class Network:
-    """Network namespaces, one for each rank, connected by a switch, which is the calling process.
+    """Network namespaces, one for each rank, connected by a switch in the namespace of the calling process.
 
-    Create it only in a process made for that purpose, with a single thread: it moves the process to a new network
-    namespace for good, and to a new user namespace if it may not create one otherwise (uid 0 in there is the user).
+    Create it only in a process with a single thread, started for this purpose. It moves the process to a new network
+    namespace permanently. If the user may not create one, it also moves to a new user namespace, in which the user is
+    uid 0.
 
     Args:
-        world_size: Namespaces, 1 to `MAX_WORLD`.
+        world_size: Number of namespaces, 1 to `MAX_WORLD`.
         rate: Bits per second of each link.
 
     Raises:
@@ -102,7 +103,7 @@ class Network:
     def __init__(self, world_size: int, rate: int) -> None:
         _allowed(rate, f"{rate} bits per second")
         if not 1 <= world_size <= MAX_WORLD:
-            raise SettingsError(f"a link joins 1 to {MAX_WORLD} ranks, not {world_size}")
+            raise SettingsError(f"a link connects 1 to {MAX_WORLD} ranks, not {world_size}: use fewer ranks")
         try:
             from pyroute2 import IPRoute
             from pyroute2.netlink.exceptions import NetlinkError
@@ -131,7 +132,7 @@ class Network:
                 with self.inside(rank), IPRoute() as netlink:
                     netlink.addr("add", index=_index(netlink, INTERFACE), address=address(rank), prefixlen=24)
                     _shape(netlink, INTERFACE, rate)
-                    netlink.link("set", index=_index(netlink, "lo"), state="up")  # a rank also talks to itself
+                    netlink.link("set", index=_index(netlink, "lo"), state="up")  # a rank also connects to itself
         except (NetlinkError, OSError) as error:
             raise UnavailableError(
                 f"--link: the kernel refused to build the network ({error}). It needs CAP_NET_ADMIN and the kernel "
@@ -140,7 +141,7 @@ class Network:
 
     @contextlib.contextmanager
     def inside(self, rank: int) -> Iterator[None]:
-        """The calling thread is in `rank`'s namespace inside the block; a process started there stays in it."""
+        """Move the calling thread to `rank`'s namespace inside a with block. A process started there stays in it."""
         _enter(self._ranks[rank])
         try:
             yield
@@ -150,9 +151,9 @@ class Network:
 
 @contextlib.contextmanager
 def forking() -> Iterator[None]:
-    """A context to fork in: the child collects no garbage, because what it inherits may own threads (a TCPStore).
+    """Disable garbage collection in a with block, so that a child forked in it does not collect inherited objects.
 
-    A fork copies no other thread, and the child crashes if it frees the owner of a thread that is not there.
+    A fork does not copy other threads. If the child frees an object that owns a thread, such as a TCPStore, it crashes.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -164,7 +165,7 @@ def forking() -> Iterator[None]:
 
 
 def probe() -> str | None:
-    """Why links cannot be emulated on this machine, in one line; None if they can. Leaves nothing behind."""
+    """Return why links cannot be emulated on this machine, in one line; None if they can. Leaves nothing behind."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     child = fork.Process(target=_probe_child, args=(sender,))
@@ -200,7 +201,7 @@ def _leave_host_network() -> None:
         refused = f"unshare(CLONE_NEWNET): {_name(error)}"
     try:
         _unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-        # An unprivileged process may map its own ids only, and its gid only once it has given up setgroups.
+        # An unprivileged process may only map its own ids, and its gid only after it has disabled setgroups.
         for file, line in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
             with open(f"/proc/self/{file}", "wb", buffering=0) as stream:
                 stream.write(line.encode())
@@ -219,7 +220,7 @@ def _name(error: OSError) -> str:
 
 
 def _shape(netlink: Any, device: str, rate: int) -> None:
-    """Limit what leaves `device` to `rate` bits per second, then bring it up: never up without a limit."""
+    """Limit the outgoing traffic of `device` to `rate` bits per second, and only then bring it up."""
     index = _index(netlink, device)
     netlink.tc("add", index=index, handle=0x10000, **bucket(rate))
     netlink.link("set", index=index, state="up")
@@ -230,7 +231,7 @@ def _index(netlink: Any, device: str) -> int:
 
 
 def _open_namespace() -> int:
-    """File descriptor of this thread's network namespace: keeps it alive, and is the way back into it."""
+    """Open this thread's network namespace. The file descriptor keeps it alive, and is an argument of `_enter`."""
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 

@@ -1,17 +1,17 @@
-"""Child processes that are watched: their reports and failures come back, and none outlives its parent.
+"""Watched child processes: the parent receives their results and errors, and no child outlives it.
 
-When a process of a collective dies, the others wait, often for half an hour. So the process that started them does
-nothing but watch. Each child has a pipe to it, with three kinds of message:
+When a process dies in a collective, the others wait, often for half an hour. So the process that started them does
+nothing but watch them. Each child has a pipe to it, with three kinds of messages:
 
-    event    an object for the caller's `on_event`, while the child goes on
+    event    an object for the caller's `on_event`; the child continues
     result   the child is done
-    error    the child raised: class, message and traceback, as plain strings, so that they always fit the pipe
+    error    the child raised an exception: class, message and traceback as plain strings, which can always be sent
 
-A pipe that closes before its result is a child that died. The first error or death ends the watch: the other children
-have a second to report theirs (they often have the same), then they are terminated and, if need be, killed.
+If a pipe closes before a result, the child has died. After the first error or death the other children have a second to
+report theirs, often the same one. Then they are terminated and, if necessary, killed.
 
-No child is left behind. Children ignore Ctrl-C, which a terminal sends to the whole group: the watching process notes
-it and stops them. If that process itself is killed, the kernel kills its children (PR_SET_PDEATHSIG).
+Children ignore Ctrl-C, which a terminal sends to the whole process group. The watching process handles it and stops
+them. If that process is killed, the kernel kills its children (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import Any
 from flashcomm import errors
 from flashcomm.errors import CommunicationError, FlashcommError
 
-GRACE_S = 1.0  # for the other children to report after the first failure, and for a terminated one to go
-_POLL_S = 0.2  # how late a signal may be noticed
+GRACE_S = 1.0  # time to report after the first failure, and time to exit after termination
+_POLL_S = 0.2  # the longest delay until a signal is handled
 _libc = ctypes.CDLL(None)
 
 _ERRORS = {c.__name__: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, FlashcommError)}
@@ -41,15 +41,17 @@ _ERRORS = {c.__name__: c for c in vars(errors).values() if isinstance(c, type) a
 Emit = Callable[[object], None]
 
 
-class RankTraceback(Exception):  # noqa: N818  (it is text to show, nobody catches it)
-    """The `__cause__` of an error that a child raised; its text is the traceback in the child."""
+class RankTraceback(Exception):  # noqa: N818  (it is text to show, and never caught)
+    """The `__cause__` of an error from a child. Its text is the child's traceback."""
 
 
 @contextlib.contextmanager
 def children(patience_s: float = GRACE_S) -> Iterator[Children]:
-    """Children to start and watch; they are gone after the block, however it is left.
+    """Yield a `Children` to start and watch child processes. All of them have ended after the with block.
 
-    A terminated child has `patience_s` seconds to exit by itself; one that has children to stop needs more.
+    Args:
+        patience_s: Seconds that a terminated child has to exit before it is killed. A child that must stop its own
+            children needs more.
     """
     with _deferred_signals() as check:
         family = Children(check)
@@ -68,7 +70,7 @@ class _Child:
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a child failed: the name of the error class to raise, its message, the traceback as text."""
+    """The failure of a child: the name of the error class to raise, its message, the traceback as text."""
 
     error: str
     message: str
@@ -77,30 +79,53 @@ class _Failure:
 
 
 class Children:
-    """Created by `children`. `check` raises what a signal asked for."""
+    """The child processes of a `children` block.
+
+    Args:
+        check: Raises KeyboardInterrupt or SystemExit after a signal.
+    """
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
         self._all: list[_Child] = []
 
     def start(self, method: str, name: str, body: Callable[..., object], *args: object) -> None:
-        """Call `body(emit, *args)` in a child: "fork" or "spawn" it. Errors call it `name`."""
+        """Start a child that calls `body(emit, *args)`.
+
+        Args:
+            method: "fork" or "spawn".
+            name: The child's name in error messages.
+            body: The function to call.
+            *args: Its arguments.
+        """
         context: Any = multiprocessing.get_context(method)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_child_main, args=(os.getpid(), sender, body, *args), name=name)
-        # A child inherits the signal mask, so one started while SIGINT is blocked never sees Ctrl-C. The tracker that
-        # multiprocessing starts with its first child unblocks it: start that one before.
+        # A child inherits the signal mask, so one started while SIGINT is blocked never receives Ctrl-C. Starting
+        # multiprocessing's resource tracker unblocks SIGINT, so it must be started before.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            sender.close()  # the child's copy is the only one now: the pipe closes when the child dies
+            sender.close()  # only the child's copy is left, so the pipe closes when the child dies
         self._all.append(_Child(name, process, receiver))
 
     def watch(self, on_event: Emit, timeout_s: float) -> list[object]:
-        """Pass on events until every child has reported; return their results, or raise the error that tells most."""
+        """Pass on events until every child has finished.
+
+        Args:
+            on_event: Called with the objects that children emit.
+            timeout_s: Seconds to wait for all children.
+
+        Returns:
+            The results, in the order of the children.
+
+        Raises:
+            FlashcommError: A child failed; see `_error`.
+            CommunicationError: Not all children finished in time.
+        """
         deadline = time.monotonic() + timeout_s
         results: dict[str, object] = {}
         failures: dict[str, _Failure] = {}
@@ -128,10 +153,11 @@ class Children:
             late = ", ".join(child.name for child in open_pipes.values())
             raise CommunicationError(f"{late} had not finished after {timeout_s:g} s: all ranks were stopped")
         for child in self._all:
-            child.process.join(3 * GRACE_S)  # it has only its exit left to do
+            child.process.join(3 * GRACE_S)  # it only has to exit
         return [results[child.name] for child in self._all]
 
     def stop(self, patience_s: float) -> None:
+        """Terminate all children, and kill those that have not ended after patience_s seconds."""
         for stop in ("terminate", "kill"):
             for child in self._all:
                 getattr(child.process, stop)()
@@ -144,20 +170,20 @@ class Children:
 
 
 def _child_main(parent: int, pipe: connection.Connection, body: Callable[..., object], *args: object) -> None:
-    """First code of every child: tie its life to its parent's, keep stdout clean, report how `body` ended."""
+    """Run a child: have the kernel kill it with its parent, redirect stdout to stderr, send the outcome of `body`."""
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the line above
     os.dup2(2, 1)
     try:
         pipe.send(("result", body(lambda event: pipe.send(("event", event)), *args)))
-    except BaseException as error:  # SystemExit too: whatever ended the body is the caller's to see
+    except BaseException as error:  # SystemExit, too: the caller must see how the body ended
         name = next((c.__name__ for c in type(error).__mro__ if _ERRORS.get(c.__name__) is c), None)
         first_line = (str(error).splitlines() or [""])[0]
         message = str(error) if name else f"{type(error).__name__}: {first_line}"
         trace = "".join(traceback.format_exception(error))
         if isinstance(error.__cause__, RankTraceback):
-            trace = str(error.__cause__)  # handed on by a child that watches children: the innermost is the one
+            trace = str(error.__cause__)  # from a child's child: keep the innermost traceback
         pipe.send(("error", _Failure(name or "FlashcommError", message, trace)))
 
 
@@ -169,7 +195,7 @@ def _death(child: _Child) -> _Failure:
 
 
 def _error(failures: dict[str, _Failure], count: int) -> FlashcommError:
-    """The failure to show: a death rather than what other children raised because of it, otherwise the first."""
+    """Return the error to raise: for a death if there is one, because it causes other errors; else for the first."""
     name, failure = next(((n, f) for n, f in failures.items() if f.died), next(iter(failures.items())))
     everywhere = len(failures) == count and len({f.message for f in failures.values()}) == 1
     message = failure.message if everywhere or failure.died else f"{name}: {failure.message}"
@@ -180,10 +206,10 @@ def _error(failures: dict[str, _Failure], count: int) -> FlashcommError:
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[Callable[[], None]]:
-    """Note SIGINT and SIGTERM instead of acting on them; the function that it yields raises what was noted.
+    """Record SIGINT and SIGTERM in a with block. The function that it yields raises an exception if there was one.
 
-    So the watching loop acts on them, and never while a child is being started or stopped. Handlers that the caller
-    installed are left alone. SIGTERM becomes SystemExit(143), which is how a shell reports it.
+    So the watching loop handles them, and never while a child is being started or stopped. Handlers that the caller
+    installed stay. SIGTERM becomes SystemExit(143), the status that shells use.
     """
     noted: list[int] = []
     saved: dict[int, Any] = {}
@@ -201,4 +227,4 @@ def _deferred_signals() -> Iterator[Callable[[], None]]:
     finally:
         for changed, handler in saved.items():
             signal.signal(changed, handler)
-    check()  # one that came after the loop's last look
+    check()  # for a signal after the last check of the loop

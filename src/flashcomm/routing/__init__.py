@@ -1,1 +1,1 @@
-"""Which route a message takes: pure functions of what all ranks know."""
+"""Routing: pure functions that choose the route of a message from values that are equal on all ranks."""

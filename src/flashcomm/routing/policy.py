@@ -1,16 +1,16 @@
-"""Which route a message takes: a pure function of values that are equal on every rank.
+"""The choice of a message's route: a pure function of values that are equal on every rank.
 
-Nothing here touches a tensor, a group or a clock, so every rank decides alike. The algorithms of an all-reduce:
+Nothing here uses a tensor, a group or a clock, so all ranks make the same choice. The algorithms of an all-reduce:
 
     backend       torch.distributed's own, uncompressed
     one_shot      every rank sends its whole message to every other: one hop, one rounding
     two_shot      reduce-scatter, then all-gather: two hops, two roundings, the fewest bytes
-    hierarchical  two_shot within nodes around one hop across them: three roundings, fewer bytes between nodes;
-                  only on request
-    copy          one rank, or no values
+    hierarchical  two_shot within nodes, with one exchange across nodes in between: three roundings, fewer bytes
+                  between nodes; only on request
+    copy          for one rank, or no values
 
-`choose` takes the fastest that can be had: by the times measured on machines of this kind, by rules of thumb where
-there are none. The settings `algorithm` and `min_bytes` win over both.
+`choose` takes the fastest algorithm that is available. It compares times measured on machines of this kind. Without
+such times it uses rules of thumb. The settings `algorithm` and `min_bytes` win over both.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from flashcomm.routing.timings import BACKEND, Timings
 from flashcomm.wire.format import UNCOMPRESSED, Layout, WireFormat, bounds
 
 AUTO = "auto"
-CANDIDATES = ("backend", "one_shot", "two_shot")  # what `auto` chooses from
+CANDIDATES = ("backend", "one_shot", "two_shot")  # `auto` chooses among these
 ALGORITHMS = (*CANDIDATES, "hierarchical")
-ONE_SHOT_BYTES = 64 << 10  # wire bytes of a rank below which one hop beats fewer bytes
-SMALL_BYTES = 256 << 10  # message bytes up to which our kernel beats the backend without compression
-MIN_BYTES = {  # below which messages are not quantized where nothing was set or measured, by transport or device
+ONE_SHOT_BYTES = 64 << 10  # up to this many wire bytes per rank, one hop is faster than fewer bytes in two hops
+SMALL_BYTES = 256 << 10  # up to this many message bytes, our kernel is faster than the backend even uncompressed
+MIN_BYTES = {  # without settings and timings: the smallest message that is quantized, by transport or device
     "symmetric": 64 << 10,
     "host_memory": 8 << 10,
     "cpu_shared": 0,
@@ -41,9 +41,9 @@ _PLAIN = WireFormat.parse(UNCOMPRESSED)
 
 
 def wire_bytes(algorithm: str, message: Message, fmt: WireFormat) -> int:
-    """Payload bytes that a rank sends, the largest over ranks; a ring is assumed for `backend`.
+    """Return the payload bytes that the busiest rank sends. For `backend` a ring is assumed.
 
-    Not counted: padding of chunks and tiles, the 128 bytes of the check, flags, and what TCP or PCIe add.
+    Padding of chunks and tiles, the 128 bytes of the consistency check, flags, and TCP or PCIe headers are not counted.
     """
     w = message.world_size
     if algorithm == "backend":
@@ -60,7 +60,7 @@ def wire_bytes(algorithm: str, message: Message, fmt: WireFormat) -> int:
 
 
 def _shard_bytes(message: Message, fmt: WireFormat, n_shards: int) -> tuple[int, int]:
-    """Bytes of the largest of so many shards, as the reduce step and the gather step send it."""
+    """Return the bytes of the largest of n_shards shards in the formats of the reduce step and the gather step."""
     spans = list(pairwise(bounds(0, message.numel, message.row, fmt.unit, n_shards)))
     layouts = [Layout(step, message.row, message.itemsize) for step in (fmt.reduce, fmt.gather)]
     reduce, gather = (max(layout.nbytes(*span) for span in spans) for layout in layouts)
@@ -68,7 +68,10 @@ def _shard_bytes(message: Message, fmt: WireFormat, n_shards: int) -> tuple[int,
 
 
 def nodes_pay(world_size: int, local_world_size: int) -> bool:
-    """Whether hierarchical sends less between N nodes of L ranks: (N-1)/L of the message, not two-shot's 2(N-1)/N."""
+    """Return whether `hierarchical` sends fewer bytes between nodes than two-shot.
+
+    With N nodes of L ranks it sends (N-1)/L of the message per rank, and two-shot 2(N-1)/N.
+    """
     return local_world_size > 1 and 1 < world_size // local_world_size < 2 * local_world_size
 
 
@@ -80,23 +83,26 @@ def choose(
     min_bytes: int | str = AUTO,
     machine: Machine = _NO_MACHINE,
 ) -> Choice:
-    """The route of a message, and why the alternatives were passed over.
+    """Choose the route of a message.
 
     Args:
-        message: The call.
-        fmt: The wire format that was asked for.
-        algorithm: "auto" or one of `ALGORITHMS`. Explicit ones win over everything but a group of one rank;
-            `hierarchical` needs nodes that gain by it and at least `min_bytes`.
-        min_bytes: Message bytes from which on to quantize; "auto" leaves it to timings and rules of thumb.
-        machine: What the ranks found.
+        message: The op, sizes and group of a call.
+        fmt: The requested wire format.
+        algorithm: "auto" or one of `ALGORITHMS`. An explicit algorithm is taken whenever there is more than one rank.
+            But `hierarchical` falls back: to `backend` below `min_bytes`, and to `two_shot` if it would save no bytes.
+        min_bytes: The smallest message, in bytes, that is quantized. "auto": by timings or rules of thumb.
+        machine: The transport and timings that the ranks found.
+
+    Returns:
+        The route, and why the alternatives were rejected.
     """
     w, op = message.world_size, message.op
     if w == 1 or message.numel == 0:
         why = "one rank" if w == 1 else "no values"
-        return _choice(message, fmt, machine, "copy", f"{why}: nothing travels")
+        return _choice(message, fmt, machine, "copy", f"{why}: nothing to send")
     if message.row % fmt.unit and machine.transport != "process_group":
-        # Rows that end in a short group are rare: the kernels do without them.
-        tails = (machine.transport, f"rows of {message.row} values are no multiple of {fmt.unit}")
+        # Rows that end in a short group are rare, and the kernels do not support them.
+        tails = (machine.transport, f"rows of {message.row} values are not a multiple of {fmt.unit}")
         machine = replace(machine, transport="process_group", timings=None, rejected=(*machine.rejected, tails))
     if op in ("reduce_scatter", "all_gather"):
         return _choice(message, fmt, machine, op, "the only algorithm of this collective")
@@ -107,7 +113,7 @@ def choose(
         return _measured(message, fmt, machine, machine.timings, uncompressed, min_bytes != AUTO)
     if not uncompressed and min_bytes == AUTO:
         uncompressed = why_not_quantized(message, fmt, _least(message, machine))
-    if uncompressed and machine.transport == "host_memory":  # faster than the backend, also uncompressed
+    if uncompressed and machine.transport == "host_memory":  # faster than the backend, even uncompressed
         return _by_bytes(message, _PLAIN, machine, f"{uncompressed}; ")
     if uncompressed and machine.transport != "process_group" and message.n_bytes <= SMALL_BYTES:
         why = f"{uncompressed}; one kernel, uncompressed"
@@ -118,35 +124,35 @@ def choose(
 
 
 def why_not_quantized(message: Message, fmt: WireFormat, min_bytes: int | str) -> str:
-    """Why a message should not be quantized whatever the machine; "" if it may be."""
+    """Return why a message should not be quantized on any machine; "" if it may be."""
     if fmt.uncompressed:
         return f"format {fmt} does not compress"
     if isinstance(min_bytes, int) and message.n_bytes < min_bytes:
-        return f"{message.n_bytes} message bytes are fewer than min_bytes={min_bytes}: quantizing would not pay"
+        return f"{message.n_bytes} message bytes are fewer than min_bytes={min_bytes}: quantizing would not be faster"
     fewest, backend = (
         min(wire_bytes(a, message, fmt) for a in ("one_shot", "two_shot")),
         wire_bytes("backend", message, fmt),
     )
     if fewest >= backend:
-        return f"{fmt} would send {fewest} bytes a rank for rows of {message.row}, uncompressed {backend}"
+        return f"{fmt} would send {fewest} bytes a rank for rows of {message.row}, and uncompressed sends {backend}"
     return ""
 
 
 def _explicit(message: Message, fmt: WireFormat, machine: Machine, algorithm: str, min_bytes: int | str) -> Choice:
-    why = f"algorithm={algorithm} was asked for"
+    why = f"algorithm={algorithm} was requested"
     if algorithm == "hierarchical":
         least = min_bytes if isinstance(min_bytes, int) else _least(message, machine)
         if message.n_bytes < least:
             why = f"{message.n_bytes} message bytes are fewer than min_bytes={least}"
             return _choice(message, fmt, machine, "backend", why, hierarchical=why)
         if not nodes_pay(message.world_size, message.local_world_size):
-            why += f", and {message.nodes} nodes of {message.world_size // message.nodes} ranks gain nothing by it"
+            why += f", and {message.nodes} nodes of {message.world_size // message.nodes} ranks save no bytes by it"
             algorithm = "two_shot"
     return _choice(message, fmt, machine, algorithm, why, **dict.fromkeys(CANDIDATES, why))
 
 
 def _by_bytes(message: Message, fmt: WireFormat, machine: Machine, because: str) -> Choice:
-    """One-shot if that sends no more than two-shot, or so little that latency rules; else two-shot."""
+    """Choose one-shot if it sends no more bytes than two-shot, or so few that latency dominates; else two-shot."""
     one, two, backend = (wire_bytes(name, message, fmt) for name in ("one_shot", "two_shot", "backend"))
     saved = f"would send {backend} bytes a rank"
     if one <= two or one <= ONE_SHOT_BYTES:
@@ -164,7 +170,16 @@ def _least(message: Message, machine: Machine) -> int:
 def _measured(
     message: Message, fmt: WireFormat, machine: Machine, timings: Timings, uncompressed: str, forced: bool
 ) -> Choice:
-    """The fastest by the timings; forced: the quantized ones only, unless `uncompressed` says why not."""
+    """Choose the fastest route by the timings.
+
+    Args:
+        message: As in `choose`.
+        fmt: As in `choose`.
+        machine: As in `choose`.
+        timings: Those of the machine.
+        uncompressed: Why the message should not be quantized, or "".
+        forced: Whether to consider quantized routes only, unless `uncompressed` gives a reason.
+    """
     size = message.numel * 2  # timings are of bfloat16
     times: dict[tuple[str, WireFormat], float] = {}
     if uncompressed or not forced:
@@ -174,19 +189,19 @@ def _measured(
             key = timings.nearest(candidate, algorithm)
             if key and WireFormat.parse(key.split()[0]).uncompressed == candidate.uncompressed:
                 times[algorithm, candidate] = timings.time(key, size)
-    if not times:  # nothing quantized was measured, and min_bytes wants it
+    if not times:  # no quantized route was measured, but min_bytes requires one
         times["one_shot", fmt] = math.inf
     (best, best_fmt), us = min(times.items(), key=lambda item: item[1])
     others = {}
     for name in CANDIDATES:
         tried = min((t for (a, _), t in times.items() if a == name), default=None)
         others[name] = uncompressed or "not measured" if tried is None else f"{tried:.1f} us"
-    why = f"{us:.1f} us for {size >> 10} KiB, fastest of those measured ({timings.source})"
+    why = f"{us:.1f} us for {size >> 10} KiB, the fastest measured ({timings.source})"
     return _choice(message, best_fmt, machine, best, f"{uncompressed}; {why}" if uncompressed else why, **others)
 
 
 def _choice(message: Message, fmt: WireFormat, machine: Machine, algorithm: str, reason: str, **others: str) -> Choice:
-    """The route of a chosen algorithm, with reasons against the others."""
+    """Return the route of a chosen algorithm, with the reasons against the others."""
     fmt = _PLAIN if algorithm in ("copy", "backend") else fmt
     n_bytes = 0 if algorithm == "copy" else wire_bytes(algorithm, message, fmt)
     transport, executor, chunk_bytes = _placed(message, fmt, machine, algorithm, n_bytes)
@@ -194,7 +209,7 @@ def _choice(message: Message, fmt: WireFormat, machine: Machine, algorithm: str,
         across = (message.nodes - 1) * _shard_bytes(message, fmt, message.local_world_size)[0]
         flat = (message.world_size - message.local_world_size) * sum(_shard_bytes(message, fmt, message.world_size))
         others["hierarchical"] = (
-            f"a third rounding, so only if asked for: {across} bytes a rank to other nodes, two_shot {flat}"
+            f"a third rounding, so only on request; {across} bytes a rank to other nodes, two_shot {flat}"
         )
     rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]
     rejected += [Rejected(name, why) for name, why in machine.rejected]
@@ -205,7 +220,7 @@ def _choice(message: Message, fmt: WireFormat, machine: Machine, algorithm: str,
 def _placed(
     message: Message, fmt: WireFormat, machine: Machine, algorithm: str, n_bytes: int
 ) -> tuple[str, Executor, int]:
-    """Transport, executor and chunk size of an algorithm. `hierarchical` is made of exchanges: no kernel runs it."""
+    """Return transport, executor and chunk size of an algorithm. `hierarchical` has no kernel, only exchanges."""
     if algorithm == "copy":
         return "process_group", Executor.COPY, 0
     if algorithm == "backend":

@@ -1,7 +1,7 @@
-"""What routing takes and gives: messages, machines and routes. Plain values, equal on every rank.
+"""The input and output of routing: messages, machines and routes. They are plain values, equal on every rank.
 
-A route is the one answer to "how does this message travel?": which algorithm, in which format, over which transport,
-run by what, in which chunks. `policy.choose` makes it; nothing downstream decides again.
+A route says how a message travels: algorithm, format, transport, executor and chunk size. `policy.choose` alone decides
+it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ OPS = ("all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather")
 
 
 class Executor(enum.Enum):
-    """What runs a message. A Communicator has one object for each of those that its machine allows."""
+    """The code that runs a route. A Communicator has one object for each executor that its machine allows."""
 
-    COPY = "copy"  # nothing travels: one rank, or no values
+    COPY = "copy"  # one rank, or no values: nothing is sent
     BACKEND = "backend"  # torch.distributed's own all-reduce
     PIPELINED = "pipelined"  # codec and exchanges, chunk by chunk, over a process group
     KERNEL = "kernel"  # one kernel, over memory that ranks share
@@ -30,7 +30,7 @@ class Executor(enum.Enum):
 
 @dataclass(frozen=True)
 class Message:
-    """A call as far as decisions go: sizes in values and bytes, all equal on every rank.
+    """The properties of a call that routing depends on, all equal on every rank.
 
     Attributes:
         numel: Values in this rank's input.
@@ -54,17 +54,17 @@ class Message:
     def of(
         cls, op: str, shape: Sequence[int], dtype: torch.dtype, group: tuple[int, str, int], whole: int | None = None
     ) -> Message:
-        """The message of an input of that shape.
+        """Return the message of an input of this shape.
 
         Args:
             op: One of `OPS`.
-            shape: Of the input on one rank.
-            dtype: Of the input.
+            shape: The shape of one rank's input.
+            dtype: The dtype of the input.
             group: world_size, device_type and local_world_size.
-            whole: Values of the message that the input is some rows of.
+            whole: If the input is only some rows of a message: the number of values of that message.
         """
         row = shape[-1] if shape else 1
-        if op == "reduce_scatter" and len(shape) == 1:  # a row is what one rank gets of it
+        if op == "reduce_scatter" and len(shape) == 1:  # its row is one rank's shard
             row //= group[0]
         return cls(math.prod(shape) if whole is None else whole, row, dtype.itemsize, *group, op)
 
@@ -79,14 +79,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the ranks of a group found that they can do, the same on all of them.
+    """The transport, timings and nodes that the ranks of a group found, equal on all of them.
 
     Attributes:
-        transport: Over what low-bit messages go: "process_group", "symmetric", "host_memory" or "cpu_shared".
+        transport: The transport of low-bit messages: "process_group", "symmetric", "host_memory" or "cpu_shared".
         timings: Measured times of machines of this kind; None if there are none.
-        rejected: Other transports, each with the reason.
+        rejected: Other transports, each with the reason against it.
         local_world_size: As in `Message`.
-        chunk_bytes: Message bytes that the pipelined executor encodes and sends at a time.
+        chunk_bytes: Message bytes per chunk of the pipelined executor.
     """
 
     transport: str = "process_group"
@@ -104,11 +104,11 @@ class Route:
         op: One of `OPS`.
         algorithm: "copy", "backend", "one_shot", "two_shot", "hierarchical", or the op's own name.
         format: The wire format.
-        transport: Over what the bytes go.
-        executor: What runs it.
-        chunk_bytes: Message bytes encoded and sent at a time; 0 for executors that do not cut messages.
-        wire_bytes: Payload that one rank sends to others.
-        reason: Why this route, for people.
+        transport: The transport that carries the bytes.
+        executor: The executor that runs it.
+        chunk_bytes: Message bytes per chunk; 0 for executors that do not cut messages.
+        wire_bytes: Payload bytes that one rank sends to others.
+        reason: Why this route was chosen, as text.
     """
 
     op: str
@@ -122,18 +122,18 @@ class Route:
 
     @property
     def low_bit(self) -> bool:
-        """Whether values are quantized on the way."""
+        """Whether values are quantized."""
         return not self.format.uncompressed
 
     @property
     def label(self) -> str:
-        """What counters call it behind the op: its algorithm, or the executor where an op has only one algorithm."""
+        """Its name in counters, after the op: the algorithm, or the executor if the op has only one algorithm."""
         return self.executor.value if self.algorithm == self.op else self.algorithm
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """An algorithm or transport that was not taken, and why."""
+    """An algorithm or transport that was not chosen, and why."""
 
     name: str
     reason: str
@@ -141,7 +141,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Choice:
-    """A route and its alternatives; `str()` of it is what `Communicator.explain` and `flashcomm doctor` print."""
+    """A route and the rejected alternatives. `str()` gives the text that `flashcomm doctor` prints."""
 
     route: Route
     rejected: tuple[Rejected, ...]

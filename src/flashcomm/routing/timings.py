@@ -1,7 +1,7 @@
-"""Measured times of all-reduces: how they are read between sizes, where they lie, and their JSON.
+"""Measured times of all-reduces: their interpolation between sizes, their files and their JSON.
 
-`flashcomm calibrate` writes them, the policy reads them. There is one file for a kind of machine, a number of ranks and
-a transport: first the user's own, then those that come with the package.
+`flashcomm calibrate` writes them, and the policy reads them. There is one file for each kind of machine, number of
+ranks and transport. The user's own files win over those of the package.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from flashcomm.wire.format import WireFormat
 log = logging.getLogger("flashcomm")
 BUILT_IN = Path(__file__).parent / "machines"
 BACKEND = "backend"  # the key of torch.distributed's own all-reduce
-ALGORITHMS = ("one_shot", "two_shot")  # the other keys: a format and one of these
-_OLD_BACKEND = "native"  # its key in files of flashcomm 0.1
+ALGORITHMS = ("one_shot", "two_shot")  # every other key is a format and one of these
+_OLD_BACKEND = "native"  # the key of the backend in files of flashcomm 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class Timings:
-    """Times of all-reduces of bfloat16.
+    """Times of bfloat16 all-reduces.
 
     Attributes:
         source: Machine and date, which `explain` shows.
-        sizes: Message sizes in bytes, rising.
+        sizes: Message sizes in bytes, ascending.
         us: Microseconds per size, by "backend" or by format and algorithm, such as "int4 one_shot".
     """
 
@@ -40,7 +40,7 @@ class Timings:
     us: dict[str, tuple[float, ...]]
 
     def time(self, key: str, n_bytes: int) -> float:
-        """Microseconds of a message: interpolated between logarithms of sizes, in proportion beyond the largest."""
+        """Return the microseconds of a message, interpolated log-log; beyond the largest size, proportional to size."""
         times = self.us[key]
         if n_bytes <= self.sizes[0]:
             return times[0]
@@ -53,7 +53,10 @@ class Timings:
         raise AssertionError
 
     def nearest(self, fmt: WireFormat, algorithm: str) -> str | None:
-        """The measured key nearest to a format: uncompressed or not first, then the transform, then bits."""
+        """Return the measured key that is most like a format, or None.
+
+        Besides the difference in bits, uncompressed or not counts as 8 bits, and the Hadamard transform as 1 bit.
+        """
         step = fmt.reduce if algorithm == "one_shot" else fmt
 
         def distance(key: str) -> float:
@@ -65,17 +68,17 @@ class Timings:
 
 
 def own_directory() -> Path:
-    """Where `calibrate` puts what it measured on this machine: $XDG_CACHE_HOME/flashcomm, ~/.cache/flashcomm."""
+    """Return the directory of the user's own timings: $XDG_CACHE_HOME/flashcomm, or ~/.cache/flashcomm."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcomm"
 
 
 def file_name(machine: str, world_size: int, transport: str) -> str:
-    """`nvidia-h200-x2-symmetric.json` and the like."""
+    """Return a file name such as `nvidia-h200-x2-symmetric.json`."""
     return re.sub(r"[^a-z0-9]+", "-", f"{machine} x{world_size} {transport}".lower()).strip("-") + ".json"
 
 
 def find(machine: str, world_size: int, transport: str) -> Timings | None:
-    """The timings of this kind of machine, if there is a file that can be read."""
+    """Return the timings of this kind of machine, or None if there is no readable file."""
     for directory in (own_directory(), BUILT_IN):
         path = directory / file_name(machine, world_size, transport)
         try:
@@ -83,7 +86,7 @@ def find(machine: str, world_size: int, transport: str) -> Timings | None:
         except OSError:
             continue
         except (ValueError, RecursionError) as why:
-            log.warning("%s holds no timings and is ignored: %s", path, why)
+            log.warning("%s is not a valid file of timings and is ignored: %s", path, why)
     return None
 
 
@@ -92,21 +95,25 @@ def as_dict(timings: Timings) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Timings:
-    """Timings of their JSON. Raises ValueError for anything else."""
+    """Read timings from their JSON object.
+
+    Raises:
+        ValueError: The object is not one of timings.
+    """
     try:
         source, sizes = str(data["source"]), tuple(int(size) for size in data["sizes"])
         us = {BACKEND if k == _OLD_BACKEND else str(k): tuple(map(float, times)) for k, times in data["us"].items()}
     except (KeyError, TypeError, AttributeError, OverflowError) as why:
         raise ValueError(f"timings need source, sizes and us: {type(why).__name__}: {why}") from why
     if not sizes or sizes[0] < 1 or sorted(set(sizes)) != list(sizes) or BACKEND not in us:
-        raise ValueError(f"timings need rising sizes of at least 1 byte and times of {BACKEND!r}")
+        raise ValueError(f"timings need ascending sizes of at least 1 byte, and times of {BACKEND!r}")
     if any(len(times) != len(sizes) or not all(0 < t < math.inf for t in times) for times in us.values()):
-        raise ValueError("timings need a positive, finite time of every route for every size")
+        raise ValueError("timings need a positive, finite time for every route and size")
     for key in us.keys() - {BACKEND}:
         fmt, _, algorithm = key.partition(" ")
         WireFormat.parse(fmt)  # raises FormatError, a ValueError
         if algorithm not in ALGORITHMS:
-            raise ValueError(f"timings of {key!r}: a format and one of {', '.join(ALGORITHMS)} are needed")
+            raise ValueError(f"timings of {key!r}: a key must be a format and one of {', '.join(ALGORITHMS)}")
     return Timings(source, sizes, us)
 
 

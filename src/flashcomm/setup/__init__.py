@@ -1,1 +1,1 @@
-"""What the ranks of a group find out together, once."""
+"""Setup: what the ranks of a group compare and discover when a Communicator is created."""

@@ -1,11 +1,11 @@
-"""Consistency checks: ranks compare what they are about to do, and an error is raised on all of them or on none.
+"""Consistency checks: ranks compare settings and calls. An error is raised on all ranks or on none.
 
-Settings and versions are compared once, when a Communicator is made. Calls are compared every time on CPUs, where a
-message of unexpected size makes gloo abort the process. Each rank sends 128 bytes that describe its call and compares
-those of all ranks, so that all come to the same decision. On GPUs that would stall the host, so it is off unless asked
-for.
+Settings and versions are compared once, when a Communicator is created. On CPUs every call is compared, because gloo
+aborts the process if a message has an unexpected size. Each rank sends 128 bytes that describe its call to all others
+and compares those of all ranks, so that all ranks reach the same result. On GPUs the check would stall the host, so it
+is off by default.
 
-All that ranks send each other here is integers and JSON. Nothing is unpickled or evaluated.
+Ranks exchange only integers and JSON here. Nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from flashcomm.settings import Settings
 from flashcomm.transports.process_group import CHECK_TAG, ProcessGroupTransport, has_nccl
 from flashcomm.wire.torch_codec import DTYPES
 
-CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "making a Communicator")
-PLAIN = (Tensor, torch.nn.Parameter)  # whose memory is where they say; subclasses may only wrap others
+CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "creating a Communicator")
+PLAIN = (Tensor, torch.nn.Parameter)  # types with memory of their own; other subclasses may only wrap tensors
 _MAX_DIMS = 8
 _WORDS = 16  # int64 per rank: version, Communicator, call, its number, problem, settings, dtype, dims, up to 8 sizes
 _VERSION = 2  # of these words
-_MAX_ERROR = 2000  # characters of a rank's error that the others are told
+_MAX_ERROR = 2000  # the most characters of an error that are sent to other ranks
 
 
 class Problem(enum.IntEnum):
-    """Why a rank cannot take part in a call with its tensor."""
+    """What is wrong with the arguments of a rank's call."""
 
     NONE = 0
     NO_TENSOR = 1
@@ -54,49 +54,55 @@ class Problem(enum.IntEnum):
     WHOLE = 15
 
     def text(self, x: Any, device: torch.device, world_size: int) -> str:
-        """For the rank whose tensor it is: what was given, what is allowed, what to do."""
+        """Return the message for the rank itself: what was given, what is allowed, what to do."""
         plain = isinstance(x, Tensor) and not x.is_nested  # nested tensors have no shape
         got = f"{tuple(x.shape)} {x.dtype} on {x.device}" if plain else type(x).__name__
         return f"got {got}: {self.advice(device, world_size)}"
 
     def advice(self, device: torch.device, world_size: int) -> str:
+        """Return what is allowed and what to do. Other ranks can say this, too."""
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         return {
             Problem.NONE: "",
-            Problem.NO_TENSOR: "a torch.Tensor is needed",
-            Problem.DTYPE: f"the dtype must be one of {dtypes}; convert it, or use torch.distributed for it",
-            Problem.DEVICE: f"the tensor must be on {device} for this group's backend; move it there",
+            Problem.NO_TENSOR: "x must be a torch.Tensor",
+            Problem.DTYPE: f"the dtype must be one of {dtypes}; convert the tensor, or use torch.distributed for it",
+            Problem.DEVICE: f"the tensor must be on {device}, the device of this Communicator; move it there",
             Problem.LAYOUT: "the tensor must be dense (strided); call .to_dense(), or .values() of a nested tensor",
-            Problem.GRADIENT: "flashcomm is for inference and has no gradient; use torch.no_grad() or .detach()",
+            Problem.GRADIENT: "flashcomm is for inference and computes no gradients; use torch.no_grad() or .detach()",
             Problem.DIVIDE: f"dimension 0 must exist and be a multiple of the world size {world_size}; pad it",
-            Problem.OUT: "out= must be contiguous, writable and like x in shape, dtype and device; leave it out",
-            Problem.OVERLAP: "out= must not share memory with x, except that all_reduce takes x itself; leave it out",
-            Problem.WHOLE: "whole= must be a number of values, at least those of x; leave it out",
-            Problem.FORMAT: "format= is no wire format; give one such as 'int4-had', or leave it out",
-            Problem.MEMORY: "a tensor with memory of its own is needed; of a DTensor give .to_local()",
-            Problem.RESIDUAL: "residual must be like x in shape, dtype and device, dense and without a gradient",
-            Problem.WEIGHT: "weight must be (hidden,), x being (..., hidden), like x in dtype and device, dense and "
-            "without a gradient: use torch.no_grad()",
-            Problem.EPS: "eps must be a finite number that is not negative, such as 1e-6",
-            Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape it",
+            Problem.OUT: "out= must be contiguous, writable and of the result's shape, dtype and device; leave it out",
+            Problem.OVERLAP: "out= must not share memory with x, except that all_reduce accepts x itself; leave it out",
+            Problem.WHOLE: "whole= must be a number of values, at least x.numel(); leave it out",
+            Problem.FORMAT: "format= is not a wire format; give one such as 'int4-had', or leave it out",
+            Problem.MEMORY: "the tensor must have memory of its own; of a DTensor give .to_local()",
+            Problem.RESIDUAL: "residual must have x's shape, dtype and device, be dense and need no gradient",
+            Problem.WEIGHT: "weight must have shape (hidden,) for x (..., hidden), x's dtype and device, be dense and "
+            "need no gradient: use torch.no_grad()",
+            Problem.EPS: "eps must be a finite number of at least 0, such as 1e-6",
+            Problem.DIMS: f"at most {_MAX_DIMS} dimensions are supported; reshape the tensor",
         }[self]
 
 
 def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
-    """The device of the tensors this group will be given: the one asked for, else CUDA under NCCL, else the CPU.
+    """Return the device of a Communicator's tensors. By default it is CUDA if the group's backend is NCCL, else CPU.
 
-    Raises SettingsError for a device that cannot be had.
+    Args:
+        group: The process group.
+        asked: "cpu", "cuda", or None for the default.
+
+    Raises:
+        SettingsError: The device does not exist here.
     """
     if asked not in (None, "cpu", "cuda"):
         raise SettingsError(f"device={asked!r}: allowed are 'cpu' and 'cuda'")
     if asked == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device='cuda' was asked for and torch finds no CUDA device: use device='cpu'")
+        raise SettingsError("device='cuda' was requested, but torch finds no CUDA device: use device='cpu'")
     on_gpu = asked == "cuda" or (asked is None and torch.cuda.is_available() and has_nccl(group))
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def result_shape(op: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
-    """The shape that a collective makes of an input's, on every rank."""
+    """Return the shape of a collective's result, given that of one rank's input."""
     if op == "all_gather":
         return (shape[0] * world_size, *shape[1:])
     return (shape[0] // world_size, *shape[1:]) if op == "reduce_scatter" else shape
@@ -105,7 +111,16 @@ def result_shape(op: str, shape: tuple[int, ...], world_size: int) -> tuple[int,
 def problem_with(
     name: str, x: Any, device: torch.device, world_size: int, out: Any = None, whole: object = None
 ) -> Problem:
-    """What is wrong with this rank's arguments for the call `name`, if anything."""
+    """Return what is wrong with this rank's arguments, or `Problem.NONE`.
+
+    Args:
+        name: One of `CALLS`.
+        x: The input.
+        device: The device of the Communicator.
+        world_size: Ranks of the group.
+        out: The output, or None.
+        whole: See `Communicator.all_reduce`.
+    """
     if not isinstance(x, Tensor):
         return Problem.NO_TENSOR
     if x.dtype not in DTYPES:
@@ -147,7 +162,7 @@ def _same_memory(x: Tensor, out: Tensor) -> bool:
 
 
 def _overlap(x: Tensor, out: Tensor) -> bool:
-    """Whether the memory from the first value of x to its last meets that of out, which is contiguous."""
+    """Return whether the memory from x's first value to its last overlaps that of out, which is contiguous."""
     if not x.numel() or not out.numel():
         return False
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -155,8 +170,10 @@ def _overlap(x: Tensor, out: Tensor) -> bool:
     return begin < out.data_ptr() + out.numel() * out.element_size() and out.data_ptr() < end
 
 
-def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.device, world_size: int) -> Problem:
-    """What is wrong with this rank's arguments of all_reduce_add_rms_norm, if anything; x's faults come first."""
+def problem_with_add_rms_norm(
+    x: Any, residual: Any, weight: Any, eps: Any, device: torch.device, world_size: int
+) -> Problem:
+    """Return what is wrong with this rank's arguments of all_reduce_add_rms_norm, x first, or `Problem.NONE`."""
     problem = problem_with("all_reduce_add_rms_norm", x, device, world_size)
     if problem:
         return problem
@@ -176,19 +193,22 @@ def problem_beside(x: Any, residual: Any, weight: Any, eps: Any, device: torch.d
 def check_call(
     transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int, settings: object
 ) -> None:
-    """Return if every rank is about to make this very call; otherwise raise the same InputError on all of them.
+    """Compare this call with those of all ranks. Collective.
 
     Args:
-        transport: Of the Communicator.
-        name: One of CALLS.
+        transport: The transport of the Communicator.
+        name: One of `CALLS`.
         x: This rank's tensor.
-        problem: What is wrong with it.
-        number: Of the call.
-        settings: What else must be equal: the settings of the Communicator and the format of this call. Anything whose
-            `repr` says it all.
+        problem: What is wrong with this rank's arguments.
+        number: The number of the call.
+        settings: Other values that must be equal, such as the settings of the Communicator and the format of the call.
+            Their `repr` is compared.
+
+    Raises:
+        InputError: On all ranks, if calls differ or any rank has a problem.
     """
     words = [CALLS.index(name), number, int(problem), _digest(settings)]
-    if problem == Problem.NONE and isinstance(x, Tensor):  # others may have no shape, or too long a one
+    if problem == Problem.NONE and isinstance(x, Tensor):  # otherwise the shape may be missing or too long
         words += [DTYPES.index(x.dtype), x.dim(), *x.shape]
     rows = _exchange_words(transport, transport.tags.communicator, words, f"the consistency check of {name}")
     if all(row == rows[0] for row in rows) and not rows[0][4]:
@@ -197,83 +217,91 @@ def check_call(
 
 
 def check_settings(transport: ProcessGroupTransport, n_made: int, mine: Settings | FlashcommError) -> Settings:
-    """This rank's settings, if they are valid and equal on every rank; otherwise raise the same error on all of them.
-
-    Also gives the Communicator its number, the same on all ranks.
+    """Compare the settings of a new Communicator with those of all ranks, and number it. Collective.
 
     Args:
-        transport: Of the Communicator that is being made.
-        n_made: How many Communicators of this group this rank knows.
-        mine: The settings, or why there are none.
+        transport: The transport of the new Communicator. Its number, equal on all ranks, is set in `transport.tags`.
+        n_made: Number of Communicators that this rank has created for the group.
+        mine: This rank's settings, or the error that they raised.
+
+    Returns:
+        This rank's settings.
+
+    Raises:
+        FormatError, SettingsError: On all ranks, if settings are wrong on any rank or differ between ranks.
+        InputError: On all ranks, if a rank is in another call instead.
     """
-    # A peer may be in a call of another Communicator instead. Ranks that failed to make one may count differently.
+    # A peer may be in a call of another Communicator. Ranks may have different counts if creating one failed.
     rows = _exchange_words(
-        transport, n_made, [CALLS.index(CALLS[-1])], "the consistency check of making a Communicator"
+        transport, n_made, [CALLS.index(CALLS[-1])], "the consistency check of creating a Communicator"
     )
     if any(row[0] != rows[0][0] or row[2] != rows[0][2] for row in rows):
         raise InputError(_differences(rows, transport))
     transport.tags.communicator = max(row[1] for row in rows)
     transport.tags.begin(0)
-    everybody = tell(transport, _described(transport, mine), "comparing settings")
-    errors = [(rank, s) for rank, s in enumerate(everybody) if "error" in s]
+    described = exchange(transport, _described(transport, mine), "comparing settings")
+    errors = [(rank, s) for rank, s in enumerate(described) if "error" in s]
     if errors:
         ranks = ", ".join(str(rank) for rank, _ in errors)
         kind = FormatError if errors[0][1]["kind"] == "FormatError" else SettingsError
         raise kind(f"rank {ranks}: {errors[0][1]['error']}")
-    keys = list(dict.fromkeys(key for s in everybody for key in s))  # another version may have more of them, or fewer
-    differing = [key for key in keys if any(s.get(key) != everybody[0].get(key) for s in everybody)]
+    keys = list(dict.fromkeys(key for s in described for key in s))  # other versions may have more settings, or fewer
+    differing = [key for key in keys if any(s.get(key) != described[0].get(key) for s in described)]
     if differing or not isinstance(mine, Settings):
         lines = "\n".join(
-            f"  {k}: " + ", ".join(f"rank {r} {s.get(k, 'not known')!r}" for r, s in enumerate(everybody))
+            f"  {k}: " + ", ".join(f"rank {r} {s.get(k, 'not known')!r}" for r, s in enumerate(described))
             for k in differing
         )
         what = "versions" if any("version" in key for key in differing) else "settings"
-        raise SettingsError(f"{what} differ between ranks; give all of them the same:\n{lines}")
+        raise SettingsError(f"{what} differ between ranks; use the same on all ranks:\n{lines}")
     return mine
 
 
-def tell(transport: ProcessGroupTransport, mine: Any, what: str) -> list[Any]:
-    """Every rank's `mine`, in rank order. Collective: two exchanges, of lengths and of texts.
+def exchange(transport: ProcessGroupTransport, mine: Any, what: str) -> list[Any]:
+    """Gather a value from every rank. Collective: two exchanges, of lengths and of texts.
 
     Args:
-        transport: Among these ranks.
-        mine: Anything that JSON holds.
+        transport: The transport among the ranks.
+        mine: This rank's value: anything that JSON can hold.
         what: The phase, for error messages.
 
+    Returns:
+        The values of all ranks, in rank order.
+
     Raises:
-        UnavailableError: A rank came here by `tell_failure`; the same on all ranks.
+        UnavailableError: On all ranks, if any rank called `exchange_failure` instead.
     """
-    return _tell(transport, {"value": mine}, what)
+    return _exchange(transport, {"value": mine}, what)
 
 
-def tell_failure(transport: ProcessGroupTransport, error: Exception) -> None:
-    """Make every rank's `tell`, this one's included, raise UnavailableError with this rank's error."""
-    _tell(transport, {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR]}, "telling of a failure")
+def exchange_failure(transport: ProcessGroupTransport, error: Exception) -> None:
+    """Take part in an `exchange` with an error: all ranks, this one included, raise UnavailableError with its text."""
+    _exchange(transport, {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR]}, "reporting a failure")
 
 
-def _tell(transport: ProcessGroupTransport, mine: dict[str, Any], what: str) -> list[Any]:
+def _exchange(transport: ProcessGroupTransport, mine: dict[str, Any], what: str) -> list[Any]:
     text = json.dumps(mine).encode()
     length = torch.tensor([len(text)], dtype=torch.int64).view(torch.uint8)
     size = max(int(row.view(torch.int64).item()) for row in _gather(transport, length, what))
     padded = torch.frombuffer(bytearray(text.ljust(size)), dtype=torch.uint8)
-    everybody = [json.loads(bytes(row.tolist())) for row in _gather(transport, padded, what)]
-    if errors := [f"rank {rank}: {said['error']}" for rank, said in enumerate(everybody) if "error" in said]:
-        raise UnavailableError(f"a rank failed while the ranks set up what they share: {'; '.join(errors)}")
-    return [said["value"] for said in everybody]
+    answers = [json.loads(bytes(row.tolist())) for row in _gather(transport, padded, what)]
+    if errors := [f"rank {rank}: {answer['error']}" for rank, answer in enumerate(answers) if "error" in answer]:
+        raise UnavailableError(f"a rank failed while the ranks created a Communicator: {'; '.join(errors)}")
+    return [answer["value"] for answer in answers]
 
 
 def _described(transport: ProcessGroupTransport, mine: Settings | FlashcommError) -> dict[str, Any]:
-    """What `check_settings` compares: settings and versions, or this rank's error. JSON holds it."""
-    from flashcomm import __version__  # here, as the package imports this module
+    """Return what `check_settings` compares, for JSON: settings and versions, or this rank's error."""
+    from flashcomm import __version__  # not at the top, because the package imports this module
     from flashcomm.wire.format import WIRE_VERSION
 
     if isinstance(mine, Settings):
-        said = {"version": __version__, "wire version": WIRE_VERSION}
-        said |= {"device": transport.device.type} | mine.as_dict()
+        described = {"version": __version__, "wire version": WIRE_VERSION}
+        described |= {"device": transport.device.type} | mine.as_dict()
         try:
-            json.dumps(said)
-            return said
-        except (TypeError, ValueError) as why:  # a plan that is no text
+            json.dumps(described)
+            return described
+        except (TypeError, ValueError) as why:  # such as a `plan` that is not text
             mine = SettingsError(f"{why}: settings must be text and numbers")
     return {"error": str(mine)[:_MAX_ERROR], "kind": type(mine).__name__}
 
@@ -281,7 +309,7 @@ def _described(transport: ProcessGroupTransport, mine: Settings | FlashcommError
 def _exchange_words(
     transport: ProcessGroupTransport, communicator: int, words: list[int], what: str
 ) -> list[list[int]]:
-    """Every rank's words. They have one size and one tag whatever the call, and so match those of any other call."""
+    """Gather every rank's words. Their size and tag are the same for all calls, so that different calls match, too."""
     words = [_VERSION, communicator, *words]
     mine = torch.tensor(words + [0] * (_WORDS - len(words)), dtype=torch.int64)
     rows: list[list[int]] = _gather(transport, mine.view(torch.uint8), what, CHECK_TAG).view(torch.int64).tolist()
@@ -289,7 +317,7 @@ def _exchange_words(
 
 
 def _differences(rows: list[list[int]], transport: ProcessGroupTransport) -> str:
-    lines, told = [], next(row for row in rows if row[0] == _VERSION)
+    lines, reference = [], next(row for row in rows if row[0] == _VERSION)
     for rank, (version, communicator, call, count, code, digest, dtype, dims, *sizes) in enumerate(rows):
         if version != _VERSION:
             lines.append(
@@ -303,7 +331,7 @@ def _differences(rows: list[list[int]], transport: ProcessGroupTransport) -> str
         what = f"{CALLS[call]} number {count}"
         if any(row[1] != communicator for row in rows):
             what += f" of Communicator {communicator}"
-        what += ", of other settings or format," if digest != told[5] else ""
+        what += ", with other settings or another format," if digest != reference[5] else ""
         if code:
             lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world_size)}")
         else:
@@ -312,14 +340,14 @@ def _differences(rows: list[list[int]], transport: ProcessGroupTransport) -> str
 
 
 def _digest(settings: object) -> int:
-    """32 bits that differ between Communicators of different settings and calls of different formats."""
+    """Return 32 bits that differ if settings or formats differ."""
     return zlib.crc32(repr(settings).encode())
 
 
 def _gather(transport: ProcessGroupTransport, mine: Tensor, what: str, tag: int | None = None) -> Tensor:
-    """uint8 (world_size, n) on the CPU: every rank's `mine` (n,). Waits for it on the host."""
+    """Gather uint8 (n,) from every rank into uint8 (world_size, n) on the CPU. Blocks the host."""
     sent = transport.n_bytes_sent
     out = torch.empty((transport.world_size, mine.numel()), dtype=torch.uint8, device=transport.device)
     transport.all_gather(out, mine.to(transport.device), what, overlap=False, tag=tag).wait()
-    transport.n_bytes_sent = sent  # the counter is of messages
+    transport.n_bytes_sent = sent  # the counter does not include checks
     return out.cpu()

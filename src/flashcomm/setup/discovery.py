@@ -1,6 +1,7 @@
-"""What a group's ranks find that they can do together: transports, nodes and the executors that follow from them.
+"""Discovery of the transports, nodes and executors that the ranks of a group can use.
 
-Collective, at set-up: every rank says what it has, and all come to the same verdict.
+It is collective and runs when a Communicator is created. Every rank exchanges what it has, so that all ranks reach the
+same result.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from flashcomm.transports import cpu_shared, host_memory, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 
 HOST_LL_WORKSPACE = 8 << 20  # bytes of host memory for small messages
-HOST_WORKSPACE = 64 << 20  # and, at most, for all others
+HOST_WORKSPACE = 64 << 20  # the most bytes of host memory for all other messages
 
 log = logging.getLogger("flashcomm")
 
@@ -36,12 +37,21 @@ log = logging.getLogger("flashcomm")
 def connect(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
 ) -> tuple[Machine, dict[Executor, executors.Base]]:
-    """What the ranks can do, and what does it. Collective.
+    """Find the group's transport, nodes and timings, and create its executors. Collective.
+
+    If `transport` is "auto" and a faster transport is not available, rank 0 logs why.
+
+    Args:
+        group: The process group.
+        transport: The transport over that group.
+        settings: The settings, equal on all ranks.
+
+    Returns:
+        The machine, and an object for each executor.
 
     Raises:
-        SettingsError: On every rank, for a transport that is not for this device or nodes that the group cannot have.
-        UnavailableError: On every rank, for a transport that was asked for and cannot be had. "auto" falls back, and
-            rank 0 logs why, once.
+        SettingsError: On every rank, if the transport is not for this device, or the group cannot have such nodes.
+        UnavailableError: On every rank, if a transport was requested and is not available.
     """
     device = transport.device
     local_world_size = _local_world_size(transport, settings)
@@ -49,18 +59,18 @@ def connect(
     kind, region, rejected = _region(group, transport, settings)
     name = kind.NAME if kind else "process_group"
     if device.type == "cuda" and name == "process_group" and transport.world_size > 1 and not has_nccl(group):
-        rejected += (("nccl", "the group has another backend, so that messages go by way of the CPU, slowly"),)
+        rejected += (("nccl", "the group has another backend, so messages go through the CPU, slowly"),)
     if rejected and transport.rank == 0:
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
     mine = timings.find(machine_name(device), transport.world_size, name) if transport.rank == 0 else None
-    shared = consistency.tell(transport, timings.as_dict(mine) if mine else None, "sharing measured times")[0]
+    shared = consistency.exchange(transport, timings.as_dict(mine) if mine else None, "sharing measured times")[0]
     measured = timings.from_dict(shared) if shared else None
     machine = Machine(name, measured, rejected, local_world_size, settings.chunk_bytes)
     return machine, _executors(transport, settings, region, nodes)
 
 
 def _nodes(transport: ProcessGroupTransport, local_world_size: int) -> tuple[range, ...]:
-    """The ranks of this rank's node, and those of its place in each node; none where nodes gain nothing."""
+    """Return the ranks of this node, and the ranks with the same place in their nodes; () if nodes save no bytes."""
     if not policy.nodes_pay(transport.world_size, local_world_size):
         return ()
     begin, place = transport.rank // local_world_size * local_world_size, transport.rank % local_world_size
@@ -70,14 +80,14 @@ def _nodes(transport: ProcessGroupTransport, local_world_size: int) -> tuple[ran
 def _region(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
 ) -> tuple[ModuleType | None, Any, tuple[tuple[str, str], ...]]:
-    """The best kind of memory that all ranks can write to, that memory, and why not the better kinds."""
+    """Return the best kind of memory that all ranks can write to, that memory, and why better kinds were rejected."""
     rejected: tuple[tuple[str, str], ...] = ()
     for kind in candidates(transport.device.type, settings.transport) if transport.world_size > 1 else ():
         region, why = _rendezvous(group, transport, settings, kind)
         if region is not None:
             return kind, region, rejected
         if settings.transport != "auto":
-            raise UnavailableError(f"transport={settings.transport!r} was asked for and cannot be had: {why}")
+            raise UnavailableError(f"transport={settings.transport!r} was requested and is not available: {why}")
         rejected += ((kind.NAME, why),)
     return None, None, rejected
 
@@ -85,7 +95,7 @@ def _region(
 def _executors(
     transport: ProcessGroupTransport, settings: Settings, region: Any, nodes: tuple[range, ...]
 ) -> dict[Executor, executors.Base]:
-    """An object for every executor that routes of this machine can name."""
+    """Create an object for every executor that routes on this machine can have."""
     device = transport.device
     context = Context(settings.format, codec_for(device.type), transport, Workspace(device), settings.chunk_bytes)
     across: tuple[Transport, Transport] | None = None
@@ -102,7 +112,7 @@ def _executors(
     from flashcomm.gpu.launch import KernelCollectives
 
     if isinstance(region, host_memory.HostRegion):
-        smallest = min(consistency.tell(transport, _multiprocessors(device), "counting multiprocessors"))
+        smallest = min(consistency.exchange(transport, _multiprocessors(device), "counting multiprocessors"))
         most = most_workers(settings.host_workers, smallest, transport.world_size)
         workspace = _host_workspace(settings)
         kernels: KernelCollectives = HostCollectives(region, workspace, settings.timeout_s, most)
@@ -114,14 +124,14 @@ def _executors(
 
 
 def _local_world_size(transport: ProcessGroupTransport, settings: Settings) -> int:
-    """How many consecutive ranks a node has: as the setting says, or as found; 0 where ranks have no such order."""
+    """Return the number of consecutive ranks per node, as set or as found; 0 if ranks are not ordered by node."""
     if settings.local_world_size:
         return asked_local_world_size(settings, transport.world_size)
-    places = consistency.tell(transport, locality(transport.device), "looking for nodes")
+    places = consistency.exchange(transport, locality(transport.device), "looking for nodes")
     found = node_size(places)
     if not found and settings.algorithm == "hierarchical":
         raise UnavailableError(
-            "algorithm='hierarchical' needs nodes of equally many, consecutive ranks; these are at "
+            "algorithm='hierarchical' needs nodes with equal numbers of consecutive ranks; these ranks are at "
             f"{', '.join(' '.join(place).strip() for place in places)}: order the ranks by node, or set "
             "local_world_size"
         )
@@ -129,28 +139,29 @@ def _local_world_size(transport: ProcessGroupTransport, settings: Settings) -> i
 
 
 def asked_local_world_size(settings: Settings, world_size: int) -> int:
-    """The setting, for groups that fit into a node their size; 0 where it is not set or does not divide the group.
+    """Return the setting `local_world_size`, at most world_size; 0 if not set, or if world_size is not divisible by it.
 
     Raises:
-        SettingsError: It does not divide the group, and `hierarchical` needs nodes.
+        SettingsError: world_size is not divisible by it, and the algorithm is `hierarchical`.
     """
     asked = min(settings.local_world_size, world_size)
     if asked and world_size % asked:
         if settings.algorithm == "hierarchical":
             raise SettingsError(
-                f"local_world_size={asked}: {world_size} ranks cannot be divided into nodes of that size"
+                f"local_world_size={asked}: {world_size} ranks cannot be divided into nodes of that size; set a "
+                f"number that divides {world_size}"
             )
         return 0
     return asked
 
 
 def locality(device: torch.device) -> list[str]:
-    """What the ranks of one node have in common: the host and, on one host, the CPUs near their GPUs."""
+    """Return the host, and the CPUs near this rank's GPU. The ranks of a node have these in common."""
     return [cpu_shared.host_name(), host_memory.cpulist(device) if device.type == "cuda" else ""]
 
 
 def node_size(places: Sequence[Sequence[str]]) -> int:
-    """How many consecutive ranks share a `locality`; 0 where ranks are not ordered so, or nodes differ in size."""
+    """Return the number of consecutive ranks that share a `locality`; 0 if ranks are not ordered or sizes differ."""
     hosts = [name for name, _ in places]
     names = hosts if len(set(hosts)) > 1 else [cpus for _, cpus in places]
     lengths = [len(list(same)) for _, same in itertools.groupby(names)]
@@ -158,7 +169,7 @@ def node_size(places: Sequence[Sequence[str]]) -> int:
 
 
 def candidates(device_type: str, asked: str) -> list[ModuleType]:
-    """The kinds of memory to try for the setting `transport`, best first.
+    """Return the kinds of memory to try for the setting `transport`, best first.
 
     Raises:
         SettingsError: The transport is for another kind of device.
@@ -168,12 +179,12 @@ def candidates(device_type: str, asked: str) -> list[ModuleType]:
         return [kinds[asked]]
     if asked not in ("auto", "process_group"):
         names = " or ".join(map(repr, kinds))
-        raise SettingsError(f"transport={asked!r} is not for tensors on {device_type}: allowed is {names}")
+        raise SettingsError(f"transport={asked!r} does not support tensors on {device_type}: allowed is {names}")
     return list(kinds.values()) if asked == "auto" and device_type == "cuda" else []
 
 
 def machine_name(device: torch.device) -> str:
-    """What timings call a machine of this kind."""
+    """Return the name of this kind of machine in timings."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
@@ -186,7 +197,7 @@ def _host_workspace(settings: Settings) -> int:
 
 
 def _sizes(settings: Settings, kind: ModuleType) -> tuple[int, ...]:
-    """Bytes of a region, and of what the kernel through host memory needs besides."""
+    """Return the bytes of a region and, for host memory, the additional bytes that its kernel needs."""
     from flashcomm.gpu.launch import region_bytes
 
     if kind is not host_memory:
@@ -199,34 +210,34 @@ def _sizes(settings: Settings, kind: ModuleType) -> tuple[int, ...]:
 def _rendezvous(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings, kind: ModuleType
 ) -> tuple[Any, str]:
-    """A region of this kind that all ranks have mapped, or why not."""
+    """Return a region of this kind that all ranks have mapped, or None and why not."""
     probe = kind.probe(transport.device)
     if kind is symmetric and not is_registered(group):
-        probe["why"] = probe["why"] or "the group has no name in this process, being the inner one of a c10d backend"
-    if why := kind.why_not(consistency.tell(transport, probe, "looking for shared memory")):
+        probe["why"] = probe["why"] or "the group is the inner one of a c10d backend and has no name in this process"
+    if why := kind.why_not(consistency.exchange(transport, probe, "looking for shared memory")):
         return None, why
     region, mine, place = None, "", ""
     try:
         from flashcomm.gpu.sync import MAX_RANKS
 
         if transport.world_size > MAX_RANKS:
-            raise UnavailableError(f"{transport.world_size} ranks; {MAX_RANKS} are supported")
+            raise UnavailableError(f"the group has {transport.world_size} ranks, and at most {MAX_RANKS} are supported")
         region = kind.create(transport.device, *_sizes(settings, kind))
         place = region.place
-    except (UnavailableError, ImportError) as error:  # perhaps of this rank alone: the others are told
+    except (UnavailableError, ImportError) as error:  # perhaps only on this rank: exchanged below
         mine = str(error)
-    answers = consistency.tell(transport, (mine, place), "allocating shared memory")
+    answers = consistency.exchange(transport, (mine, place), "allocating shared memory")
     why = _first(error for error, _ in answers)
     if region is None or why:
         if region is not None:
             region.close()
         return None, why
     try:
-        region.join(group, [place for _, place in answers])
-    except UnavailableError as error:
+        region.rendezvous(group, [place for _, place in answers])
+    except UnavailableError as error:  # exchanged below
         mine = str(error)
-    if why := _first(consistency.tell(transport, mine, "mapping shared memory")):
-        region.close()  # what this rank did get is pinned, or mapped
+    if why := _first(consistency.exchange(transport, mine, "mapping shared memory")):
+        region.close()  # releases what this rank has pinned or mapped
         return None, why
     return region, ""
 

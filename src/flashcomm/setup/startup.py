@@ -1,4 +1,4 @@
-"""Creating a Communicator: settings, guard, transport and executors, with an error on all ranks or on none."""
+"""Creates the parts of a Communicator. An error is raised on all ranks or on none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashcomm.transports.process_group import ProcessGroupTransport
 
 @dataclass(frozen=True)
 class Started:
-    """What a Communicator consists of once its ranks have agreed."""
+    """The parts of a Communicator, after all ranks have compared their settings."""
 
     group: dist.ProcessGroup
     device: torch.device
@@ -31,27 +31,27 @@ class Started:
 
 
 def start(group: dist.ProcessGroup | None, device: str | None, plan: str, arguments: Mapping[str, Any]) -> Started:
-    """Resolve and compare settings, find what the ranks can do together. Collective.
+    """Resolve settings, compare them between ranks, and find transports and executors. Collective.
 
     Args:
-        group: None is the default group.
-        device: "cpu", "cuda" or None, as `Communicator` takes it.
+        group: The process group. None: the default group.
+        device: As in `Communicator`.
         plan: The digest of a plan.
-        arguments: Of `Settings.resolve`.
+        arguments: The keyword arguments of `Settings.resolve`.
 
     Raises:
-        FlashcommError: On every rank, whatever went wrong on one of them.
+        FlashcommError: On every rank, if creating fails on any rank.
     """
     if group is None:
         if not dist.is_initialized():
             raise SettingsError("no process group: call torch.distributed.init_process_group first, or pass group=")
         group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):  # also GroupMember.NON_GROUP_MEMBER
-        raise SettingsError("group= must be a process group that this rank is a member of: only members take part")
+    if not isinstance(group, dist.ProcessGroup):  # such as GroupMember.NON_GROUP_MEMBER
+        raise SettingsError("group= must be a process group that this rank is a member of: call this on members only")
     try:
         where = consistency.group_device(group, device)
         mine: Settings | FlashcommError = replace(Settings.resolve(where.type, **arguments), plan=plan)
-    except Exception as why:  # of this rank alone, perhaps: raised below, once every rank knows of it
+    except Exception as why:  # perhaps only on this rank: raised by `check_settings` on all
         where = consistency.group_device(group, None)
         mine = why if isinstance(why, FlashcommError) else SettingsError(f"{type(why).__name__}: {why}")
     timeout_s = mine.timeout_s if isinstance(mine, Settings) else 60.0
@@ -59,7 +59,7 @@ def start(group: dist.ProcessGroup | None, device: str | None, plan: str, argume
     guard = call_guard.CallGuard(state.lock if where.type == "cpu" else None, timeout_s)
     transport = ProcessGroupTransport(group, where, timeout_s)
     try:
-        with guard.call("making a Communicator"):
+        with guard.call("creating a Communicator"):
             settings = consistency.check_settings(transport, state.n_made, mine)
             state.n_made = transport.tags.communicator + 1
             machine, executors = _connect(group, transport, settings)
@@ -72,13 +72,13 @@ def start(group: dist.ProcessGroup | None, device: str | None, plan: str, argume
 def _connect(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
 ) -> tuple[Machine, dict[Executor, Base]]:
-    """`discovery.connect`, so that an exception on one rank is an error on all of them."""
+    """Call `discovery.connect`. If it raises on one rank, raise an error on all ranks."""
     try:
         found = discovery.connect(group, transport, settings)
-        consistency.tell(transport, None, "finishing the Communicator")  # no rank may miss a failure
+        consistency.exchange(transport, None, "creating the Communicator")  # receives failures of other ranks
         return found
-    except FlashcommError:  # on all ranks, or nobody can be told
+    except FlashcommError:  # raised on all ranks, or they cannot be reached
         raise
     except Exception as why:
-        consistency.tell_failure(transport, why)
+        consistency.exchange_failure(transport, why)
         raise

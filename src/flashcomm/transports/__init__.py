@@ -1,1 +1,1 @@
-"""Where the bytes travel. A transport knows bytes, ranks and time-outs, never formats."""
+"""Transports: they move bytes between ranks, with time-outs. They do not know about formats."""

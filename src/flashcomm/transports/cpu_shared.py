@@ -23,7 +23,7 @@ NAME = "cpu_shared"
 
 
 def host_name() -> str:
-    """What tells whether ranks are on one host: its name and the id of its last boot."""
+    """Return the name of this host and the id of its boot. Ranks with equal values are on one host."""
     try:
         return f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
     except OSError:
@@ -31,7 +31,7 @@ def host_name() -> str:
 
 
 def probe(device: torch.device) -> dict[str, Any]:
-    """What this rank knows about whether memory can be shared; `why_not` compares all ranks'."""
+    """Return this rank's host, and why it cannot share memory or "". `why_not` compares the probes of all ranks."""
     why = ""
     if device.type != "cpu":
         why = "the tensors are not on the CPU"
@@ -41,7 +41,7 @@ def probe(device: torch.device) -> dict[str, Any]:
 
 
 def why_not(probes: Sequence[dict[str, Any]]) -> str:
-    """Why ranks with these probes cannot share memory, or ""."""
+    """Return why ranks with these probes cannot share memory, or ""."""
     for rank, mine in enumerate(probes):
         if mine["why"]:
             return f"rank {rank}: {mine['why']}"
@@ -51,16 +51,16 @@ def why_not(probes: Sequence[dict[str, Any]]) -> str:
 
 
 class SharedRegion:
-    """Zeroed memory that every rank can read and write, once all ranks have called `join`.
+    """Zeroed memory that every rank can read and write, once all ranks have called `rendezvous`.
 
-    It has no name in the file system: nothing is left behind however the processes end.
+    It has no name in the file system, so that nothing is left behind, however the processes end.
 
     Attributes:
-        peers: int64 (world_size,), the addresses of all regions in this process.
-        mappings: The same as numbers.
+        peers: int64 (world_size,), the addresses of all ranks' regions in this process.
+        mappings: The same addresses, as a list.
 
     Raises:
-        UnavailableError: There is too little memory.
+        UnavailableError: The memory cannot be allocated.
     """
 
     mapped = False
@@ -74,13 +74,13 @@ class SharedRegion:
             self.place = f"/proc/{os.getpid()}/fd/{self._file}"
         except OSError as why:
             raise UnavailableError(
-                f"{self.size} bytes of shared memory: {why.strerror}. Allow this process more memory, or set "
-                "FLASHCOMM_WORKSPACE_BYTES lower"
+                f"cannot allocate {self.size} bytes of shared memory: {why.strerror}. Allow this process more memory, "
+                "or lower FLASHCOMM_WORKSPACE_BYTES"
             ) from why
         self.status = torch.zeros(5, dtype=torch.int32)
 
-    def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
-        """Map the regions at all ranks' `place`. They may be used once every rank is known to have returned."""
+    def rendezvous(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
+        """Map all ranks' regions, given their `place`. Use them only after every rank has returned from this."""
         self.rank, self.world_size = group.rank(), group.size()
         try:
             files = [os.open(place, os.O_RDWR) for place in places]
@@ -88,12 +88,12 @@ class SharedRegion:
             for file in files:
                 os.close(file)
         except OSError as why:
-            raise UnavailableError(f"the memory of the other ranks cannot be opened: {why.strerror}") from why
+            raise UnavailableError(f"cannot open the shared memory of the other ranks: {why.strerror}") from why
         self.mappings = [ctypes.addressof(ctypes.c_char.from_buffer(part)) for part in self._maps]
         self.peers, self.own = torch.tensor(self.mappings, dtype=torch.int64), self.mappings[self.rank]
 
     def close(self) -> None:
-        """Let go of the memory; it goes with the last process that maps it."""
+        """Release the memory. The system frees it with the last process that maps it."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

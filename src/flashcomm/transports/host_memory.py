@@ -1,7 +1,8 @@
-"""Pinned host memory, shared by the ranks of one host: for GPUs that cannot access each other's memory.
+"""Pinned host memory, shared by the ranks of one host, for GPUs that cannot access each other's memory.
 
-Each rank has a region that the kernels of the others write to and its own read, over PCIe. What a rank keeps for itself
-stays in GPU memory. Regions have no name in the file system: nothing is left behind however the processes end.
+Each rank has a region. The kernels of other ranks write to it over PCIe, and its own kernels read it. Data that a rank
+writes for itself stays in GPU memory. Regions have no name in the file system, so that nothing is left behind, however
+the processes end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
 def probe(device: torch.device) -> dict[str, Any]:
-    """What this rank knows about whether host memory can be shared; `why_not` compares all ranks'."""
+    """Return this rank's host, and why it cannot share memory or "". `why_not` compares the probes of all ranks."""
     why = ""
     if device.type != "cuda":
         why = "the tensors are not on GPUs"
@@ -39,46 +40,49 @@ why_not = cpu_shared.why_not
 
 
 class HostRegion(cpu_shared.SharedRegion):
-    """Zeroed host memory that the kernels of all ranks can write to, once all ranks have called `join`.
+    """Zeroed host memory that the kernels of all ranks can write to, once all ranks have called `rendezvous`.
 
     Attributes:
-        peers: int64 (world_size,), on the GPU: where this rank writes for each rank, its own GPU memory for itself.
-        own: Where the others write for this rank.
-        status: Pinned memory in which kernels report.
+        peers: int64 (world_size,), on the GPU: the addresses that this rank writes to, one for each rank. The one for
+            itself is in GPU memory.
+        own: The address of the memory that the other ranks write to for this rank.
+        status: int32 (5,), pinned: kernels report errors here.
 
     Raises:
-        UnavailableError: Memory is short or cannot be pinned.
+        UnavailableError: The memory cannot be allocated or pinned.
     """
 
     mapped = True
 
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         self._pinned: list[int] = []
-        with _near(device):
+        with _on_local_cpus(device):
             super().__init__(device, n_bytes, extra)
         try:
             self.status = torch.zeros(5, dtype=torch.int32).pin_memory()
             self._local = torch.zeros(self.n_bytes, dtype=torch.uint8, device=device)
         except RuntimeError as why:
-            raise UnavailableError(f"{n_bytes} bytes of GPU memory: {str(why).splitlines()[0]}") from why
+            raise UnavailableError(
+                f"cannot allocate {n_bytes} bytes of GPU memory: {str(why).splitlines()[0]}"
+            ) from why
 
-    def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
-        """Map and pin all regions. They may be used once every rank is known to have returned."""
-        super().join(group, places)
+    def rendezvous(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
+        """Map and pin all ranks' regions. Use them only after every rank has returned from this."""
+        super().rendezvous(group, places)
         for address in self.mappings:
             if code := self._pin(address):
                 raise UnavailableError(
                     f"{self.size} bytes of host memory cannot be pinned (CUDA error {code}): allow more locked "
-                    "memory (`ulimit -l`, in containers --ulimit memlock=-1), or set FLASHCOMM_WORKSPACE_BYTES lower"
+                    "memory (`ulimit -l`, in containers --ulimit memlock=-1), or lower FLASHCOMM_WORKSPACE_BYTES"
                 )
             self._pinned.append(address)
         addresses = [*self.mappings]
         addresses[self.rank] = self._local.data_ptr()
         self.peers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
-        torch.cuda.synchronize(self.device)  # what is local is zero
+        torch.cuda.synchronize(self.device)  # the local memory is zeroed before a kernel writes to it
 
     def close(self) -> None:
-        """Wait for this rank's kernels and let go of the memory; it goes with the last process that maps it."""
+        """Wait for this rank's kernels and release the memory. It is freed with the last process that maps it."""
         torch.cuda.synchronize(self.device)
         self._unpin()
         super().close()
@@ -94,18 +98,18 @@ class HostRegion(cpu_shared.SharedRegion):
 
 
 @contextmanager
-def _near(device: torch.device) -> Iterator[None]:
-    """Run on the CPUs near a GPU inside a with block, so that memory allocated there lies on their NUMA node."""
+def _on_local_cpus(device: torch.device) -> Iterator[None]:
+    """Run a with block on the CPUs near a GPU, so that memory allocated in it lies on their NUMA node."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, _cpus_near(device) & before or before)
+    os.sched_setaffinity(0, _local_cpus(device) & before or before)
     try:
         yield
     finally:
         os.sched_setaffinity(0, before)
 
 
-def _cpus_near(device: torch.device) -> set[int]:
-    """The CPUs that Linux lists as near the GPU; none if it does not say."""
+def _local_cpus(device: torch.device) -> set[int]:
+    """Return the CPUs that Linux lists as near the GPU; an empty set if it lists none."""
     try:
         spans = [part.split("-") for part in cpulist(device).split(",") if part]
         return {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
@@ -114,7 +118,10 @@ def _cpus_near(device: torch.device) -> set[int]:
 
 
 def cpulist(device: torch.device) -> str:
-    """The CPUs near a GPU as Linux lists them ("0-31,64-95"), the same for GPUs of one NUMA node; "" if unknown."""
+    """Return the CPUs near a GPU as Linux lists them, such as "0-31,64-95"; "" if unknown.
+
+    GPUs of one NUMA node have the same list.
+    """
     gpu: Any = torch.cuda.get_device_properties(device)
     name = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     try:

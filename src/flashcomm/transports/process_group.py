@@ -1,22 +1,21 @@
 """Bytes over any torch.distributed process group: gloo on CPUs, NCCL on GPUs, across hosts.
 
-Two verbs, `all_to_all` and `all_gather`. Both move equal pieces and both are asynchronous. They call the group's own
-methods rather than `torch.distributed` functions, so that a group without a registered name (the inner group of our
-c10d backend) works too.
+There are two exchanges, `all_to_all` and `all_gather`. Both are asynchronous and send the same number of bytes to every
+rank. They call the group's own methods rather than `torch.distributed` functions, so that a group without a registered
+name works, too. The inner group of our c10d backend is one.
 
-On CPUs a verb is W-1 matched steps: in step k every rank sends to rank+k and receives from rank-k. Each link then
-carries one stream in each direction at full rate. Posting all messages at once, as gloo's all-to-all does, makes
-streams collide at receivers (12.1 ms against 8.8 for 52 kB over 100 Mbit/s, 3 ranks: LOG.md); only messages of up to
-2 KiB go that way. The transport has a thread that takes these steps, so that the caller can code the next chunk in the
-meantime.
+On CPUs an exchange is W-1 matched steps: in step k every rank sends to rank+k and receives from rank-k. Each link then
+carries one stream in each direction at full rate. If all messages are posted at once, as in gloo's all-to-all, streams
+collide at receivers (12.1 ms instead of 8.8 for 52 kB over 100 Mbit/s, 3 ranks: LOG.md). Only messages of up to 2 KiB
+are posted at once. A thread of the transport takes the steps, so that the caller can encode the next chunk meanwhile.
 
-Every message on a CPU carries a tag made of the Communicator's number, the call's number and the exchange's number
-within the call (`Tags`). gloo accepts a shorter message in place of a longer one without an error, so a message of
-another call must never match. The one exception is the consistency check: its messages have a fixed size, one tag, and
-say themselves which call they belong to.
+Every message on a CPU carries a tag made of the numbers of the Communicator, the call and the exchange within the call
+(`Tags`). gloo accepts a shorter message in place of a longer one without an error, so a message of another call must
+never match. The consistency check is the one exception: its messages have a fixed size and a fixed tag, and contain
+the number of their call.
 
-GPU tensors over a group without NCCL go through the CPU, slowly. Such a group serves ranks that find a faster way
-through `symmetric` or `host_memory`, and ranks that share one GPU.
+GPU tensors over a group without NCCL go through the CPU, slowly. Such groups are used by ranks that send their data
+over `symmetric` or `host_memory`, and by ranks that share one GPU.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
 from flashcomm.errors import ClosedError, CommunicationError
 
 CHECK_TAG = 0xF1A5  # of consistency checks; the same in every version, so that versions can be compared
-SMALL_BYTES = 2048  # pieces up to which an exchange posts all its messages at once
-_OURS = 1 << 30  # the highest bit of a tag: out of the way of the program's own messages
+SMALL_BYTES = 2048  # up to this many bytes per rank, an exchange posts all its messages at once
+_OURS = 1 << 30  # the highest bit of a tag: keeps tags apart from those of the program's own messages
 
 
 class Tags:
-    """Numbers the messages of one Communicator: 10 bits for it, 11 for the call, 9 for the exchange in the call.
+    """The message tags of one Communicator: 10 bits for it, 11 for the call, 9 for the exchange in the call.
 
-    A number that wraps around is no danger: messages between two ranks arrive in order, and after a call that was left
-    halfway its Communicator sends nothing more.
+    Numbers may wrap around: messages between two ranks arrive in order, and a Communicator sends nothing after a call
+    that an exception interrupted.
     """
 
     def __init__(self) -> None:
@@ -63,7 +62,7 @@ class Tags:
         self._call, self._exchange = call_number, 0
 
     def next(self) -> int:
-        """The tag of the next exchange of this call."""
+        """Return the tag of the next exchange of this call."""
         self._exchange += 1
         return _OURS | self.communicator % 1024 << 20 | self._call % 2048 << 9 | self._exchange % 512
 
@@ -89,25 +88,26 @@ class Pending:
 
 
 def has_nccl(group: dist.ProcessGroup) -> bool:
-    """Whether the group itself takes CUDA tensors, by NCCL."""
+    """Return whether the group's backend for CUDA tensors is NCCL."""
     on_gpus = [d for d in group._device_types if d.type == "cuda"]
     return any("nccl" in group._get_backend(d).name().lower() for d in on_gpus)
 
 
 class ProcessGroupTransport:
-    """The two byte verbs over a c10d group.
+    """Two exchanges of bytes over a c10d group.
 
     Args:
         group: The process group.
         device: Where the tensors are.
         timeout_s: Seconds to wait for a peer.
-        members: Group ranks that take part, ascending; None means all.
-        parent: The transport that this one is a part of; it counts bytes and has the numbering and the thread.
+        members: The group ranks that take part, ascending. None: all.
+        parent: For a transport of some members: the transport of all, whose byte counter, tags and thread it uses.
 
     Attributes:
-        rank, world_size: Among the members.
+        rank: This rank's index among the members.
+        world_size: Number of members.
         n_bytes_sent: Payload bytes that this rank sent to others.
-        tags: The numbering of messages.
+        tags: The tags of messages.
     """
 
     def __init__(
@@ -130,14 +130,17 @@ class ProcessGroupTransport:
         self._lane: Lane | None = None
         if device.type == "cpu":
             self._lane = parent._lane if parent else Lane()
-        # Works of the latest exchange. gloo gets stuck in a message whose work is dropped halfway, so an exchange that
-        # an exception leaves must stay alive.
+        # The works of the latest exchange. gloo hangs if the work of a message in flight is freed, so they must be kept
+        # if an exception interrupts the exchange.
         self._in_flight: list[Any] = []
 
     def among(self, members: Sequence[int]) -> ProcessGroupTransport:
-        """The verbs among some ranks, in ascending order.
+        """Return a transport among some ranks of the group.
 
-        Every rank of the group must be in such a part and call the same verbs in the same order.
+        Every rank of the group must be in one such subset, and all must call the same exchanges in the same order.
+
+        Args:
+            members: Group ranks, ascending.
         """
         return ProcessGroupTransport(self.group, self.device, self.timeout_s, members, self)
 
@@ -148,7 +151,7 @@ class ProcessGroupTransport:
             out: uint8 (world_size, n), contiguous.
             inp: uint8 (world_size, n), contiguous.
             what: The phase, for error messages.
-            overlap: False, where nothing is done before `wait()`, saves CPUs the detour over another thread.
+            overlap: Whether to run on the transport's thread (CPUs only). Pass False if `wait()` follows at once.
         """
         self._count(inp.numel() // self.world_size * (self.world_size - 1))
         if self._by_cpu:
@@ -180,12 +183,12 @@ class ProcessGroupTransport:
             return self._pending(self._rows(out, inp.expand(self.world_size, -1).contiguous()), what)
         return self._pending(self.group._allgather_base(out.view(-1), inp, AllgatherOptions()), what)
 
-    def all_reduce_native(self, x: Tensor, what: str) -> Pending:
-        """The backend's own sum of x, in place, by its own algorithm and in its own order of additions."""
+    def all_reduce_backend(self, x: Tensor, what: str) -> Pending:
+        """Sum x in place with the backend's own all-reduce, which has its own order of additions."""
         self._count(2 * (self.world_size - 1) * x.numel() * x.element_size() // self.world_size)
         if self._by_cpu:
             on_cpu = x.cpu()
-            self._by_cpu.all_reduce_native(on_cpu, what).wait()
+            self._by_cpu.all_reduce_backend(on_cpu, what).wait()
             return self._copied_back(on_cpu, x, what)
         options = AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM  # type: ignore[assignment]
@@ -199,11 +202,11 @@ class ProcessGroupTransport:
             self._by_cpu.close()
 
     def fail(self, what: str, peer: str, why: RuntimeError, begin: float) -> None:
-        """Raise CommunicationError that names the peer and says what happened.
+        """Raise a CommunicationError that names the peer and says what happened.
 
         Args:
             what: The phase.
-            peer: Whom this rank waited for, such as "rank 3".
+            peer: The peer that this rank waited for, such as "rank 3".
             why: The backend's error.
             begin: `time.monotonic()` when the wait began.
         """
@@ -211,7 +214,7 @@ class ProcessGroupTransport:
         if "timed out" in text.lower() or "timeout" in text.lower():
             happened = f"{peer} did not answer within {self.timeout_s:g} s (FLASHCOMM_TIMEOUT_S)"
         else:
-            happened = f"the connection to {peer} was lost after {seconds:.2g} s: that process ended, or gave up"
+            happened = f"the connection to {peer} was lost after {seconds:.2g} s: that process ended or timed out"
         raise CommunicationError(
             f"rank {self.group.rank()} of {self.group.size()}: {what} failed: {happened}. Restart the group; the first "
             f"rank to fail says more. The backend said: {text}"
@@ -221,7 +224,7 @@ class ProcessGroupTransport:
         (self._parent or self).n_bytes_sent += n_bytes
 
     def _rows(self, out: Tensor, inp: Tensor) -> Any:
-        """The backend's all-to-all of rows; ranks that are no members neither send nor receive."""
+        """Start the backend's all-to-all of rows. Ranks that are not members neither send nor receive."""
         n, ranks = inp.shape[1], range(self.group.size())
         sizes = [n if r in self._members else 0 for r in ranks] if self.world_size < len(ranks) else []
         return self.group.alltoall_base(out.view(-1), inp.view(-1), sizes, sizes, AllToAllOptions())
@@ -234,22 +237,24 @@ class ProcessGroupTransport:
         if self.device.type == "cpu":
             (self._parent or self)._in_flight = [work]
             return Pending(lambda: work.wait(timedelta(seconds=self.timeout_s)), what, self)
-        return Pending(work.wait, what, self)  # orders the stream behind it; NCCL's watchdog has the group's time-out
+        return Pending(work.wait, what, self)  # makes the stream wait; NCCL's watchdog has the time-out
 
     def _on_cpu(
         self, out: Tensor, piece_for: Callable[[int], Tensor], what: str, overlap: bool, tag: int | None
     ) -> Pending:
         assert self._lane
-        tag = self.tags.next() if tag is None else tag  # now, in the order of the caller's exchanges
+        tag = (
+            self.tags.next() if tag is None else tag
+        )  # here, not on the thread: in the order of the caller's exchanges
         steps = lambda: self._steps(out, piece_for, what, tag)  # noqa: E731
         return Pending(self._lane.start(steps) if overlap else steps, what, self)
 
     def _steps(self, out: Tensor, piece_for: Callable[[int], Tensor], what: str, tag: int) -> None:
-        """The exchange as W-1 matched steps, or as one if pieces are small. Raises CommunicationError."""
+        """Run an exchange as W-1 matched steps, or as one step if it is small. Raises CommunicationError."""
         if out[self.rank].data_ptr() != piece_for(self.rank).data_ptr():
             out[self.rank].copy_(piece_for(self.rank))
         steps = range(1, self.world_size)
-        # Small messages do not collide, and whoever waits for all peers at once finds the one that does not come.
+        # Small messages do not collide, and waiting for all peers at once finds the one that does not answer.
         for together in [steps] if out.shape[1] <= SMALL_BYTES else [range(k, k + 1) for k in steps]:
             if self._lane and self._lane.closed:
                 raise ClosedError(f"{what}: the Communicator was closed during the call")
@@ -262,7 +267,7 @@ class ProcessGroupTransport:
                     works.append((peer, self.group.recv([out[source]], peer, tag)))
                     peer = self._members[target]
                     works.append((peer, self.group.send([piece_for(target)], peer, tag)))
-                for peer, work in works:  # noqa: B007  (named if it fails)
+                for peer, work in works:  # noqa: B007  (the error names it)
                     work.wait(timedelta(seconds=self.timeout_s))
             except RuntimeError as why:
                 self.fail(what, f"rank {peer}", why, begin)
@@ -273,14 +278,14 @@ class Lane:
 
     def __init__(self) -> None:
         self._state = _LaneState()
-        weakref.finalize(self, self._state.stop).atexit = False  # at exit `_join_all` does it
+        weakref.finalize(self, self._state.stop).atexit = False  # at exit `_join_all` stops it
 
     @property
     def closed(self) -> bool:
         return self._state.stopped
 
     def start(self, job: Callable[[], None]) -> Callable[[], object]:
-        """Queue job; the function returned waits for it and raises what it raised."""
+        """Queue a job. Return a function that waits for it and raises its exception, if any."""
         state = self._state
         if state.stopped:
             raise ClosedError("the Communicator was closed during the call")
@@ -290,18 +295,18 @@ class Lane:
             state.thread.start()
         future: Future[None] = Future()
         state.jobs.put((job, future))
-        if self.closed:  # in the meantime: the thread may be gone
+        if self.closed:  # by another thread: the worker may have ended without this job
             state.drain()
         return future.result
 
     def close(self, timeout_s: float) -> None:
-        """Stop after the job that is running, and wait for it up to timeout_s seconds."""
+        """Stop after the running job. Wait for it, at most timeout_s seconds."""
         self._state.stop()
         self._state.join(timeout_s)
 
 
 class _LaneState:
-    """What the thread shares with its `Lane`, which may be collected while the thread runs."""
+    """The state that a `Lane` shares with its thread. The Lane may be garbage-collected while the thread runs."""
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
@@ -313,7 +318,7 @@ class _LaneState:
         self.jobs.put(None)
 
     def drain(self) -> None:
-        """Jobs that will not run any more raise ClosedError."""
+        """Fail all queued jobs with ClosedError."""
         while True:
             try:
                 item = self.jobs.get_nowait()
@@ -323,7 +328,7 @@ class _LaneState:
                 item[1].set_exception(ClosedError("the Communicator was closed during the call"))
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the thread, unless it is this one or belongs to the process that this one was forked from."""
+        """Wait for the thread, unless it is the calling thread or belongs to the parent of a fork."""
         if self.thread is not None and self.pid == os.getpid() and self.thread is not threading.current_thread():
             self.thread.join(timeout_s)
 
@@ -333,12 +338,12 @@ _running: weakref.WeakSet[_LaneState] = weakref.WeakSet()
 
 @atexit.register
 def _join_all() -> None:
-    """A thread that waits inside gloo while Python finalizes would abort the process (SIGABRT)."""
+    """End all threads. One that waited inside gloo while Python finalizes would abort the process (SIGABRT)."""
     states = [state for state in _running if state.pid == os.getpid()]
     for state in states:
         state.stop()
     for state in states:
-        state.join(timeout_s=3600)  # the job that is running ends within the time-out of its Communicator
+        state.join(timeout_s=3600)  # the running job ends within the time-out of its Communicator
 
 
 def _work(state: _LaneState) -> None:
@@ -350,7 +355,7 @@ def _work(state: _LaneState) -> None:
             with torch.inference_mode():  # modes are per thread, and the caller's tensors may be inference tensors
                 job()
             future.set_result(None)
-        except BaseException as why:  # handed to the caller who waits
+        except BaseException as why:  # raised in the thread that waits
             future.set_exception(why)
         del item, job, future  # hold no buffers while waiting for the next job
     state.drain()

@@ -1,6 +1,6 @@
-"""GPU memory of peers: a region per rank that kernels of every rank write to, made by torch's symmetric memory.
+"""GPU memory that peers can access: torch's symmetric memory, with one region per rank.
 
-Our kernels only write to the memory of peers; they read their own.
+The kernels of every rank write to the regions of their peers and read only their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ NAME = "symmetric"
 
 
 def probe(device: torch.device) -> dict[str, Any]:
-    """What this rank knows about whether its GPU can write to those of its peers; `why_not` compares all ranks'."""
+    """Return this rank's host and GPU, the GPUs without peer access, and why this rank cannot use any or "".
+
+    `why_not` compares the probes of all ranks.
+    """
     why = ""
     if device.type != "cuda":
         why = "the tensors are not on GPUs"
@@ -36,8 +39,8 @@ def probe(device: torch.device) -> dict[str, Any]:
 
 
 def why_not(probes: Sequence[dict[str, Any]]) -> str:
-    """Why ranks with these probes cannot write to each other's memory, or ""."""
-    if why := cpu_shared.why_not(probes):  # what any shared memory needs
+    """Return why ranks with these probes cannot write to each other's memory, or ""."""
+    if why := cpu_shared.why_not(probes):  # the requirements of any shared memory
         return why
     for rank, mine in enumerate(probes):
         for other, theirs in enumerate(probes):
@@ -47,14 +50,14 @@ def why_not(probes: Sequence[dict[str, Any]]) -> str:
 
 
 class SymmetricRegion:
-    """Zeroed GPU memory that every rank's kernels can write to, once all ranks have called `join`.
+    """Zeroed GPU memory that every rank's kernels can write to, once all ranks have called `rendezvous`.
 
     Attributes:
-        peers: int64 (world_size,), on the GPU: the addresses of all regions as this GPU sees them.
-        status: Pinned memory in which kernels report.
+        peers: int64 (world_size,), on the GPU: the addresses of all ranks' regions in this process.
+        status: int32 (5,), pinned: kernels report errors here.
 
     Raises:
-        UnavailableError: Memory is short, or torch cannot map that of the peers.
+        UnavailableError: The memory cannot be allocated, or torch cannot map that of the peers.
     """
 
     mapped = False
@@ -67,24 +70,26 @@ class SymmetricRegion:
             self._buffer = symmetric.empty(n_bytes, dtype=torch.uint8, device=device).zero_()
             self.status = torch.zeros(5, dtype=torch.int32).pin_memory()
         except RuntimeError as why:
-            raise UnavailableError(f"{n_bytes} bytes of symmetric memory: {str(why).splitlines()[0]}") from why
+            raise UnavailableError(
+                f"cannot allocate {n_bytes} bytes of symmetric memory: {str(why).splitlines()[0]}"
+            ) from why
 
-    def join(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
-        """Map the peers' regions. Collective; they may be used once every rank is known to have returned."""
+    def rendezvous(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
+        """Map the peers' regions. Collective. Use them only after every rank has returned from this."""
         self.rank, self.world_size = group.rank(), group.size()
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before a peer sees it
             self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
             if getattr(self._handle, "offset", 0):
-                raise RuntimeError("torch gave memory inside a larger block, whose addresses ranks may not share")
+                raise RuntimeError("the memory is part of a larger block, and its offset may differ between ranks")
             addresses = list(self._handle.buffer_ptrs)
             self.own = addresses[self.rank]
             self.peers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
         except RuntimeError as why:
-            raise UnavailableError(f"torch symmetric memory: {str(why).splitlines()[0]}") from why
+            raise UnavailableError(f"torch cannot map symmetric memory: {str(why).splitlines()[0]}") from why
 
     def close(self) -> None:
-        """Wait for this rank's kernels; the memory goes when the region does."""
+        """Wait for this rank's kernels. torch frees the memory with the region."""
         torch.cuda.synchronize(self.device)
 
 

@@ -1,4 +1,4 @@
-"""GroupCoordinator: who is asked for an all-reduce, and in which order."""
+"""GroupCoordinator: which communicators can run an all-reduce, and in which order they are tried."""
 
 import weakref
 
