@@ -210,8 +210,10 @@ class TestClose:
     def test_jobs_that_will_not_run_say_so(self) -> None:
         from flashcomm.transports.process_group import Lane
 
-        lane, go, ran = Lane(), threading.Event(), []
-        first, second = lane.start(lambda: (go.wait(10), None)[1]), lane.start(lambda: ran.append(1))
+        lane, running, go, ran = Lane(), threading.Event(), threading.Event(), []
+        first = lane.start(lambda: (running.set(), go.wait(10), None)[2])
+        second = lane.start(lambda: ran.append(1))
+        assert running.wait(10)
         closing = threading.Thread(target=lane.close, args=(10,))
         closing.start()
         while not lane.closed:

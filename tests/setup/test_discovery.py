@@ -20,7 +20,7 @@ def make(group: Any, local_world_size: int | None) -> Communicator:
 
 def found(monkeypatch: pytest.MonkeyPatch, places: list[tuple[str, str]], **given: Any) -> int:
     transport: Any = type("Transport", (), {"world_size": len(places), "device": torch.device("cpu")})()
-    monkeypatch.setattr(discovery.consistency, "tell", lambda *_: [list(place) for place in places])
+    monkeypatch.setattr(discovery.consistency, "exchange", lambda *_: [list(place) for place in places])
     return discovery._local_world_size(transport, Settings.resolve("cpu", {}, **given))
 
 
