@@ -42,6 +42,8 @@ THOROUGH = (
     "ranks",  # a hundred processes; all other tests start theirs by it
     "test_docs.py::test_the_example_prints_what_the_page_says[compile]",
     "cli/*test_a_real_model",  # 35
+    "cli/*test_nodes_have_a_link_together",  # 25
+    "cli/*test_over_a_link",  # 35
     "cli/*test_a_plan_with_a_format_for_decoding",  # 25
     "gpu/test_host_kernel.py::test_a_rank_that_does_not_come_is_an_error_that_names_it[two_shot-3]",  # 20
     "gpu/test_host_kernel.py::test_every_collective_equals_the_reference[4]",  # 20
