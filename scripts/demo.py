@@ -69,7 +69,7 @@ def agreement(results: list[dict[str, Any]]) -> str:
     for result in results[1:]:
         pairs = list(zip(results[0]["tokens"], result["tokens"], strict=False))
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        lines.append(f"{result['format']}: the first {same} of {len(results[0]['tokens'])} tokens are those of bf16")
+        lines.append(f"{result['format']}: the first {same} of {len(results[0]['tokens'])} tokens are those of the uncompressed run")
     return "\n".join(lines)
 
 
