@@ -69,7 +69,9 @@ def agreement(results: list[dict[str, Any]]) -> str:
     for result in results[1:]:
         pairs = list(zip(results[0]["tokens"], result["tokens"], strict=False))
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        lines.append(f"{result['format']}: the first {same} of {len(results[0]['tokens'])} tokens are those of the uncompressed run")
+        lines.append(
+            f"{result['format']}: the first {same} of {len(results[0]['tokens'])} tokens equal the uncompressed"
+        )
     return "\n".join(lines)
 
 
