@@ -68,12 +68,9 @@ def start_sequence_numbers(backend: Any) -> None:
     backend._set_sequence_number_for_group()
 
 
-def work_of(future: torch.futures.Future[Any]) -> dist.Work:
-    """Return a c10d Work that completes with the future. A backend written in Python can return it.
+def in_backward_pass() -> bool:
+    """Return whether the autograd engine runs a backward pass on this thread.
 
-    `torch._C._distributed_c10d._create_work_from_future`, torch 2.11 and 2.13. C++ callers cannot wait for a subclass
-    of Work written in Python.
+    `torch._C._current_graph_task_id`, torch 2.13. There is no public name for it.
     """
-    from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
-
-    return _create_work_from_future(future)  # type: ignore[no-any-return]
+    return torch._C._current_graph_task_id() != -1

@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
 
 from flashcomm.communicator import Communicator
+from flashcomm.compat import in_backward_pass, start_sequence_numbers
 from flashcomm.errors import CommunicationError, FlashcommError, FormatError, PlanError, SettingsError
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.plan import Plan
@@ -179,7 +180,7 @@ class FlashProcessGroup(dist.ProcessGroup):
 
     def _is_low_bit(self, x: Tensor) -> bool:
         """Whether this sum is low-bit, as the Communicator's route for it says: equal on every rank."""
-        if torch._C._current_graph_task_id() != -1 and not self._gradients:
+        if in_backward_pass() and not self._gradients:
             return False  # the autograd engine is in a backward pass on this thread
         device = x.device.type
         if x.dtype not in DTYPES or device not in self._settings or self._settings[device].format.uncompressed:
@@ -257,13 +258,13 @@ for _name in PASSED_ON:
 def _backends(store: Store, rank: int, size: int, timeout: timedelta) -> list[tuple[str, Any, Any]]:
     kinds = dist.ProcessGroup.BackendType
     gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, timeout)
-    gloo._set_sequence_number_for_group()
+    start_sequence_numbers(gloo)
     found: list[tuple[str, Any, Any]] = [("cpu", kinds.GLOO, gloo)]
     if dist.is_nccl_available() and torch.cuda.is_available():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         nccl = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
-        nccl._set_sequence_number_for_group()
+        start_sequence_numbers(nccl)
         found.append(("cuda", kinds.NCCL, nccl))
     return found
 

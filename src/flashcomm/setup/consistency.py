@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashcomm.collectives.recent import PLAIN
 from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError, UnavailableError
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import CHECK_TAG, ProcessGroupTransport, has_nccl
 from flashcomm.wire.torch_codec import DTYPES
 
 CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "creating a Communicator")
-PLAIN = (Tensor, torch.nn.Parameter)  # types with memory of their own; other subclasses may only wrap tensors
 _MAX_DIMS = 8
 _WORDS = 16  # int64 per rank: version, Communicator, call, its number, problem, settings, dtype, dims, up to 8 sizes
 _VERSION = 2  # of these words
