@@ -101,7 +101,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int4", min_bytes=min_bytes)
-    model = integration.overlap(tiny())
+    model = integration.overlap(tiny(), mode="always")
     switch = model.base_model.forward
     cuts = 0
     run_both = TwoBatchOverlap.run
@@ -115,7 +115,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
 
     def both(**kwargs: Any) -> tuple[Any, Any]:
         outs = []
-        for switch.enabled in (False, True):
+        for switch.mode in ("never", "always"):
             more = {"past_key_values": DynamicCache(config=model.config)} if kwargs.get("given") else {}
             with torch.inference_mode():
                 out = model(**{k: v for k, v in kwargs.items() if k != "given"}, **more)
@@ -142,7 +142,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
     assert cuts == 4
     padded[0] = 1  # one micro-batch needs a mask, the other does not: run as before
     both(input_ids=ids, attention_mask=padded)
-    both(input_ids=ids[:1])
+    both(input_ids=ids[:1, :3])
     both(input_ids=ids, output_hidden_states=True)
     assert cuts == 4
     with torch.inference_mode():
@@ -151,7 +151,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
         assert cuts == 5
     with integration.backend_all_reduce(), torch.inference_mode():
         cut = model(ids).logits
-        switch.enabled = False
+        switch.mode = "never"
         assert torch.equal(model(ids).logits, cut)
 
 
@@ -161,7 +161,7 @@ def continues(ctx: RankContext) -> None:
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int6-had/int7-had")
-    model = integration.overlap(tiny())
+    model = integration.overlap(tiny(), mode="always")
     asked: list[tuple[int, int | None]] = []
     reduce = Communicator.all_reduce
 
@@ -172,7 +172,7 @@ def continues(ctx: RankContext) -> None:
     Communicator.all_reduce = spy  # type: ignore[method-assign]
     ids = torch.randint(0, 500, (3, 32), generator=torch.Generator().manual_seed(1))
     results = []
-    for model.base_model.forward.enabled in (False, True):
+    for model.base_model.forward.mode in ("never", "always"):
         with torch.inference_mode():
             past = model(ids[:, :16]).past_key_values
             results.append(model(ids[:, 16:], past_key_values=past).logits)
@@ -189,7 +189,7 @@ def refuses(ctx: RankContext) -> None:
     model = tiny()
     model._tp_plan["model.layers.*.mlp.experts"] = "grouped_gemm"
     with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: do not use overlap"):
-        integration.overlap(model)
+        integration.overlap(model, mode="always")
 
 
 def fails_in_a_reduce(ctx: RankContext) -> None:
@@ -197,7 +197,7 @@ def fails_in_a_reduce(ctx: RankContext) -> None:
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int4", min_bytes=0)
-    model = integration.overlap(tiny())
+    model = integration.overlap(tiny(), mode="always")
     ids = torch.arange(48).view(2, 24)
     with torch.inference_mode():
         want = model(ids).logits
@@ -222,10 +222,10 @@ def real_text(ctx: RankContext) -> None:
 
     integration.enable("int4-had")
     model, tokenizer = load_model(MODEL, ctx.world_size, CPU, torch.bfloat16)
-    integration.overlap(model)
+    integration.overlap(model, mode="always")
     text = tokenizer(TEXT.read_text()[:4000], return_tensors="pt").input_ids[0, :512].view(2, 256)
     seen = []
-    for model.base_model.forward.enabled in (False, True):
+    for model.base_model.forward.mode in ("never", "always"):
         with torch.inference_mode():
             seen.append(model(text).logits)
     assert torch.equal(*seen)
