@@ -59,6 +59,22 @@ class TestTwoBatchOverlap:
         assert sum(met) >= 5  # all but the last ones overlap with computation
         assert current() is None
 
+    def test_each_micro_batch_keeps_its_modes(self) -> None:
+        overlap = TwoBatchOverlap((1, 1), CPU)
+
+        def first() -> bool:
+            with torch.enable_grad():
+                overlap.reduce(lambda: torch.tensor(0))
+                return torch.is_grad_enabled()
+
+        def second() -> bool:
+            overlap.reduce(lambda: torch.tensor(0))
+            return torch.is_grad_enabled()
+
+        with torch.no_grad():
+            assert overlap.run((first, second)) == (True, False)
+            assert not torch.is_grad_enabled()
+
     @pytest.mark.parametrize("failing", [0, 1])
     @pytest.mark.parametrize("inside", [False, True])
     def test_an_error_in_one_micro_batch_ends_both(self, failing: int, inside: bool) -> None:
@@ -231,7 +247,91 @@ def real_text(ctx: RankContext) -> None:
     assert torch.equal(*seen)
 
 
+def blocks(ctx: RankContext) -> None:
+    """One sequence as two blocks of tokens: caches as without overlap, and what cannot be split."""
+    from transformers import DynamicCache
+
+    from flashcomm.integrations import transformers as integration
+
+    integration.enable("int4", min_bytes=0)
+    model = integration.overlap(tiny(), mode="always")
+    switch = model.base_model.forward
+    ids = torch.randint(0, 500, (1, 64), generator=torch.Generator().manual_seed(1))
+    seen = []
+    for switch.mode in ("never", "always"):
+        with torch.inference_mode():
+            given = DynamicCache(config=model.config)
+            first = model(ids, past_key_values=given)
+            assert first.past_key_values is given
+            assert switch.last == ("tokens" if switch.mode == "always" else None)
+            then = model(ids[:, :40], past_key_values=given, attention_mask=torch.ones(1, 104, dtype=torch.long))
+            assert switch.last == ("tokens" if switch.mode == "always" else None)
+            nexts = model(ids[:, :1], past_key_values=given)
+            uncached = model(ids, use_cache=False)
+            assert uncached.past_key_values is None
+        seen.append((first, then, nexts, uncached, given))
+    *outs, (plain, cut) = zip(*seen, strict=True)
+    for a, b in outs:
+        assert torch.equal(a.logits, b.logits)
+    for a, b in zip(plain.layers, cut.layers, strict=True):
+        assert a.keys.shape[-2] == 105
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    with torch.inference_mode():
+        for more in ({"attention_mask": padded}, {"output_hidden_states": True}):
+            model(ids, **more)
+            assert switch.last is None
+        model(ids, use_cache=False, position_ids=torch.arange(64)[None] % 32)  # two sequences in a row
+        assert switch.last is None
+    model(ids)  # training
+    assert switch.last is None
+
+
+def decides(ctx: RankContext) -> list[bool | None]:
+    """The slowest rank's clock decides for all ranks; return what was split in each pass."""
+    from flashcomm.integrations import transformers as integration
+    from flashcomm.integrations import transformers_overlap
+
+    integration.enable("int4", min_bytes=0)
+    model = integration.overlap(tiny())
+    switch = model.base_model.forward
+    clock, overlap_costs = [0.0], 1.0 if ctx.rank == 0 else 3.0  # rank 1 finds overlap slower, rank 0 faster
+    transformers_overlap.time = type("Clock", (), {"perf_counter": lambda: clock[0]})
+    plain, split = switch.plain, switch._sequences
+
+    def timed_plain(**given: Any) -> Any:
+        clock[0] += 2.0 if switch.last is None else 0.0
+        return plain(**given)
+
+    def timed_split(given: Any) -> Any:
+        clock[0] += overlap_costs
+        return split(given)
+
+    switch.plain, switch._sequences = timed_plain, timed_split
+    ids = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(1))
+    used = []
+    with torch.inference_mode():
+        for _ in range(2 * (transformers_overlap.N_TIMED + 1) + 2):
+            model(ids)
+            used.append(switch.last is not None)
+    (trial,) = switch.trials.values()
+    assert trial.pays is False
+    overlap_costs = 1.0
+    integration.overlap(model)
+    switch = model.base_model.forward
+    assert not switch.trials
+    return used
+
+
 class TestTransformers:
+    def test_blocks_of_tokens(self) -> None:
+        run(blocks, 2)
+
+    def test_the_first_passes_decide(self) -> None:
+        assert run(decides, 2) == [False, True] * 4 + [False, False]
+
     @pytest.mark.parametrize("min_bytes", [0, 1 << 13])
     def test_bits(self, min_bytes: int) -> None:
         """With min_bytes of 8 KiB some messages are low-bit although half of them would be too small."""

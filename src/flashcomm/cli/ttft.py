@@ -36,7 +36,8 @@ def ttft(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the stack of decoder layers.")] = False,
     overlap: Annotated[
-        bool, typer.Option("--overlap", help="Measure two-batch overlap, too: of sequences, or of blocks of one sequence.")
+        bool,
+        typer.Option("--overlap", help="Measure two-batch overlap, too: of sequences, or of blocks of one."),
     ] = False,
     min_bytes: options.MinBytes = None,
     algorithm: options.Algorithm = None,

@@ -1,24 +1,24 @@
 """Two-batch overlap in transformers: one half of the tokens computes during the all-reduces of the other half.
 
-`overlap` replaces the `forward` of the model's stack of decoder layers (embeddings to last norm). The new one splits its
-input into two micro-batches, runs them in turns (`two_batch_overlap`) and joins their results and caches:
+`overlap` replaces the `forward` of the model's stack of decoder layers (embeddings to last norm). The new one splits
+its input into two micro-batches, runs them in turns (`two_batch_overlap`) and joins their results and caches:
 
     sequences   a batch of two or more: each half of the sequences is a micro-batch
     tokens      a single sequence: two blocks of tokens. They share one cache. In each layer the second block attends to
                 the first one's keys and values, which the first block has always written by then.
 
-Inputs that it cannot split run as before. So do, in mode "auto", those for which it does not pay: the first passes of a
-shape run both ways in turn, and the faster way by the slowest rank's clock is kept (`_Trial`).
+Inputs that it cannot split run as before. So do, in mode "auto", those for which it does not pay: the first passes of
+a shape run both ways in turn, and the faster way by the slowest rank's clock is kept (`_Trial`).
 
-Results of halves of a batch have the same bits as without overlap, if the BLAS uses the same kernel for half the rows of
-a matrix product: attention gets whole sequences, and an all-reduce takes the route of the whole message. Blocks of tokens
-need that of the attention kernel, too: of the second block it gets half the queries. Otherwise results differ by the
-rounding of sums in another order.
+Results of halves of a batch have the same bits as without overlap, if the BLAS uses the same kernel for half the rows
+of a matrix product: attention gets whole sequences, and an all-reduce takes the route of the whole message. Blocks of
+tokens need that of the attention kernel, too: for the second block it gets half the queries. Otherwise results differ
+by the rounding of sums in another order.
 
-It needs additional memory: a second copy of the last hidden states, and on GPUs two all-reduces in flight, each of half a
-message. Halves of a batch: while caches are joined, one layer's cache of one half. Blocks of tokens: the cache, even with
-use_cache=False; and where attention has no kernel for them (not on GPUs with "sdpa"), a mask of tokens^2 / 2 values.
-Activations within a layer are half as large, so the peak is often lower.
+It needs additional memory: a second copy of the last hidden states, and on GPUs two all-reduces in flight, each of half
+a message. Halves of a batch: while caches are joined, one layer's cache of one half. Blocks of tokens: the cache, even
+with use_cache=False; and a mask of tokens^2 / 2 bytes, except on GPUs with the attention "sdpa". Activations within a
+layer are half as large, so the peak is often lower.
 """
 
 from __future__ import annotations
@@ -134,7 +134,12 @@ class _OverlappedForward:
     def _kind(self, given: Mapping[str, Any]) -> Kind | None:
         """Return how to split an input; None if it cannot be split."""
         x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        if self.mode == "never" or torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        if (
+            self.mode == "never"
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not isinstance(x, Tensor)
+        ):
             return None
         n, length = x.shape[:2]
         if length < 2 or n * length < self.min_tokens or not given.get("return_dict", True):
