@@ -190,13 +190,12 @@ def arrive(region):
 
 
 @triton.jit
-def arrive_and_wait(first, tile, exists, region, ranks: tl.constexpr, N_SOURCES: tl.constexpr, STAGE: tl.constexpr):
+def arrive_and_wait(first, tile, region, ranks: tl.constexpr, N_SOURCES: tl.constexpr, STAGE: tl.constexpr):
     """Count this program, and wait for the flags of a tile of the ranks first, ..., first + N_SOURCES - 1.
 
     Args:
         first: a rank.
         tile: the index of the tile.
-        exists: whether there is such a tile. If not, the program does not wait.
         region: a `Region`.
         ranks: a `Ranks`.
         N_SOURCES: the number of ranks.
@@ -208,7 +207,7 @@ def arrive_and_wait(first, tile, exists, region, ranks: tl.constexpr, N_SOURCES:
     N: tl.constexpr = 2 if N_SOURCES < 2 else 4 if N_SOURCES < 4 else 8 if N_SOURCES < 8 else 16 if N_SOURCES < 16 else 32
     lane = tl.arange(0, N)
     source, counts = first + lane, lane == N_SOURCES  # this lane counts the program, the ones before it read flags
-    here = (lane < N_SOURCES) & exists
+    here = lane < N_SOURCES
     flags = arrives_at(source, region) + _FLAGS + STAGE * _STAGE + 8 * (source * _MAX_TILES + tile).to(tl.int64)
     words = tl.where(counts, region.local, flags).to(tl.pointer_type(tl.int64))
     seen = tl.atomic_add(words, counts.to(tl.int64), mask=here | counts, sem="acquire", scope="sys")
