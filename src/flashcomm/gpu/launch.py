@@ -30,7 +30,7 @@ from flashcomm.wire.format import WireFormat
 
 ALGORITHMS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # the index is the number in `collective_kernel`
 PHASES = ("", "the quantized message", "the quantized sum")  # the index is the phase in `sync.give_up`
-POLLS_PER_SECOND = (2000, 400)  # in the interpreter, roughly: polls of a flag, and of a tile of LL words
+POLLS_PER_SECOND = (800, 400)  # in the interpreter, roughly: polls of flags, and of a tile of LL words
 Launch = Callable[[int, int], None]  # takes the addresses of a message and of its result
 
 

@@ -91,16 +91,13 @@ def clock(polls, ranks: tl.constexpr):
 
 
 @triton.jit
-def _late(seen, here, epoch):
-    """Return 0 if all flags are of this call or the next one (a peer may already be in it), else 1, for all threads."""
-    return tl.max((here & (((seen.to(tl.int32) - epoch) & -2) != 0)).to(tl.int32))
-
-
-@triton.jit
 def _look_at_flags(place, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
-    """Read flags, as a `LOOK` of `poll`. place: pointers to them, and a mask."""
-    seen = tl.atomic_add(place[0], tl.zeros(place[0].shape, tl.int64), mask=place[1], sem="acquire", scope="sys")
-    return seen, _late(seen, place[1], epoch)
+    """Read flags, as a `LOOK` of `poll`. A peer may already be in the next call, so its flag counts, too.
+
+    place: pointers to the flags, a mask, and zeros: what to add to them.
+    """
+    seen = tl.atomic_add(place[0], place[2], mask=place[1], sem="acquire", scope="sys")
+    return seen, tl.max((place[1] & (((seen.to(tl.int32) - epoch) & -2) != 0)).to(tl.int32))
 
 
 @triton.jit
@@ -213,8 +210,9 @@ def arrive_and_wait(first, tile, region, ranks: tl.constexpr, N_SOURCES: tl.cons
     seen = tl.atomic_add(words, counts.to(tl.int64), mask=here | counts, sem="acquire", scope="sys")
     epoch = _epoch_of(tl.sum(tl.where(counts, seen, 0)), region)
 
-    place = (words, here)
-    seen, late = poll(_look_at_flags, place, epoch, seen, _late(seen, here, epoch), region, ranks, None)
+    place = (words, here, (lane * 0).to(tl.int64))
+    late = tl.max((here & (((seen.to(tl.int32) - epoch) & -2) != 0)).to(tl.int32))
+    seen, late = poll(_look_at_flags, place, epoch, seen, late, region, ranks, None)
     if late != 0:
         behind = here & (((seen.to(tl.int32) - epoch) & -2) != 0)
         which = tl.min(tl.where(behind, source, 0x7FFFFFFF))
