@@ -17,19 +17,17 @@ class Tuning:
     """How a launch is cut up."""
 
     tile_numel: int = 4096  # values of a tile
-    tiles_per_program: int = 1
     stage_lag: int = 0  # waves from one role to the next
     ll: bool = False  # whether to use the LL protocol instead of flags
 
 
 LL = Tuning(2048, ll=True)
-SMALL = Tuning()
-LARGE = Tuning(4096, tiles_per_program=2, stage_lag=1056)
-LARGE_IN_8_PIECES = Tuning(8192, tiles_per_program=2, stage_lag=528)
+FLAGS = Tuning(stage_lag=1056)  # a lag of the programs that a GPU holds at once, so that few of them wait
+FLAGS_IN_8_PIECES = Tuning(8192, stage_lag=528)
 
 LL_SENT_BYTES = 5 << 18  # the most that a rank sends by the LL protocol in one launch
 LL_EPOCH_BYTES = 8 << 20  # size of each half of the LL inbox; less in small workspaces
-LARGE_NUMEL = 3 << 20  # messages of so many values are cut up for bandwidth, smaller ones for latency
+LARGE_NUMEL = 3 << 20  # messages of so many values have larger tiles, if their format is in 8 pieces
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Tiles:
 
 def tunings(fmt: WireFormat) -> tuple[Tuning, Tuning, Tuning]:
     """Return the tunings for the smallest messages, for small and for large ones."""
-    return LL, SMALL, LARGE_IN_8_PIECES if _pieces(fmt.reduce) == 8 else LARGE
+    return LL, FLAGS, FLAGS_IN_8_PIECES if _pieces(fmt.reduce) == 8 else FLAGS
 
 
 @lru_cache(maxsize=256)
