@@ -19,7 +19,7 @@ import torch.distributed as dist
 from flashcomm.codecs import codec_for
 from flashcomm.collectives import executors
 from flashcomm.collectives.pipelined import Context, Transport, Workspace
-from flashcomm.compat import is_registered
+from flashcomm.compat import name_of
 from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.routing import policy, timings
 from flashcomm.routing.route import Executor, Machine
@@ -212,8 +212,8 @@ def _rendezvous(
 ) -> tuple[Any, str]:
     """Return a region of this kind that all ranks have mapped, or None and why not."""
     probe = kind.probe(transport.device)
-    if kind is symmetric and not is_registered(group):
-        probe["why"] = probe["why"] or "the group is the inner one of a c10d backend and has no name in this process"
+    if kind.NAME == symmetric.NAME and name_of(group) is None:
+        probe["why"] = probe["why"] or "the group has no name by which torch finds it"
     if why := kind.why_not(consistency.exchange(transport, probe, "looking for shared memory")):
         return None, why
     region, mine, place = None, "", ""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flashcomm.compat import name_of
 from flashcomm.errors import UnavailableError
 from flashcomm.transports import cpu_shared
 
@@ -79,7 +80,7 @@ class SymmetricRegion:
         self.rank, self.world_size = group.rank(), group.size()
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before a peer sees it
-            self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
+            self._handle = self._symmetric.rendezvous(self._buffer, name_of(group) or "")  # type: ignore[arg-type]
             if getattr(self._handle, "offset", 0):
                 raise RuntimeError("the memory is part of a larger block, and its offset may differ between ranks")
             addresses = list(self._handle.buffer_ptrs)
