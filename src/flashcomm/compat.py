@@ -32,8 +32,8 @@ def process_group_named(name: str) -> dist.ProcessGroup:
 def name_of(group: dist.ProcessGroup) -> str | None:
     """Return the name by which torch finds the group; None if there is none. Symmetric memory finds its ranks by it.
 
-    `distributed_c10d._resolve_process_group`, torch 2.11 and 2.13. `group.group_name` is the name of the group's backends.
-    For a group that shares them with another one, such as the inner one of a c10d backend, it is that of the other.
+    `distributed_c10d._resolve_process_group`, torch 2.11 and 2.13. `group.group_name` is the name of the group's
+    backends. The inner group of a c10d backend shares them with the outer one, whose name its `group_name` is.
     """
     try:
         name = _registered.get(group) or group.group_name
@@ -45,9 +45,9 @@ def name_of(group: dist.ProcessGroup) -> str | None:
 def register(group: dist.ProcessGroup, name: str, store: distributed_c10d.Store) -> None:
     """Let torch find a group by name that torch.distributed did not create, such as the inner one of a c10d backend.
 
-    `torch._C._distributed_c10d._register_process_group`, torch 2.11 and 2.13: symmetric memory takes rank, size and store
-    from the group of a name. Releases in which `enable_symm_mem_for_group` is not yet deprecated look them up in a table
-    of their own, which that function fills for groups of torch.distributed only.
+    `torch._C._distributed_c10d._register_process_group`, torch 2.11 and 2.13: symmetric memory takes rank, size and
+    store from the group of a name. Releases in which `enable_symm_mem_for_group` is not yet deprecated look them up in
+    a table of their own, which that function fills for groups of torch.distributed only.
 
     Args:
         group: The group.

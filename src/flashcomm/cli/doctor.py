@@ -75,7 +75,10 @@ def _found(device: str, world_size: int, settings: Settings) -> Machine:
             name = kind.NAME
             break
     table = timings.find(
-        discovery.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world_size, name
+        discovery.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)),
+        world_size,
+        name,
+        flashcomm.__version__,
     )
     local_world_size = discovery.asked_local_world_size(settings, world_size)
     if not settings.local_world_size:

@@ -21,10 +21,10 @@ from flashcomm.collectives import executors
 from flashcomm.collectives.pipelined import Context, Transport, Workspace
 from flashcomm.compat import name_of
 from flashcomm.errors import SettingsError, UnavailableError
-from flashcomm.routing import policy, timings
+from flashcomm.routing import policy
 from flashcomm.routing.route import Executor, Machine
 from flashcomm.settings import Settings
-from flashcomm.setup import consistency
+from flashcomm.setup import consistency, measure
 from flashcomm.transports import cpu_shared, host_memory, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 
@@ -62,11 +62,10 @@ def connect(
         rejected += (("nccl", "the group has another backend, so messages go through the CPU, slowly"),)
     if rejected and transport.rank == 0:
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
-    mine = timings.find(machine_name(device), transport.world_size, name) if transport.rank == 0 else None
-    shared = consistency.exchange(transport, timings.as_dict(mine) if mine else None, "sharing measured times")[0]
-    measured = timings.from_dict(shared) if shared else None
-    machine = Machine(name, measured, rejected, local_world_size, settings.chunk_bytes)
-    return machine, _executors(transport, settings, region, nodes)
+    machine = Machine(name, None, rejected, local_world_size, settings.chunk_bytes)
+    found = _executors(transport, settings, region, nodes)
+    timings = measure.timings_of(measure.Ranks(transport, machine, found), settings, machine_name(device))
+    return replace(machine, timings=timings), found
 
 
 def _nodes(transport: ProcessGroupTransport, local_world_size: int) -> tuple[range, ...]:
