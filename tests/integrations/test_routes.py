@@ -43,7 +43,7 @@ class SymmetricStandIn(cpu_shared.SharedRegion):
 def transport(name: str, why_not: str = "", region: Any = cpu_shared.SharedRegion) -> Any:
     probe = lambda device: {"why": why_not}  # noqa: E731
     first = lambda probes: next((p["why"] for p in probes if p["why"]), "")  # noqa: E731
-    return SimpleNamespace(NAME=name, probe=probe, why_not=first, create=region)
+    return SimpleNamespace(NAME=name, probe=probe, why_not=first, create=region, SELF_TEST=False)
 
 
 NO_ACCESS = "no peer access"

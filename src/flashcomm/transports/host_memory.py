@@ -21,6 +21,7 @@ from flashcomm.errors import UnavailableError
 from flashcomm.transports import cpu_shared
 
 NAME = "host_memory"
+SELF_TEST = True
 _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
