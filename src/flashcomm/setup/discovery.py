@@ -24,7 +24,7 @@ from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.routing import policy
 from flashcomm.routing.route import Executor, Machine
 from flashcomm.settings import Settings
-from flashcomm.setup import consistency, measure, self_test
+from flashcomm.setup import consistency, measure, self_test, verify
 from flashcomm.transports import cpu_shared, host_memory, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
 
@@ -67,6 +67,8 @@ def connect(
     machine = Machine(name, None, rejected, local_world_size, settings.chunk_bytes)
     found = _executors(transport, settings, kernels, nodes)
     timings = measure.timings_of(measure.Ranks(transport, machine, found), settings, machine_name(device))
+    if settings.verify:
+        found = verify.Verifier(transport, settings.verify, local_world_size).around(found)
     return replace(machine, timings=timings), found
 
 
