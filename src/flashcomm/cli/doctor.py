@@ -79,8 +79,8 @@ def _found(device: str, world_size: int, settings: Settings) -> Machine:
             found = run_ranks(machine_of, world_size, (settings.fmt,), quiet=True, device=device)
             if isinstance(found, Machine):  # None on torchrun's other ranks
                 return found
-        except FlashcommError as why:
-            rejected.append(("ranks", str(why)))
+        except FlashcommError as error:
+            rejected.append(("ranks", str(error)))
     for kind in discovery.candidates(device, settings.transport):
         here = min(world_size, torch.cuda.device_count()) if device == "cuda" else world_size
         probes = [kind.probe(torch.device(device, rank)) for rank in range(here)]
