@@ -1,4 +1,7 @@
-"""Which transport a message takes on two GPUs, with and without peer access: the same by every integration."""
+"""Which transport a message takes on two GPUs, with and without peer access: the same by every integration.
+
+Also times that are measured at set-up, and peer access that fails the self-test.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ from flashcomm.integrations.dtensor import MeshCollectives
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.integrations.vllm_group import TensorParallelAllReduce
 from flashcomm.ranks.launch import RankContext, run
+from flashcomm.routing import timings
+from flashcomm.setup import measure, self_test
+from flashcomm.transports import symmetric
 
 SHAPES = ((1, 4096), (1024, 4096))  # 8 KB and 8 MB of bf16
 
@@ -87,3 +93,57 @@ def test_every_integration_takes_the_transport_of_a_communicator(
     if expected == "host_memory":
         monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
     run(routes, 2, (expected,), device="cuda")
+
+
+def measured_at_set_up(ctx: RankContext) -> None:
+    with Communicator(None, "int4", measure="anew") as comm:
+        mine = comm.machine.timings
+        assert mine is not None
+        everyone: list[Any] = [None] * ctx.world_size
+        dist.all_gather_object(everyone, timings.as_dict(mine))
+        assert everyone[0] == everyone[1]
+        assert mine.at_setup
+        assert mine.sizes == measure.SIZES, "the limit left out sizes"
+        assert set(mine.us) == {"backend", "none one_shot", "int4 one_shot"}
+        for size in mine.sizes:
+            route = comm.explain((size // 2,), torch.bfloat16).route
+            key = "backend" if route.algorithm == "backend" else f"{route.format} {route.algorithm}"
+            assert mine.time(key, size) <= mine.time("backend", size)
+    with Communicator(None, "int4", measure="auto") as comm:
+        assert comm.machine.timings is not None
+        assert timings.as_dict(comm.machine.timings) == timings.as_dict(mine), "the stored table was not found"
+
+
+@pytest.mark.skipif(not NCCL, reason="NCCL needs two CUDA devices of which each has one rank")
+def test_gpus_without_timings_measure_themselves(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run(measured_at_set_up, 2, device="cuda")
+
+
+def peer_access_that_lies(ctx: RankContext) -> None:
+    """What rank 0 writes for rank 1 ends in memory of rank 0 that nobody reads."""
+    rendezvous = symmetric.SymmetricRegion.rendezvous
+
+    def lying(self: Any, group: Any, places: Any) -> None:
+        rendezvous(self, group, places)
+        if ctx.rank == 0:
+            self.nowhere = torch.zeros(self.n_bytes, dtype=torch.uint8, device=ctx.device)
+            self.peers[1] = self.nowhere.data_ptr()
+
+    symmetric.SymmetricRegion.rendezvous = lying  # type: ignore[method-assign]
+    self_test.TIMEOUT_S = 1.0
+    with Communicator(None, "int4", min_bytes=0) as comm:
+        assert comm.machine.transport == "host_memory"
+        assert "rank 1 waited 1 s for rank 0" in comm.machine.rejected[0][1]
+        messages = [tough((64, 4096), torch.bfloat16, rank) for rank in range(2)]
+        got = comm.all_reduce(messages[ctx.rank].to(ctx.device)).cpu()
+        assert same_bits(got, reference.one_shot(messages, comm.format))
+        comm.synchronize()
+    assert "" in self_test._verdicts.values(), "host memory passes"
+
+
+@pytest.mark.skipif(not NCCL, reason="NCCL needs two CUDA devices of which each has one rank")
+def test_peer_access_that_lies_is_not_used() -> None:
+    if not torch.cuda.can_device_access_peer(0, 1):
+        pytest.skip("these two GPUs have no peer access")
+    run(peer_access_that_lies, 2, device="cuda")

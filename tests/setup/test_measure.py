@@ -46,7 +46,9 @@ def tables(*formats: str, **settings: Any) -> list[list[Timings | None]]:
 def test_a_machine_is_measured_once_and_the_table_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     monkeypatch.setattr(measure, "measured", lambda *args: (measured.append(args), actual(*args))[1])
+    random_numbers = torch.get_rng_state()
     (first, again, other), theirs = tables("int8", "int8", "int4", measure="anew")
+    assert torch.equal(torch.get_rng_state(), random_numbers)
     assert first is not None
     assert again is not None
     assert other is not None
