@@ -17,7 +17,6 @@ from flashcomm.routing.route import Executor, Route
 from flashcomm.setup import consistency
 from flashcomm.transports.process_group import ProcessGroupTransport
 
-
 VERIFIED = ("all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather")
 
 
