@@ -79,12 +79,12 @@ class _SelfTest:
 
     def __init__(self, transport: ProcessGroupTransport, kernels: KernelCollectives, fmt: WireFormat) -> None:
         from flashcomm.gpu.compat import INTERPRETED
-        from flashcomm.gpu.tuning import LL, SMALL
+        from flashcomm.gpu.tuning import FLAGS, LL
 
         self.transport, self.kernels, self.fmt, self.device = transport, kernels, fmt, transport.device
         self.rank, self.world_size, self._n = transport.rank, transport.world_size, 0
         # Values and tuning. On GPUs the size decides: 8 KB go by LL, 8 MB are cut up as large messages are.
-        small, large = ((1, LL), (1, SMALL)) if INTERPRETED else ((1, None), (1024, None))
+        small, large = ((1, LL), (1, FLAGS)) if INTERPRETED else ((1, None), (1024, None))
         self._kinds: list[tuple[int, Any]] = [small, large, small]
         self._row = fmt.unit if INTERPRETED else ROW
 
