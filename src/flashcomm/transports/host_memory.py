@@ -53,7 +53,6 @@ class HostRegion(cpu_shared.SharedRegion):
         UnavailableError: The memory cannot be allocated or pinned.
     """
 
-
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         self._pinned: list[int] = []
         with _on_local_cpus(device):

@@ -62,7 +62,6 @@ class SymmetricRegion:
         UnavailableError: The memory cannot be allocated, or torch cannot map that of the peers.
     """
 
-
     def __init__(self, device: torch.device, n_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
