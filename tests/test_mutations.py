@@ -171,8 +171,20 @@ MUTATIONS = {
         "routing/policy.py", "uncompressed, min_bytes != AUTO)", "uncompressed, False)",
         "routing/test_policy.py::test_settings_win_over_timings",
     ),
+    "timings of other versions count": (
+        "routing/timings.py", "if found.version != version:", "if False:",
+        "routing/test_policy.py::test_an_own_file_of_no_use_is_ignored_with_one_line",
+    ),
+    "the fastest rank counts when times are measured": (
+        "setup/measure.py", "slowest = [max(of_turn)", "slowest = [min(of_turn)",
+        "setup/test_measure.py::test_the_slowest_rank_counts_and_of_turns_the_median",
+    ),
+    "only the rank whose result is wrong raises": (
+        "setup/verify.py", "if any(everyone):", "if wrong:",
+        "setup/test_verify.py::test_a_wrong_result_is_an_error_on_all_ranks",
+    ),
     "the package's timings come before one's own": (
-        "routing/timings.py", "in (own_directory(), BUILT_IN)", "in (BUILT_IN, own_directory())",
+        "routing/timings.py", "if found is None and (BUILT_IN / name).exists():", "if (BUILT_IN / name).exists():",
         "routing/test_policy.py::test_own_timings_come_before_those_of_the_package",
     ),
     "peers on another host": (

@@ -318,7 +318,8 @@ class TestCachedTimings:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         (tmp_path / "flashcomm").mkdir()
         (tmp_path / "flashcomm" / "cpu-x2-process-group.json").write_text(
-            '{"source":"me","sizes":[1,1048576],"us":{"backend":[1,1],"int4 one_shot":[9,9]}}'
+            f'{{"source":"me","flashcomm":"{flashcomm.__version__}","sizes":[1,1048576],'
+            '"us":{"backend":[1,1],"int4 one_shot":[9,9]}}'
         )
         for choice in raise_first(
             run_ranks(2, lambda g, r: str(Communicator(g, "int8").explain((4096, 576), torch.float32)))

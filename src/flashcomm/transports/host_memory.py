@@ -21,6 +21,7 @@ from flashcomm.errors import UnavailableError
 from flashcomm.transports import cpu_shared
 
 NAME = "host_memory"
+SELF_TEST = True
 _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
@@ -51,7 +52,6 @@ class HostRegion(cpu_shared.SharedRegion):
     Raises:
         UnavailableError: The memory cannot be allocated or pinned.
     """
-
 
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         self._pinned: list[int] = []

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from flashcomm.compat import name_of
 from flashcomm.errors import UnavailableError
 from flashcomm.transports import cpu_shared
 
 NAME = "symmetric"
+SELF_TEST = True  # drivers may claim peer access that does not work (`setup.self_test`)
 
 
 def probe(device: torch.device) -> dict[str, Any]:
@@ -60,7 +62,6 @@ class SymmetricRegion:
         UnavailableError: The memory cannot be allocated, or torch cannot map that of the peers.
     """
 
-
     def __init__(self, device: torch.device, n_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
@@ -78,7 +79,7 @@ class SymmetricRegion:
         self.rank, self.world_size = group.rank(), group.size()
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before a peer sees it
-            self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
+            self._handle = self._symmetric.rendezvous(self._buffer, name_of(group) or "")  # type: ignore[arg-type]
             if getattr(self._handle, "offset", 0):
                 raise RuntimeError("the memory is part of a larger block, and its offset may differ between ranks")
             addresses = list(self._handle.buffer_ptrs)
