@@ -235,7 +235,7 @@ MUTATIONS = {
         "gpu/test_kernels.py::test_how_a_message_is_cut_changes_no_bit[False]",
     ),
     "a flag of the call before will do": (
-        "gpu/sync.py", "((seen.to(tl.int32) - epoch) & -2) != 0)).to(", "((seen.to(tl.int32) - epoch) & -2) > 0)).to(",
+        "gpu/sync.py", "late = tl.max((here & (((seen.to(tl.int32) - epoch) & -2) != 0", "late = tl.max((here & (((seen.to(tl.int32) - epoch) & -2) > 0",
         "gpu/test_kernels.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "data of even and odd calls lie in one place": (

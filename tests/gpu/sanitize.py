@@ -33,9 +33,9 @@ PEERS = [
     ("one_shot", "int4", tuning.LL, (4, 512)),
     ("two_shot", "int6-had/int7-had", tuning.LL, (9, 512)),
     ("all_gather", "none", tuning.LL, (4, 512)),
-    ("two_shot", "int4", tuning.SMALL, (33, 1024)),
-    ("reduce_scatter", "int4", tuning.SMALL, (34, 1024)),
-    ("one_shot", "int6-had/int7-had", tuning.LARGE_IN_8_PIECES, (257, 1024)),
+    ("two_shot", "int4", tuning.FLAGS, (33, 1024)),
+    ("reduce_scatter", "int4", tuning.FLAGS, (34, 1024)),
+    ("one_shot", "int6-had/int7-had", tuning.FLAGS_IN_8_PIECES, (257, 1024)),
 ]
 HOST = [
     ("one_shot", "int4", tuning.LL, (4, 512)),

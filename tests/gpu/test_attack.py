@@ -49,7 +49,7 @@ BF16 = torch.bfloat16
 # The kinds of memory, each with a protocol: LL words, flags, or waves through host memory.
 LL, FLAGS, WAVES = "GPU memory, LL", "GPU memory, flags", "host memory, waves"
 WAYS = (LL, FLAGS, WAVES)
-HOW = {LL: tuning.LL, FLAGS: tuning.SMALL, WAVES: HostTuning(512, stage_lag=1, n_workers=1)}
+HOW = {LL: tuning.LL, FLAGS: tuning.FLAGS, WAVES: HostTuning(512, stage_lag=1, n_workers=1)}
 # On GPUs a message of the second kind takes several launches, between which a call can be interrupted.
 SMALL, LARGE = ((4, 512), (512, 4096)) if ON_GPUS else ((2, 256), (2, 512))
 TIMEOUT_S = 0.5 if ON_GPUS else 0.1  # of a wait for a peer that does not come; the interpreter counts polls

@@ -66,8 +66,6 @@ class SharedRegion:
         UnavailableError: The memory cannot be allocated.
     """
 
-    mapped = False
-
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         self.device, self.n_bytes = device, -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.size = self.n_bytes + -(-extra // mmap.PAGESIZE) * mmap.PAGESIZE

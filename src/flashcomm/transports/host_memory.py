@@ -53,8 +53,6 @@ class HostRegion(cpu_shared.SharedRegion):
         UnavailableError: The memory cannot be allocated or pinned.
     """
 
-    mapped = True
-
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         with _on_local_cpus(device):
             super().__init__(device, n_bytes, extra)

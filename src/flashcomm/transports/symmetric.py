@@ -61,8 +61,6 @@ class SymmetricRegion:
         UnavailableError: The memory cannot be allocated, or torch cannot map that of the peers.
     """
 
-    mapped = False
-
     def __init__(self, device: torch.device, n_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
