@@ -109,6 +109,25 @@ MUTATIONS = {
         "setup/call_guard.py", "if kind is None or issubclass(kind, _CLEAN):", "if True:",
         "setup/test_call_guard.py::TestLeft",
     ),
+    "the fast path forgets that it was interrupted": (
+        "collectives/recent.py", "        finally:\n            guard.owner = 0", "        finally:\n            guard.busy, guard.owner = False, 0",
+        "collectives/test_recent.py",
+    ),
+    "the fast path takes no lock": (
+        "collectives/recent.py", "guard.busy or not guard.lock.acquire(False)", "guard.busy or not (guard.lock.locked() or guard.lock.acquire(False))",
+        "collectives/test_recent.py",
+    ),
+    "a dropped region keeps its descriptor": (
+        "transports/cpu_shared.py", "self._held.callback(os.close, file)", "pass",
+        "transports/test_dropped.py::test_nothing_is_left",
+    ),
+    "a dropped region stays pinned": (
+        "transports/host_memory.py", "self._held.callback(_unpin, os.getpid(), self.device, address)", "pass",
+        "transports/test_dropped.py::test_pinned_memory_is_unpinned_before_it_is_unmapped",
+    ),
+    "messages of all calls have one tag": (
+        "transports/process_group.py", "self._call % 2048 << 9", "0", "transports/test_tags.py",
+    ),
     "out may overlap x": (
         "setup/consistency.py", "return begin < out.data_ptr()", "return False and begin < out.data_ptr()",
         "setup/test_consistency.py::TestMemory",

@@ -6,8 +6,10 @@ for, why no public name would do, and with which releases it was tested.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import weakref
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -112,3 +114,26 @@ def in_backward_pass() -> bool:
     `torch._C._current_graph_task_id`, torch 2.13. There is no public name for it.
     """
     return torch._C._current_graph_task_id() != -1
+
+
+def accept_in_monitored_barrier(kind: type[Any]) -> None:
+    """Make `torch.distributed.monitored_barrier` accept groups of this class, by calling their own method.
+
+    `distributed_c10d.monitored_barrier`, torch 2.11 and 2.13, compares the name of the backend with "gloo" and raises
+    ValueError for all others. There is no hook, so this replaces the function.
+    """
+    original = distributed_c10d.monitored_barrier
+
+    @functools.wraps(original)
+    def monitored_barrier(
+        group: dist.ProcessGroup | None = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+    ) -> None:
+        found: Any = dist.group.WORLD if group is None else group
+        if not isinstance(found, kind):
+            original(group, timeout, wait_all_ranks)
+        elif timeout is None:
+            found.monitored_barrier(wait_all_ranks=wait_all_ranks)
+        else:
+            found.monitored_barrier(timeout, wait_all_ranks=wait_all_ranks)
+
+    distributed_c10d.monitored_barrier = dist.monitored_barrier = monitored_barrier

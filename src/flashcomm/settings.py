@@ -193,7 +193,8 @@ def _format(value: Any) -> str:
 
 def _seconds(value: float | str) -> float:
     try:
-        seconds = float(value)
+        plain = not isinstance(value, str) or re.fullmatch(r"[0-9.e+-]{1,30}", value.strip())  # not "1_0"
+        seconds = float(value) if plain else 0.0
     except (TypeError, ValueError, OverflowError):
         seconds = 0.0
     if not 1e-3 <= seconds < 1e7:  # torch.distributed counts milliseconds, and 0 of them mean no time-out

@@ -23,8 +23,8 @@ Backend from Python only, but functional collectives and DTensor call from C++. 
 collective in Python. Otherwise torch runs the inherited method while it holds the GIL, and waits for a lock of gloo's
 worker thread. That thread needs the GIL to free a tensor before it releases the lock: a deadlock.
 
-Two things differ from gloo: `torch.distributed.get_backend` returns "flashcomm", and `torch.distributed.
-monitored_barrier` raises ValueError, because torch allows it for "gloo" only. The group's own method works.
+One thing differs from gloo: `torch.distributed.get_backend` returns "flashcomm". `torch.distributed.monitored_barrier`
+accepts "gloo" only, by name, so importing this module replaces that function by one that accepts our groups, too.
 
 FLASHCOMM_FORMAT may name a plan. A collective does not know its layer, so only the plan's default format and its format
 for decoding apply.
@@ -46,7 +46,13 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
 
 from flashcomm.communicator import Communicator
-from flashcomm.compat import in_backward_pass, register, start_sequence_numbers, unregister
+from flashcomm.compat import (
+    accept_in_monitored_barrier,
+    in_backward_pass,
+    register,
+    start_sequence_numbers,
+    unregister,
+)
 from flashcomm.errors import CommunicationError, FlashcommError, FormatError, PlanError, SettingsError
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.plan import Plan
@@ -285,4 +291,5 @@ def _backends(store: Store, rank: int, size: int, timeout: timedelta) -> list[tu
     return found
 
 
+accept_in_monitored_barrier(FlashProcessGroup)
 dist.Backend.register_backend(NAME, FlashProcessGroup, devices=["cpu", "cuda"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,8 @@ class SymmetricRegion:
         import torch.distributed._symmetric_memory as symmetric
 
         self._symmetric, self.device, self.n_bytes, self.place = symmetric, device, n_bytes, ""
+        self._release = weakref.finalize(self, wait_for_kernels, os.getpid(), device)
+        self._release.atexit = False
         try:
             self._buffer = symmetric.empty(n_bytes, dtype=torch.uint8, device=device).zero_()
             self.status = torch.zeros(5, dtype=torch.int32).pin_memory()
@@ -90,7 +93,13 @@ class SymmetricRegion:
 
     def close(self) -> None:
         """Wait for this rank's kernels. torch frees the memory with the region."""
-        torch.cuda.synchronize(self.device)
+        self._release()
+
+
+def wait_for_kernels(pid: int, device: torch.device) -> None:
+    """Wait for the kernels of process `pid`, before the memory that they use is freed."""
+    if os.getpid() == pid:  # in a forked process CUDA does not work
+        torch.cuda.synchronize(device)
 
 
 create = SymmetricRegion
