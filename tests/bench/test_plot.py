@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> dict[str, Any]:
-    """Return the line style and the times in ms of each line of the left panel, by label."""
+    """Return the line style and the times in us of each line of the left panel, by label."""
     from matplotlib import pyplot
 
     figures: list[Any] = []
@@ -44,10 +44,10 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records.write_csv(source, rows)
     lines = drawn(monkeypatch, source, tmp_path / "new.svg")
     assert lines == {
-        "backend": ("--", [1.024, 2.048]),
-        "uncompressed one_shot": (":", [1.024, 2.048]),
-        "int4": ("-", [1.024, 2.048]),
-        "flashinfer fp8 (eager)": ("-.", [0.007, 0.007]),
+        "backend": ("--", [1024, 2048]),
+        "uncompressed one_shot": (":", [1024, 2048]),
+        "int4": ("-", [1024, 2048]),
+        "flashinfer fp8 (eager)": ("-.", [7, 7]),
     }
 
 

@@ -44,16 +44,18 @@ def plot(sources: Sequence[Path], target: Path) -> None:
             f"{len(sources)} files: several files can be drawn together only if all are of `flashcomm ttft`"
         )
     if rows and "time_us" in rows[0]:
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
         _bench(rows, *axes)
+        labels = axes[0].get_legend_handles_labels()
+        figure.legend(*labels, loc="outside lower center", ncols=min(5, -(-len(labels[0]) // 2)), fontsize=8)
     elif rows and "ttft_s" in rows[0]:
         cases: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
         for row in rows:
             cases.setdefault(tuple(row.get(key, "") for key in _PANEL), []).append(row)
-        columns = min(3, len(cases))
+        columns = min(2, len(cases))
         lines = -(-len(cases) // columns)
         most = max(len(mine) for mine in cases.values())
-        size = (7.0 if columns == 1 else 5.0 * columns, lines * max(2.5, 0.33 * most + 1.2))
+        size = (7.0 if columns == 1 else 6.0 * columns, lines * max(2.5, 0.3 * most + 1.2))
         figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
         for spare in axes.flat[len(cases) :]:
             spare.set_axis_off()
@@ -73,7 +75,8 @@ def plot(sources: Sequence[Path], target: Path) -> None:
             f"{', '.join(map(str, sources))} has no rows of `flashcomm bench`, `ttft` or `eval`: write one with --csv"
         )
     where = rows[0]
-    figure.text(0.005, 0.005, f"{where['machine']}, torch {where['torch']}, {where['date']}", fontsize=6, color="0.5")
+    source = f"{where['machine']}, torch {where['torch']}, {where['date']}"
+    figure.supxlabel(source, x=0.005, ha="left", fontsize=6, color="0.5")  # has a line of its own
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None, dpi=150)
     pyplot.close(figure)
 
@@ -89,24 +92,36 @@ def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
         if row["path"] != "auto":
             lines.setdefault(_line_of(row), []).append(row)
     has_graphs = any(row.get("mode") == "graph" for row in rows)
-    for name, mine in lines.items():
+    speed = "over_backend" if rows[0].get("over_backend") else "speedup"
+    for name in sorted(lines, key=lambda name: name not in _GRAYS):  # the baselines first, below the others
+        mine = lines[name]
         graphs = [row for row in mine if row.get("mode") == "graph"]
         label = f"{name} (eager)" if has_graphs and not graphs else name
         mine = graphs or mine
         sizes = [int(row["size"]) for row in mine]
         color, dashes = _GRAYS.get(name, (None, "-"))
         style = {"color": color, "linestyle": dashes, "linewidth": 1.0 if color else 1.5}
-        time_axis.plot(sizes, [float(row["time_us"]) / 1e3 for row in mine], marker=".", label=label, **style)
-        speed_axis.plot(sizes, [float(row["speedup"] or "nan") for row in mine], marker=".", label=label, **style)
-    time_axis.set(yscale="log", ylabel="time, ms")
-    speed_axis.set(ylabel="speed-up over the best uncompressed path", ylim=(0, None))
+        time_axis.plot(sizes, [float(row["time_us"]) for row in mine], marker=".", label=label, **style)
+        speed_axis.plot(sizes, [float(row[speed] or "nan") for row in mine], marker=".", label=label, **style)
+    time_axis.set(yscale="log", ylabel="time, us")
+    time_axis.yaxis.set_major_formatter("{x:,.0f}")
+    than = "the backend (NCCL or gloo)" if speed == "over_backend" else "the best uncompressed path"
+    speed_axis.set(ylabel=f"speed-up over {than}", ylim=(0, None))
+    powers = sorted({int(row["size"]).bit_length() - 1 for row in rows})
+    ticks = [1 << power for power in range(powers[0] + powers[0] % 2, powers[-1] + 1, 2)]
     for axis in (time_axis, speed_axis):
-        axis.set(xscale="log", xlabel="message, bytes of bf16" if rows[0]["type"] == "bfloat16" else "message, bytes")
+        axis.set(xscale="log", xlabel="message of bf16" if rows[0]["type"] == "bfloat16" else "message")
+        axis.set_xticks(ticks, [_size(n) for n in ticks], rotation=45, fontsize=8)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=None if len(lines) < 7 else 7)
     link = "" if rows[0].get("link", "none") == "none" else f" over {rows[0]['link']}"
     mode = ", CUDA graphs" if has_graphs else ""
     time_axis.set_title(f"all-reduce, {rows[0]['world']} ranks{link}{mode}", loc="left")
+
+
+def _size(n_bytes: int) -> str:
+    """Return a power of two as people write it, such as 64 KB."""
+    return f"{n_bytes >> 20} MB" if n_bytes >= 1 << 20 else f"{n_bytes >> 10} KB" if n_bytes >= 1024 else f"{n_bytes} B"
 
 
 _GRAYS = {  # baselines
@@ -114,7 +129,7 @@ _GRAYS = {  # baselines
     "symm one-shot": ("0.7", "--"),
     "symm two-shot": ("0.5", "--"),
     "vllm custom": ("0.4", "-."),
-    "flashinfer fp8": ("tab:brown", "-."),
+    "flashinfer fp8": ("0.75", "-."),
     "uncompressed one_shot": ("0.6", ":"),
     "uncompressed two_shot": ("0.4", ":"),
 }
@@ -147,17 +162,17 @@ def _ttft(rows: Rows, axis: Any) -> None:
         time = f"{1e3 * total[y]:.1f} ms" if max(total) < 1 else f"{total[y]:.2f} s"
         text = f" {time}, {float(row['speedup']):.2f}x, {human_bytes(float(row['wire_bytes']))}"
         axis.text(total[y], y, text, va="center", fontsize=8 if len(rows) < 8 else 7)
-    axis.set(xlabel="time to first token, s; speed-up; bytes a rank sends", xlim=(0, max(total) * 1.75))
+    axis.set(xlabel="time to first token, s; speed-up; bytes a rank sends", xlim=(0, max(total) * 1.9))
     axis.invert_yaxis()
     first = rows[0]
-    link = "" if first["link"] == "none" else f" over {first['link']}"
+    link = "" if first["link"] == "none" else f", {first['link']}"
     cut = (
         "" if first.get("layers") == first.get("all_layers") else f", {first['layers']} of {first['all_layers']} layers"
     )
     batch = f"{first['batch']} x " if first.get("batch", "1") != "1" else ""
     compiled = ", compiled" if first.get("compiled") == "True" else ""
-    title = f"{first['model']}{cut}, {batch}{first['tokens']} tokens, {first['world']} ranks{link}{compiled}"
-    axis.set_title(title, loc="left", fontsize=10 if len(title) < 60 else 8)
+    title = f"{first['model']}{cut}, {batch}{first['tokens']} tokens,\n{first['world']} ranks{link}{compiled}"
+    axis.set_title(title, loc="left", fontsize=10)
     if axis.get_subplotspec().num1 == 0:
         axis.legend(loc="lower right", fontsize=8)
 
