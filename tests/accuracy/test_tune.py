@@ -76,17 +76,17 @@ def stub(
     return measure
 
 
-@pytest.mark.parametrize("over", [0.1, 0.7, 1.0, 1.6, 4.0])
+@pytest.mark.parametrize("over", [0.1, 0.7, 1.0, 1.6, 2.9])
 def test_a_plan_is_fitted_to_the_divergence_that_is_measured(over: float) -> None:
     """Predictions may be off by a factor. The upper end of the interval comes within the budget, and near it."""
     given, target = candidates(), math.log1p(0.01)
-    found = tune.tune(given, stub(given, over=over), rise=0.01)
+    found = tune.tune(given, stub(given, over=over, half=0.5), rise=0.01)
     assert not found.why_not
     assert found.measured.kl.high <= target
     inside = [
         s.bits
         for s in (given.select(10 ** (-k / 50)) for k in range(600))
-        if 1.1 * over * kl_of(given, given.plan(s.formats)) <= target
+        if 1.5 * over * kl_of(given, given.plan(s.formats)) <= target
     ]
     assert found.bits <= min(inside) + 0.5  # one step of one layer
 

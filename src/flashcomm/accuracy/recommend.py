@@ -1,10 +1,12 @@
-"""Which format to take, from what `eval` measured."""
+"""Which format to take: from what `eval` measured on a model, or from what was measured on all models so far."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from flashcomm.wire.format import WireFormat
 
 BUDGET = 0.01  # the rise in perplexity that the default format is meant to keep
 IMPLAUSIBLE_BITS_PER_BYTE = 2.2  # above it a model predicts a text worse than gzip does
@@ -51,4 +53,25 @@ def implausible(bits_per_byte: float) -> str:
         f"warning: the uncompressed model needs {bits_per_byte:.1f} bits per byte of this text, where language models "
         "need 0.5 to 1.5. The tokenizer may be broken, --bos wrong, or the text in a language that the model does not "
         "know. The figures of formats mean little then."
+    )
+
+
+def is_safe(fmt: WireFormat) -> bool:
+    """Return whether a format is one that kept `BUDGET` on every model measured; docs/accuracy.md has the figures."""
+    steps = [step for step in (fmt.reduce, fmt.gather) if not step.uncompressed]
+    transformed = all(step.hadamard for step in steps) and fmt.reduce.bits >= 6 and fmt.gather.bits >= 7
+    return all(step.group <= 64 for step in steps) and (transformed or all(step.bits == 8 for step in steps))
+
+
+def evidence(fmt: WireFormat) -> str:
+    """Return what the models measured so far say about a format, in one sentence."""
+    if fmt.uncompressed:
+        return "no loss"
+    if is_safe(fmt):
+        return "raised perplexity by less than 1 % on every model measured"
+    measure = "measure it on your model with flashcomm eval --quick"
+    if all(step.uncompressed or step.hadamard for step in (fmt.reduce, fmt.gather)):
+        return f"raised perplexity by more than 1 % on some models: {measure}"
+    return (
+        f"a plain format, as in the paper: loses twice as much or more than the -had format of as many bits; {measure}"
     )

@@ -11,7 +11,7 @@ import typer
 from flashcomm.accuracy import tune as accuracy
 from flashcomm.accuracy.sensitivity import BATCH_TOKENS
 from flashcomm.accuracy.texts import all_windows, bos_of, even_windows, tokens_of
-from flashcomm.bench.records import environment
+from flashcomm.bench.records import environment, write_csv
 from flashcomm.cli import options
 from flashcomm.cli.console import print_json, print_table, progress
 from flashcomm.cli.models import open_model
@@ -39,6 +39,7 @@ def tune(
     bos: options.Bos = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "fp32",
+    csv: options.Csv = None,
     json: options.Json = False,
 ) -> None:
     """Find the plan, with a format for each layer, that meets a budget with the fewest bits on the wire.
@@ -80,7 +81,9 @@ def tune(
             path = Path(str(output).replace("{}", asked.removesuffix("%")))
             found.plan.decode, found.plan.model, found.plan.made = for_decode, fits, made | row | environment()
             found.plan.save(path)
-            results.append({"plan": str(path), "why_not": found.why_not, **made, **row})
+            results.append({"model": model.name, "plan": str(path), "why_not": found.why_not, **made, **row})
+    if csv:
+        write_csv(csv, results)
     if json:
         print_json({"plans": results})
     else:
