@@ -143,8 +143,35 @@ def readme() -> str:
     return table(["format", "bits/value", "less than bf16", *(f"{w} ranks" for w in worlds)], body)
 
 
+def families() -> str:
+    """Return the KL divergence of each format on both models, at the first number of ranks measured."""
+    files = {"SmolLM2-135M": "accuracy-smollm2.csv", "Qwen2.5-Coder-0.5B": "accuracy-qwen2.5-coder.csv"}
+    found = {name: {r["format"]: r for r in reversed(low_bit(file))} for name, file in files.items()}
+    first, second = found.values()
+    shared = sorted((f for f in first if f in second), key=lambda f: -float(first[f]["bits"]))
+    body = [
+        [name_of(first[f]), first[f]["bits"], *(f"{float(m[f]['kl']):.4f}" for m in (first, second))] for f in shared
+    ]
+    return table(["format", "bits/value", *(f"{name}, KL" for name in files)], body)
+
+
+def tuned() -> str:
+    """Return what `tune` promised and measured, by model and budget."""
+    body = []
+    for r in rows_of("tune-two-models.csv"):
+        kl, risen = (f"{float(r[a]):{spec}} [{float(r[b]):{spec}}, {float(r[c]):{spec}}]" for a, b, c, spec in (
+            ("kl", "kl_low", "kl_high", ".4f"), ("rise_pct", "low_pct", "high_pct", "+.2f"),
+        ))  # fmt: skip
+        met = "met" if r["met"] == "True" else "not met"
+        body.append(
+            [r["model"], f"{float(r['budget'].removesuffix('%')):g} %", met, r["bits"], r["predicted_kl"], kl, risen]
+        )
+    return table(["model", "budget", "", "bits/value", "KL predicted", "KL measured [95 %]", "rise, % [95 %]"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (readme, accuracy, auto, nodes, nodes_times, real, predicted, needle, generation)
+    f.__name__: f
+    for f in (readme, accuracy, auto, nodes, nodes_times, real, predicted, needle, generation, families, tuned)
 }
 
 

@@ -31,9 +31,17 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tune_then_eval_the_plan(pages: Path, tmp_path: Path) -> None:
     common = ("--model", MODEL, "--text", pages, "--context", 64, "--windows", 2, "--json")
     plan = tmp_path / "plan-{}.json"
-    made = as_json(flashcomm("tune", *common, "--bits", "4.6,7", "--check", pages, "--decode", "int8", "-o", plan))
-    small, large = made["plans"]
-    assert small["met"]
+    bits = ("--bits", "4.6,7,2.1", "--csv", tmp_path / "tune.csv")
+    done = flashcomm("tune", *common, *bits, "--check", pages, "--decode", "int8", "-o", plan)
+    small, large, missed = json.loads(done.stdout)["plans"]
+    assert done.returncode == 1
+    assert "no plan meets the budget; the best plan found was written: 2.1 " in done.stderr
+    assert "the fewest possible bits are 2.14" in done.stderr
+    assert [p["met"] for p in (small, large, missed)] == [True, True, False]
+    assert json.loads((tmp_path / "plan-2.1.json").read_text())["made"]["met"] is False
+    assert [r["plan"] for r in csv.DictReader((tmp_path / "tune.csv").open())] == [
+        p["plan"] for p in (small, large, missed)
+    ]
     assert small["check_windows"] >= 8
     assert 4.3 < small["bits"] <= 4.6
     assert 6 < large["bits"] <= 7
@@ -110,17 +118,10 @@ def test_real_ranks_give_the_rows_of_simulated_ones(pages: Path) -> None:
         assert a == b
 
 
-def test_a_budget_no_format_meets(pages: Path, tmp_path: Path) -> None:
+def test_a_budget_below_what_8_bits_can_do(pages: Path, tmp_path: Path) -> None:
     where = ("--text", pages, "--check", pages, "--context", 64, "--windows", 2, "-o", tmp_path / "plan.json")
-    done = flashcomm("tune", "--model", MODEL, *where, "--bits", "2.05")
-    assert done.returncode == 1
-    assert "no plan meets the budget; the best plan found was written: 2.05 " in done.stderr
-    assert "the fewest possible bits are 2.12" in done.stderr
-    assert json.loads((tmp_path / "plan.json").read_text())["made"]["met"] is False
-    (tmp_path / "plan.json").unlink()
     done = flashcomm("tune", "--model", MODEL, *where, "--budget", "0.001%")
-    assert done.returncode == 1
-    assert "no plan meets a budget of 0.001 %: int8-g32-had in every layer costs" in done.stderr
+    refused(done, "no plan meets a budget of 0.001 %: int8-g32-had in every layer costs")
     assert not (tmp_path / "plan.json").exists()
 
 

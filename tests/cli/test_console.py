@@ -16,7 +16,7 @@ def test_a_line_every_30_seconds_with_the_time_left(
     """Windows take 4 seconds. Another total is another task, with a clock of its own."""
     monkeypatch.setattr(console, "err_console", Console(stderr=True, force_terminal=False))
     now = [100.0]
-    with mock.patch.object(console.time, "monotonic", lambda: now[0]), console.progress(quiet=True) as report:
+    with mock.patch.object(console.time, "monotonic", side_effect=lambda: now[0]), console.progress(True) as report:
         for done in range(21):
             report("2 ranks, int4", done, 100)
             now[0] += 4

@@ -30,7 +30,7 @@ def needed_bytes(
         m.weight.numel() for m in layers
     )  # ranks' shards
     logits = 8 * max(PIECE_BYTES, 4 * 16 * config.vocab_size)
-    width = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    width = 8 * config.hidden_size + 6 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     working = batch_tokens * width * 4
     if backward:
         messages = 4 * batch_tokens * sum(m.out_features for m in layers) * (world_size + 4)

@@ -225,6 +225,7 @@ def _batches(model: Any, windows: Tensor, world_size: int, what: str, progress: 
                 seen[name] = _Seen(tensors[:-2], *tensors[-2:])
             with torch.no_grad():
                 yield seen
+            seen.clear()  # before the next batch is run
         progress(what, len(windows), len(windows))
     finally:
         for p in frozen:

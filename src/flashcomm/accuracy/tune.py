@@ -183,7 +183,9 @@ class Sample:
         """Measure a plan on as many windows as plans before."""
         self._progress("measuring a plan", 0, self.n)
         with self._ranks, torch.inference_mode():
-            tally = self._baseline.tally(plan, self.n, lambda done: self._progress("measuring a plan", done, self.n))
+            tally = self._baseline.tally(
+                plan, self.n, lambda done: self._progress("measuring a plan", min(done, self.n), self.n)
+            )
         return Measured(self._baseline.divergence(tally), self._baseline.rise(tally), len(tally.kl))
 
 
