@@ -105,8 +105,12 @@ def on_rank(
     plans: dict[str, Plan],
     settings: dict[str, Any],
     continuation: int,
-) -> None:
-    """Run `evaluate` on real ranks. Collective. Rank 0 emits (what, done, total) as progress, and each row."""
+) -> bool:
+    """Run `evaluate` on real ranks. Collective. Rank 0 emits (what, done, total) as progress, and each row.
+
+    Returns:
+        True, so that the caller knows that this process ran the ranks.
+    """
     from flashcomm.integrations import transformers as integration
 
     integration.enable(UNCOMPRESSED, min_bytes=0, **settings)
@@ -122,6 +126,7 @@ def on_rank(
 
     windows = windows.to(ctx.device)
     evaluate(ranks, windows, n_bytes, plans, continuation, lambda *step: emit(step), emit)
+    return True
 
 
 def evaluate(
