@@ -1,17 +1,16 @@
 """Collectives over the memory of peers: one kernel for all four, which quantizes, sends, reduces and gathers.
 
 A message is cut into *shards*, one per destination. A shard consists of units (a unit is the larger of the two groups).
-It is cut into tiles, and TILES_PER_PROGRAM consecutive tiles are a block. A launch is a sequence of waves. Wave w has
-programs with these roles, in this order:
+It is cut into tiles. A launch is a sequence of waves. Wave w has programs with these roles, in this order:
 
-    encode   quantizes block w of a shard, and stores it in the memory of its destination. two_shot and reduce_scatter
+    encode   quantizes tile w of a shard, and stores it in the memory of its destination. two_shot and reduce_scatter
              have one such program per shard. one_shot and all_gather have one for the whole message.
-    reduce   sums block w - stage_lag of the own shard over all ranks, in rank order, into the result. In two_shot it
+    reduce   sums tile w - stage_lag of the own shard over all ranks, in rank order, into the result. In two_shot it
              quantizes the sum instead, and stores it in the memory of all ranks. One program; none in all_gather.
-    gather   dequantizes block w - 2 * stage_lag (all_gather: w - stage_lag) of a shard into the result. two_shot and
+    gather   dequantizes tile w - 2 * stage_lag (all_gather: w - stage_lag) of a shard into the result. two_shot and
              all_gather have one such program per shard.
 
-A producer stores into its consumers' memory. Each block has a flag there, which the producer then sets to the epoch,
+A producer stores into its consumers' memory. Each tile has a flag there, which the producer then sets to the epoch,
 the number of the call. Flags are never cleared. Small messages use the LL protocol (`low_latency`) instead of flags: a
 tile has arrived when all of its words carry the epoch.
 
@@ -45,7 +44,7 @@ import triton
 import triton.language as tl
 
 from flashcomm.gpu import low_latency
-from flashcomm.gpu.sync import arrive, arrives_at, bytes_at, longs_at, publish, wait
+from flashcomm.gpu.sync import arrive, arrive_and_wait, arrives_at, bytes_at, longs_at, publish
 from flashcomm.gpu.tile import expand, fetch, from_hadamard, hadamard, put, scalar, store, widen
 
 ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER = range(4)
@@ -69,7 +68,6 @@ class Collective(NamedTuple):
     """Constants of a kernel: what it does, and how a message is cut up."""
 
     ALGORITHM: int
-    TILES_PER_PROGRAM: int
     UNIT: int  # values of a unit
     UNITS: int  # of a tile
     SUM_IN_HADAMARD: bool  # in two_shot: whether sums are quantized again without leaving the Hadamard domain
@@ -132,35 +130,19 @@ def _send(y, out, tile, shard, data, epoch, region, message, call: tl.constexpr,
 
 
 @triton.jit
-def _encode(x, out, block, shard, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr,
+def _encode(x, out, tile, shard, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr,
             STAGE: tl.constexpr, TO_ALL: tl.constexpr):  # fmt: skip
-    """The role encode: quantize and send a block of x."""
-    TILES: tl.constexpr = call.TILES_PER_PROGRAM
-    offset = message.stage2_offset if STAGE == 1 else scalar(0, like=message.stage2_offset)
-    if TILES == 1:  # small messages: values and epoch are loaded at the same time
-        y = load_tile(x, block, shard, message, call, step)
-        epoch = arrive(region)
-        if step.HADAMARD:
-            y = hadamard(y, step)
-        _send(
-            y, out, block, shard, inbox_of(epoch, message) + offset, epoch, region, message, call, ranks, step, TO_ALL
-        )
-    else:
-        epoch = arrive(region)
-        data = inbox_of(epoch, message) + offset
-        last = tl.minimum(block * TILES + TILES, message.n_tiles) - 1
-        after = load_tile(x, block * TILES, shard, message, call, step)
-        for k in tl.static_range(TILES):  # the next tile is loaded while this one is quantized
-            tile = block * TILES + k
-            y = after
-            if k + 1 < TILES:
-                after = load_tile(x, tl.minimum(tile + 1, last), shard, message, call, step)
-            if tile <= last:
-                if step.HADAMARD:
-                    y = hadamard(y, step)
-                _send(y, out, tile, shard, data, epoch, region, message, call, ranks, step, TO_ALL)
+    """The role encode: quantize and send a tile of x."""
+    y = load_tile(x, tile, shard, message, call, step)  # values and epoch are loaded at the same time
+    epoch = arrive(region)
+    data = inbox_of(epoch, message)
+    if STAGE == 1:
+        data += message.stage2_offset
+    if step.HADAMARD:
+        y = hadamard(y, step)
+    _send(y, out, tile, shard, data, epoch, region, message, call, ranks, step, TO_ALL)
     if not call.LL:
-        publish(shard, block, epoch, region, ranks, STAGE, TO_ALL)
+        publish(shard, tile, epoch, region, ranks, STAGE, TO_ALL)
 
 
 @triton.jit
@@ -191,83 +173,69 @@ def _sum(raws, ok, ranks: tl.constexpr, step: tl.constexpr):
 
 
 @triton.jit
-def _reduce(x, out, block, region, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
+def _reduce(x, out, tile, region, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
             gather: tl.constexpr):  # fmt: skip
-    """The role reduce: sum a block of the own shard."""
-    TILES: tl.constexpr = call.TILES_PER_PROGRAM
-    epoch = arrive(region)
-    data = inbox_of(epoch, message)
-    if (block >= 0) & (block * TILES < message.n_tiles):
+    """The role reduce: sum a tile of the own shard."""
+    exists = (tile >= 0) & (tile < message.n_tiles)
+    if call.LL:
+        epoch = arrive(region)
+    else:
+        epoch, ok = arrive_and_wait(scalar(0, like=tile), tile, exists, region, ranks, ranks.WORLD_SIZE, 0)
+    if exists:
         shard = scalar(0, like=region.rank) if call.ALGORITHM == _ONE_SHOT else region.rank
-        ok = scalar(1, like=region.rank)
-        last = tl.minimum(block * TILES + TILES, message.n_tiles) - 1
-        if not call.LL:
-            for i in tl.static_range(ranks.WORLD_SIZE):
-                ok &= wait(i, block, epoch, region, ranks, 0)
-            after = _fetch_all(x, block * TILES, data, region, message, ranks, reduce)
-        for k in tl.static_range(TILES):
-            tile = block * TILES + k
-            if not call.LL:
-                raws = after
-                if k + 1 < TILES:
-                    after = _fetch_all(x, tl.minimum(tile + 1, last), data, region, message, ranks, reduce)
-            if tile <= last:
-                if call.LL:
-                    total, came = low_latency.sum_tiles(x, tile, data, epoch, message, region, ranks, reduce)
-                    ok &= came
-                else:
-                    total = _sum(raws, ok, ranks, reduce)
-                unit, left = tile_at(tile, shard, message, call)
-                at, keep = values_at(left, call.UNIT, reduce)
-                if call.ALGORITHM == _TWO_SHOT:  # a load of nothing, which gives the sum the layout of x: it packs best
-                    never = message.stage_lag < 0
-                    like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
-                    total = tl.where(never, like_x, total)
-                if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
-                    total = from_hadamard(total, reduce)
-                if call.ALGORITHM == _TWO_SHOT:
-                    if reduce.PIECES != gather.PIECES or reduce.LANES != gather.LANES:
-                        total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
-                    if gather.HADAMARD and not call.SUM_IN_HADAMARD:
-                        total = hadamard(total, gather)
-                    if (ok != 0) if call.LL else True:  # peers notice missing LL words, or the missing flag
-                        _send(total, out, tile, scalar(0, like=region.rank), data + message.stage2_offset, epoch,
-                              region, message, call, ranks, gather, True)  # fmt: skip
-                else:
-                    if call.ALGORITHM == _REDUCE_SCATTER:  # out is the shard alone
-                        unit -= shard.to(tl.int64) * message.shard_stride
-                    store(out + unit * call.UNIT, at, keep, total, call.BF16)
-        if call.ALGORITHM == _TWO_SHOT and not call.LL:
-            if ok != 0:
-                publish(region.rank, block, epoch, region, ranks, 1, True)
+        data = inbox_of(epoch, message)
+        if call.LL:
+            total, ok = low_latency.sum_tiles(x, tile, data, epoch, message, region, ranks, reduce)
+        else:
+            total = _sum(_fetch_all(x, tile, data, region, message, ranks, reduce), ok, ranks, reduce)
+        unit, left = tile_at(tile, shard, message, call)
+        at, keep = values_at(left, call.UNIT, reduce)
+        if call.ALGORITHM == _TWO_SHOT:  # a load of nothing, which gives the sum the layout of x: it packs best
+            never = message.stage_lag < 0
+            like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
+            total = tl.where(never, like_x, total)
+        if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
+            total = from_hadamard(total, reduce)
+        if call.ALGORITHM == _TWO_SHOT:
+            if reduce.PIECES != gather.PIECES or reduce.LANES != gather.LANES:
+                total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
+            if gather.HADAMARD and not call.SUM_IN_HADAMARD:
+                total = hadamard(total, gather)
+            if ok != 0:  # else peers notice missing LL words, or the missing flag
+                _send(total, out, tile, scalar(0, like=region.rank), data + message.stage2_offset, epoch, region,
+                      message, call, ranks, gather, True)  # fmt: skip
+                if not call.LL:
+                    publish(region.rank, tile, epoch, region, ranks, 1, True)
+        else:
+            if call.ALGORITHM == _REDUCE_SCATTER:  # out is the shard alone
+                unit -= shard.to(tl.int64) * message.shard_stride
+            store(out + unit * call.UNIT, at, keep, total, call.BF16)
 
 
 @triton.jit
-def _gather(x, out, block, owner, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr):
-    """The role gather: decode a block of rank `owner`'s shard."""
-    TILES: tl.constexpr = call.TILES_PER_PROGRAM
-    epoch = arrive(region)
-    if (block >= 0) & (block * TILES < message.n_tiles):
-        first = arrives_at(owner, region) + inbox_of(epoch, message) + message.stage2_offset
-        if not call.LL:
-            came = wait(owner, block, epoch, region, ranks, 1)
-        for k in range(TILES):
-            tile = block * TILES + k
-            if tile < message.n_tiles:
-                base = first + (owner * message.n_tiles + tile).to(tl.int64) * step.BYTES
-                if call.LL:
-                    words = longs_at(base)
-                    raw = low_latency.fetch(words, epoch, x, step)
-                    steps, scale, came = low_latency.wait(words, raw, epoch, message.epoch_bytes, owner, x, region, ranks, step, 1)  # fmt: skip
-                else:
-                    steps, scale = expand(fetch(bytes_at(base), x, step), step)
-                    scale = tl.where(came != 0, scale, float("nan"))
-                y = steps * scale[:, None, None]
-                unit, left = tile_at(tile, owner, message, call)
-                at, keep = values_at(left, call.UNIT, step)
-                if step.HADAMARD:
-                    y = from_hadamard(y, step)
-                store(out + unit * call.UNIT, at, keep, y, call.BF16)
+def _gather(x, out, tile, owner, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr):
+    """The role gather: decode a tile of rank `owner`'s shard."""
+    exists = (tile >= 0) & (tile < message.n_tiles)
+    if call.LL:
+        epoch = arrive(region)
+    else:
+        epoch, came = arrive_and_wait(owner, tile, exists, region, ranks, 1, 1)
+    if exists:
+        base = arrives_at(owner, region) + inbox_of(epoch, message) + message.stage2_offset
+        base += (owner * message.n_tiles + tile).to(tl.int64) * step.BYTES
+        if call.LL:
+            words = longs_at(base)
+            raw = low_latency.fetch(words, epoch, x, step)
+            steps, scale, came = low_latency.wait(words, raw, epoch, message.epoch_bytes, owner, x, region, ranks, step, 1)  # fmt: skip
+        else:
+            steps, scale = expand(fetch(bytes_at(base), x, step), step)
+            scale = tl.where(came != 0, scale, float("nan"))
+        y = steps * scale[:, None, None]
+        unit, left = tile_at(tile, owner, message, call)
+        at, keep = values_at(left, call.UNIT, step)
+        if step.HADAMARD:
+            y = from_hadamard(y, step)
+        store(out + unit * call.UNIT, at, keep, y, call.BF16)
 
 
 @triton.jit
@@ -293,7 +261,7 @@ def collective(x, out, region, message, call: tl.constexpr, ranks: tl.constexpr,
 
     wave, role = tl.program_id(0) // N_ROLES, tl.program_id(0) % N_ROLES
     if role < N_ENCODE:
-        if wave * call.TILES_PER_PROGRAM < message.n_tiles:
+        if wave < message.n_tiles:
             shard = role if SHARDED else scalar(0, like=region.rank)
             if call.ALGORITHM == _ALL_GATHER:
                 _encode(x, out, wave, shard, region, message, call, ranks, gather, 1, True)

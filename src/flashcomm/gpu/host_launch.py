@@ -160,8 +160,8 @@ class HostCollectives(KernelCollectives):
                 pointers=(x.dtype, torch.int16 if by_hand else x.dtype),
                 numbers=(where, outbox, message._replace(inbox=Int64(host_sync.OUTBOX))),
                 bundles=(
-                    Collective(kind, 1, unit, tiles.units, in_hadamard, False, by_hand),
-                    sync.Ranks(world_size, not INTERPRETED, not INTERPRETED, self.delay),
+                    Collective(kind, unit, tiles.units, in_hadamard, False, by_hand),
+                    sync.Ranks(world_size, not INTERPRETED, self.delay),
                     kernel.Steps(tiles.reduce, tiles.gather),
                 ),
                 num_warps=tiles.num_warps,

@@ -140,7 +140,7 @@ def _publish(waves, region, outbox, ranks: tl.constexpr, STAGE: tl.constexpr):
     """Set this rank's flag in host memory, behind all stores visible here, unless the rank has given up."""
     if tl.atomic_or(ints_at(region.local + _ABORT), 0, sem="relaxed", scope="gpu") == 0:
         tl.debug_barrier()
-        set_flag(ints_at(tl.load(outbox.table + region.rank) + _FLAG_STAGE * STAGE), waves, ranks.CLOCK)
+        set_flag(ints_at(tl.load(outbox.table + region.rank) + _FLAG_STAGE * STAGE), waves, ranks)
 
 
 @triton.jit

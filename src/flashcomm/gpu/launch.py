@@ -143,7 +143,7 @@ class KernelCollectives:
         world_size, tiles = self.region.world_size, tiles_of(fmt, itemsize, tuning)
         need = world_size * sum(_stage_bytes(ALGORITHMS.index(algorithm), tiles))
         epoch_bytes = self.ll_epoch_bytes if tuning.ll else self.epoch_bytes
-        n_tiles = min(epoch_bytes // need, tuning.tiles_per_program * sync.MAX_BLOCKS)
+        n_tiles = min(epoch_bytes // need, sync.MAX_TILES)
         return n_tiles * tiles.units * (world_size if algorithm == "two_shot" else 1)
 
     def _launches(self, kind: int, x: Tensor, fmt: WireFormat, tuning: Tuning) -> Iterator[Launch]:
@@ -153,15 +153,15 @@ class KernelCollectives:
         where = sync.Region(
             Int64(region.own), Int64(self.local), region.rank, Int64(limit), region.peers, region.status
         )
-        ranks = sync.Ranks(world_size, region.mapped and not INTERPRETED, not INTERPRETED, self.delay)
+        ranks = sync.Ranks(world_size, not INTERPRETED, self.delay)
         by_hand = INTERPRETED and x.dtype == torch.bfloat16
         in_hadamard = kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain
-        call = Collective(kind, tuning.tiles_per_program, unit, tiles.units, in_hadamard, tuning.ll, by_hand)
+        call = Collective(kind, unit, tiles.units, in_hadamard, tuning.ll, by_hand)
         roles = {ONE_SHOT: 2, TWO_SHOT: 2 * world_size + 1}.get(kind, world_size + 1)
         n_units = x.numel() // unit // (world_size if kind == REDUCE_SCATTER else 1)
         for first, count in cut(n_units, self.capacity(ALGORITHMS[kind], fmt, itemsize, tuning)):
             message = self._message(kind, n_units, count, tiles, tuning)
-            waves = -(-message.n_tiles // tuning.tiles_per_program) + (2 if kind == TWO_SHOT else 1) * tuning.stage_lag
+            waves = message.n_tiles + (2 if kind == TWO_SHOT else 1) * tuning.stage_lag
             start = launcher(
                 collective,
                 grid=waves * roles,

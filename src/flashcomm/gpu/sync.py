@@ -7,8 +7,11 @@ A region begins with the words of this module. Data comes behind them:
 | 0               | int64: high half, the last call in which all programs started; | this rank     | this rank |
 |                 | low half, how many programs of the next call have started      |               |           |
 | ABORT           | int32: 0; 1 once a wait has timed out; 3 once that is reported | this rank     | this rank |
-| FLAGS           | int32 [stage][source][block]: the epoch of a block             | rank `source` | this rank |
+| FLAGS           | int64 [stage][source][tile]: the epoch of a tile               | rank `source` | this rank |
 | DATA            | tiles, see `collective_kernel`                                 | all ranks     | this rank |
+
+A program that waits for a tile of several ranks reads all their flags in one atomic instruction, and counts itself in
+the same one. A program lives for some 3 us, and each further trip to memory would add a quarter of that (LOG.md).
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ import triton.language as tl
 
 from flashcomm.gpu.tile import scalar
 
-MAX_BLOCKS = 16384  # of a shard
+MAX_TILES = 16384  # of a shard
 MAX_RANKS = 16
 ABORT = 8
 FLAGS = 64
-_STAGE_BYTES = 4 * MAX_BLOCKS * MAX_RANKS
+_STAGE_BYTES = 8 * MAX_TILES * MAX_RANKS
 DATA = FLAGS + 2 * _STAGE_BYTES
 
-_MAX_BLOCKS, _STAGE = tl.constexpr(MAX_BLOCKS), tl.constexpr(_STAGE_BYTES)
+_MAX_TILES, _STAGE = tl.constexpr(MAX_TILES), tl.constexpr(_STAGE_BYTES)
 _FLAGS, _ABORT = tl.constexpr(FLAGS), tl.constexpr(ABORT)
 
 
@@ -50,7 +53,6 @@ class Ranks(NamedTuple):
     """Constants of a kernel: who takes part, and how they wait."""
 
     WORLD_SIZE: int
-    HOST_MEMORY: bool  # whether peers write to host memory, where flags take only plain loads and stores
     CLOCK: bool  # whether there is a clock: False in Triton's interpreter
     DELAY: int  # polls between a wait and the read, for tests of a slow reader
 
@@ -89,34 +91,25 @@ def clock(polls, ranks: tl.constexpr):
 
 
 @triton.jit
-def _look_at_flag(flag, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
-    """Read a flag, as a `LOOK` of `poll`. A peer may already be in the next call, so its flag counts, too.
-
-    One thread reads the flag. From host memory it is a plain load, because a read-modify-write over PCIe may not be
-    atomic. A pause between two loads leaves the link to the data.
-
-    Returns:
-        0 if the flag is of this call or the next one, else 1; twice, since a flag is its own data.
-    """
-    if ranks.HOST_MEMORY:
-        late = tl.inline_asm_elementwise("""{
-            .reg .pred p, q; .reg .b32 t;
-            mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; setp.ne.u32 q, t, t;
-            @!p bra known;
-            ld.acquire.sys.global.b32 t, [$1]; sub.s32 t, t, $2; and.b32 t, t, -2; setp.ne.s32 q, t, 0;
-            @q nanosleep.u32 100;
-            known: barrier.sync.aligned 0; barrier.red.or.pred q, 0, q;
-            selp.b32 $0, 1, 0, q; }""", "=r,l,r", [flag.to(tl.int64), epoch], tl.int32, False, 1)  # fmt: skip
-    else:
-        seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        late = (((seen - epoch) & -2) != 0).to(tl.int32)
-    return late, late
+def _late(seen, here, epoch):
+    """Return 0 if all flags are of this call or the next one (a peer may already be in it), else 1, for all threads."""
+    return tl.max((here & (((seen.to(tl.int32) - epoch) & -2) != 0)).to(tl.int32))
 
 
 @triton.jit
-def set_flag(flag, value, HOST_MEMORY: tl.constexpr):
-    """Store a flag, with release semantics: all earlier stores of this program are visible before it."""
-    if HOST_MEMORY:
+def _look_at_flags(place, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
+    """Read flags, as a `LOOK` of `poll`. place: pointers to them, and a mask."""
+    seen = tl.atomic_add(place[0], tl.zeros(place[0].shape, tl.int64), mask=place[1], sem="acquire", scope="sys")
+    return seen, _late(seen, place[1], epoch)
+
+
+@triton.jit
+def set_flag(flag, value, ranks: tl.constexpr):
+    """Store a flag in host memory, with release semantics: all earlier stores of this program are visible before it.
+
+    It is a plain store, because a read-modify-write over PCIe may not be atomic.
+    """
+    if ranks.CLOCK:
         tl.inline_asm_elementwise("""{
             .reg .pred p; .reg .b32 t;
             mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; @p st.release.sys.global.b32 [$1], $2;
@@ -178,39 +171,71 @@ def give_up(phase, source, epoch, seen, region, ranks: tl.constexpr):
         tl.store(region.status + 4, seen)
         for i in tl.static_range(ranks.WORLD_SIZE):
             tl.store(region.peers + i, region.local)
-        set_flag(region.status, scalar(1, like=epoch), ranks.CLOCK)  # the status is always in host memory
+        set_flag(region.status, scalar(1, like=epoch), ranks)  # the status is always in host memory
 
 
 @triton.jit
-def wait(source, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr):
-    """Wait for the flag of a block of rank `source`. Return 1 once it is of this epoch, or 0 after the limit."""
-    flag = ints_at(arrives_at(source, region) + _FLAGS + STAGE * _STAGE + 4 * (source * _MAX_BLOCKS + block))
-    seen, late = _look_at_flag(flag, epoch, ranks, None)
-    seen, late = poll(_look_at_flag, flag, epoch, seen, late, region, ranks, None)
-    if late != 0:
-        give_up(STAGE + 1, source, epoch, tl.load(flag, volatile=True), region, ranks)
-    for _ in range(ranks.DELAY):
-        seen, again = _look_at_flag(flag, epoch, ranks, None)
-        late |= again & late
-    tl.debug_barrier()
-    return 1 - late
-
-
-@triton.jit
-def arrive(region):
-    """Count this program, and return the epoch of the call. The last program to start advances the epoch."""
-    counter = region.local.to(tl.pointer_type(tl.int64))
-    before = tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+def _epoch_of(before, region):
+    """Return the epoch of the call, and advance it if this is the last program to start. before: the count till then."""
     epoch = (before >> 32) + 1
     if (before & 0xFFFFFFFF) == tl.num_programs(0) - 1:
-        tl.atomic_xchg(counter, epoch << 32, sem="relaxed", scope="gpu")
+        tl.atomic_xchg(longs_at(region.local), epoch << 32, sem="relaxed", scope="gpu")
     return epoch.to(tl.int32)
 
 
 @triton.jit
-def publish(to, block, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr, TO_ALL: tl.constexpr):
-    """Set the flag of a block in the memory of rank `to` or of all ranks, behind all stores of this program."""
+def arrive(region):
+    """Count this program, and return the epoch of the call."""
+    return _epoch_of(tl.atomic_add(longs_at(region.local), 1, sem="relaxed", scope="gpu"), region)
+
+
+@triton.jit
+def arrive_and_wait(first, tile, exists, region, ranks: tl.constexpr, N_SOURCES: tl.constexpr, STAGE: tl.constexpr):
+    """Count this program, and wait for the flags of a tile of the ranks first, ..., first + N_SOURCES - 1.
+
+    Args:
+        first: a rank.
+        tile: the index of the tile.
+        exists: whether there is such a tile. If not, the program does not wait.
+        region: a `Region`.
+        ranks: a `Ranks`.
+        N_SOURCES: the number of ranks.
+        STAGE: 0 for the quantized message, 1 for the quantized sum.
+
+    Returns:
+        The epoch of the call, and 1 once all flags are of this epoch, or 0 after the limit.
+    """
+    N: tl.constexpr = 2 if N_SOURCES < 2 else 4 if N_SOURCES < 4 else 8 if N_SOURCES < 8 else 16 if N_SOURCES < 16 else 32
+    lane = tl.arange(0, N)
+    source, counts = first + lane, lane == N_SOURCES  # this lane counts the program, the ones before it read flags
+    here = (lane < N_SOURCES) & exists
+    flags = arrives_at(source, region) + _FLAGS + STAGE * _STAGE + 8 * (source * _MAX_TILES + tile).to(tl.int64)
+    words = tl.where(counts, region.local, flags).to(tl.pointer_type(tl.int64))
+    seen = tl.atomic_add(words, counts.to(tl.int64), mask=here | counts, sem="acquire", scope="sys")
+    epoch = _epoch_of(tl.sum(tl.where(counts, seen, 0)), region)
+
+    place = (words, here)
+    seen, late = poll(_look_at_flags, place, epoch, seen, _late(seen, here, epoch), region, ranks, None)
+    if late != 0:
+        behind = here & (((seen.to(tl.int32) - epoch) & -2) != 0)
+        which = tl.min(tl.where(behind, source, 0x7FFFFFFF))
+        give_up(STAGE + 1, which, epoch, tl.sum(tl.where(source == which, seen, 0)).to(tl.int32), region, ranks)
+    for _ in range(ranks.DELAY):
+        seen, again = _look_at_flags(place, epoch, ranks, None)
+        late |= again & late
     tl.debug_barrier()
-    at = _FLAGS + STAGE * _STAGE + 4 * (region.rank * _MAX_BLOCKS + block)
-    for i in tl.static_range(ranks.WORLD_SIZE if TO_ALL else 1):
-        set_flag(ints_at(tl.load(region.peers + (i if TO_ALL else to)) + at), epoch, ranks.HOST_MEMORY)
+    return epoch, 1 - late
+
+
+@triton.jit
+def publish(to, tile, epoch, region, ranks: tl.constexpr, STAGE: tl.constexpr, TO_ALL: tl.constexpr):
+    """Set the flag of a tile in the memory of rank `to` or of all ranks, behind all stores of this program."""
+    N: tl.constexpr = 1 if not TO_ALL else 2 if ranks.WORLD_SIZE <= 2 else 4 if ranks.WORLD_SIZE <= 4 else 8 if ranks.WORLD_SIZE <= 8 else 16  # fmt: skip
+    tl.debug_barrier()
+    target = tl.arange(0, N)
+    here = target < ranks.WORLD_SIZE
+    if not TO_ALL:
+        target += to
+    flag = _FLAGS + STAGE * _STAGE + 8 * (region.rank * _MAX_TILES + tile).to(tl.int64)
+    flags = (tl.load(region.peers + target, mask=here, other=0) + flag).to(tl.pointer_type(tl.int64))
+    tl.atomic_xchg(flags, tl.zeros((N,), tl.int64) + epoch, mask=here, sem="release", scope="sys")

@@ -17,15 +17,14 @@ class Tuning:
     """How a launch is cut up."""
 
     tile_numel: int = 4096  # values of a tile
-    tiles_per_program: int = 1
     stage_lag: int = 0  # waves from one role to the next
     ll: bool = False  # whether to use the LL protocol instead of flags
 
 
 LL = Tuning(2048, ll=True)
 SMALL = Tuning()
-LARGE = Tuning(4096, tiles_per_program=2, stage_lag=1056)
-LARGE_IN_8_PIECES = Tuning(8192, tiles_per_program=2, stage_lag=528)
+LARGE = Tuning(4096, stage_lag=1056)
+LARGE_IN_8_PIECES = Tuning(8192, stage_lag=528)
 
 LL_SENT_BYTES = 5 << 18  # the most that a rank sends by the LL protocol in one launch
 LL_EPOCH_BYTES = 8 << 20  # size of each half of the LL inbox; less in small workspaces
