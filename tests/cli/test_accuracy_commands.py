@@ -146,6 +146,7 @@ def test_refusals(pages: Path, tmp_path: Path) -> None:
     refused(flashcomm("eval", *both, "--worlds", "2,x"), "--worlds 2,x: give positive numbers")
     refused(flashcomm("eval", *both, "--worlds", 8, "--local-world", 8), "--local-world 8: each of --worlds 8 must be")
     refused(flashcomm("eval", *both, "--bos", "yes", "--resume"), "--resume continues a file of rows")
+    refused(flashcomm("eval", *both, "--quick", "--formats", "none"), "--quick compares formats: give at least one")
     refused(flashcomm("eval", *both, "--bos", "maybe"), "--bos maybe: allowed are auto, yes and no")
     refused(flashcomm("tune", *both, "--context", 96, "--windows", 1, "-o", "p.json", "--bits", 4), "8 windows of 96")
     refused(flashcomm("eval", *both, "--algorithm", "hierarchical"), "go together: give both or neither")

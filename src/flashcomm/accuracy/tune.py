@@ -141,7 +141,7 @@ class Measured(NamedTuple):
     def loss(self) -> float:
         """The loss, in nats per token, that the budget is compared with: the upper end of the KL divergence.
 
-        Rounding errors of logits have nearly no mean, so the expected rise in perplexity is the KL divergence, whose
+        On text that the model itself could have written, the expected rise in perplexity is the KL divergence, whose
         interval is many times narrower. If the measured rise is larger even at its lower end, that counts.
         """
         return max(self.kl.high, self.least_risen)

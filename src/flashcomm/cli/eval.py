@@ -82,6 +82,8 @@ def evaluate(
         raise SettingsError("--resume continues a file of rows: give it with --csv")
     if quick and (real or resume):
         raise SettingsError("--quick simulates ranks and is short: give it without --real and --resume")
+    if quick and not plans:
+        raise SettingsError(f"--quick compares formats: give at least one in --formats, such as {DEFAULT_FORMAT}")
     settings: dict[str, Any] = {"algorithm": algorithm}
     asked = options.numbers_of("--worlds", worlds) if worlds else []
     if local_world_size:
