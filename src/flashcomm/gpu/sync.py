@@ -205,9 +205,7 @@ def arrive_and_wait(first, tile, exists, region, ranks: tl.constexpr, N_SOURCES:
     Returns:
         The epoch of the call, and 1 once all flags are of this epoch, or 0 after the limit.
     """
-    N: tl.constexpr = (
-        2 if N_SOURCES < 2 else 4 if N_SOURCES < 4 else 8 if N_SOURCES < 8 else 16 if N_SOURCES < 16 else 32
-    )
+    N: tl.constexpr = 2 if N_SOURCES < 2 else 4 if N_SOURCES < 4 else 8 if N_SOURCES < 8 else 16 if N_SOURCES < 16 else 32
     lane = tl.arange(0, N)
     source, counts = first + lane, lane == N_SOURCES  # this lane counts the program, the ones before it read flags
     here = (lane < N_SOURCES) & exists
