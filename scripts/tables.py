@@ -169,9 +169,19 @@ def tuned() -> str:
     return table(["model", "budget", "", "bits/value", "KL predicted", "KL measured [95 %]", "rise, % [95 %]"], body)
 
 
+def third() -> str:
+    """Return the plans of SmolLM2 on a text of another kind."""
+    rows = low_bit("accuracy-smollm2-python-docs.csv")
+    body = []
+    for r in rows:
+        kl = f"{float(r['kl']):.4f} [{float(r['kl_low']):.4f}, {float(r['kl_high']):.4f}]"
+        body.append([name_of(r), r["bits"], kl, signed(r, True)])
+    return table(["format, 3 ranks", "bits/value", "KL [95 %]", "rise, % [95 %]"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (readme, accuracy, auto, nodes, nodes_times, real, predicted, needle, generation, families, tuned)
+    for f in (readme, accuracy, auto, nodes, nodes_times, real, predicted, needle, generation, families, tuned, third)
 }
 
 

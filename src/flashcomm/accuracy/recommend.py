@@ -73,5 +73,5 @@ def evidence(fmt: WireFormat) -> str:
     if all(step.uncompressed or step.hadamard for step in (fmt.reduce, fmt.gather)):
         return f"raised perplexity by more than 1 % on some models: {measure}"
     return (
-        f"a plain format, as in the paper: loses twice as much or more than the -had format of as many bits; {measure}"
+        f"a plain format, as in the paper: loses 1.5 to 4 times as much as the -had format of as many bits; {measure}"
     )
