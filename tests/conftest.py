@@ -16,6 +16,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory:
         if name.startswith("FLASHCOMM_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))  # no timings of this machine's own
+    monkeypatch.setenv("FLASHCOMM_MEASURE", "off")  # routes by rules of thumb, and no time spent on it
     torch.manual_seed(0)
 
 

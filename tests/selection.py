@@ -81,6 +81,8 @@ CONTRACT: dict[int, tuple[str, ...]] = {
         "*test_the_bound_of_a_transform_is_tight",
     ),
     8: (
+        "gpu/test_attack.py::test_killed",
+        "gpu/test_attack.py::test_right_or_an_error_over_one_kind_of_memory",
         "gpu/test_kernels.py::test_a_killed_peer_and_a_fresh_communicator",
         "gpu/test_kernels.py::test_a_rank_that_does_not_come_is_an_error_that_names_it",
     ),

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from flashcomm import Communicator
 from flashcomm.ranks import launch
+from flashcomm.routing.route import Executor
 from flashcomm.wire import torch_codec
 
 T = TypeVar("T")
@@ -205,6 +206,26 @@ def tough(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Te
 def over_cuda(fmt: str, **settings: Any) -> Communicator:
     """A Communicator of all ranks for GPU tensors, also where they share a GPU and so have no NCCL."""
     return Communicator(None, fmt, device="cuda", **settings)
+
+
+# A short time-out over shared memory. The interpreter counts polls, and takes some ten times as long.
+SHORT_S = 2.0 if N_GPUS >= 2 else 0.2
+
+
+def kernels_of(comm: Communicator) -> Any:
+    """The `KernelCollectives` of a Communicator over shared memory."""
+    return comm._executors[Executor.KERNEL].kernels  # type: ignore[attr-defined]
+
+
+def wait_at_most(comm: Communicator, seconds: float) -> None:
+    """From now on calls over shared memory wait only this long for a peer. Collective, after the first call.
+
+    A short time-out from the beginning would fail by chance: ranks that compile kernels may be seconds apart.
+    """
+    comm.synchronize()
+    dist.barrier()
+    kernels_of(comm).timeout_s = seconds
+    comm._recent.clear()  # what it keeps has the old limit
 
 
 DTYPES = torch_codec.DTYPES

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "collectives": {"errors", "wire", "gpu", "transports", "reference", "routing"},
     "routing": {"errors", "wire.format"},
     "settings": {"errors", "wire.format", "routing"},
-    "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "wire", ""},
+    "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "reference", "wire", ""},
     "communicator": {
         *("errors", "settings", "routing", "setup", "codecs", "wire", "transports", "collectives", "gpu", "counts"),
     },

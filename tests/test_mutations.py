@@ -109,6 +109,25 @@ MUTATIONS = {
         "setup/call_guard.py", "if kind is None or issubclass(kind, _CLEAN):", "if True:",
         "setup/test_call_guard.py::TestLeft",
     ),
+    "the fast path forgets that it was interrupted": (
+        "collectives/recent.py", "        finally:\n            guard.owner = 0", "        finally:\n            guard.busy, guard.owner = False, 0",
+        "collectives/test_recent.py",
+    ),
+    "the fast path takes no lock": (
+        "collectives/recent.py", "guard.busy or not guard.lock.acquire(False)", "guard.busy or not (guard.lock.locked() or guard.lock.acquire(False))",
+        "collectives/test_recent.py",
+    ),
+    "a dropped region keeps its descriptor": (
+        "transports/cpu_shared.py", "self._held.callback(os.close, file)", "pass",
+        "transports/test_dropped.py::test_nothing_is_left",
+    ),
+    "a dropped region stays pinned": (
+        "transports/host_memory.py", "self._held.callback(_unpin, os.getpid(), self.device, address)", "pass",
+        "transports/test_dropped.py::test_pinned_memory_is_unpinned_before_it_is_unmapped",
+    ),
+    "messages of all calls have one tag": (
+        "transports/process_group.py", "self._call % 2048 << 9", "0", "transports/test_tags.py",
+    ),
     "out may overlap x": (
         "setup/consistency.py", "return begin < out.data_ptr()", "return False and begin < out.data_ptr()",
         "setup/test_consistency.py::TestMemory",
@@ -179,8 +198,20 @@ MUTATIONS = {
         "routing/policy.py", "uncompressed, min_bytes != AUTO)", "uncompressed, False)",
         "routing/test_policy.py::test_settings_win_over_timings",
     ),
+    "timings of other versions count": (
+        "routing/timings.py", "if found.version != version:", "if False:",
+        "routing/test_policy.py::test_an_own_file_of_no_use_is_ignored_with_one_line",
+    ),
+    "the fastest rank counts when times are measured": (
+        "setup/measure.py", "slowest = [max(of_turn)", "slowest = [min(of_turn)",
+        "setup/test_measure.py::test_the_slowest_rank_counts_and_of_turns_the_median",
+    ),
+    "only the rank whose result is wrong raises": (
+        "setup/verify.py", "if any(everyone):", "if wrong:",
+        "setup/test_verify.py::test_a_wrong_result_is_an_error_on_all_ranks",
+    ),
     "the package's timings come before one's own": (
-        "routing/timings.py", "in (own_directory(), BUILT_IN)", "in (BUILT_IN, own_directory())",
+        "routing/timings.py", "if found is None and (BUILT_IN / name).exists():", "if (BUILT_IN / name).exists():",
         "routing/test_policy.py::test_own_timings_come_before_those_of_the_package",
     ),
     "peers on another host": (
@@ -224,7 +255,7 @@ MUTATIONS = {
         "gpu/test_kernels.py::test_how_a_message_is_cut_changes_no_bit[False]",
     ),
     "a flag of the call before will do": (
-        "gpu/sync.py", "((seen.to(tl.int32) - epoch) & -2) != 0)).to(", "((seen.to(tl.int32) - epoch) & -2) > 0)).to(",
+        "gpu/sync.py", "late = tl.max((here & (((seen.to(tl.int32) - epoch) & -2) != 0", "late = tl.max((here & (((seen.to(tl.int32) - epoch) & -2) > 0",
         "gpu/test_kernels.py::test_a_slow_reader_reads_what_was_meant_for_it",
     ),
     "data of even and odd calls lie in one place": (

@@ -11,7 +11,7 @@ from support import ranks
 
 import flashcomm
 from flashcomm import WireFormat, ops, reference
-from flashcomm.errors import SettingsError
+from flashcomm.errors import InputError, SettingsError
 from flashcomm.ranks.launch import RankContext
 
 
@@ -35,6 +35,10 @@ def test_all_reduce_as_a_function_and_as_an_op(ctx: RankContext) -> None:
     assert len(ops._communicators) == 1, "the same group and format share a Communicator"
     small = torch.ones(3)
     assert flashcomm.all_reduce(small).tolist() == [float(ctx.world_size)] * 3  # default format; below min_bytes: exact
+
+    with pytest.raises(InputError):  # on all ranks, and the next call works
+        flashcomm.all_reduce([1.0] if ctx.rank == 1 else small)  # type: ignore[arg-type]
+    assert flashcomm.all_reduce(small).tolist() == [float(ctx.world_size)] * 3
 
     pair = dist.new_group([0, 1])
     lonely = dist.new_group([2])

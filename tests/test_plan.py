@@ -154,7 +154,12 @@ GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
         ([], "not a plan"),
         ({"format": "int8"}, "not a plan"),
         ({"flashcomm_plan": 2, "format": "int8"}, "not a plan"),
+        (GOOD | {"flashcomm_plan": True}, "not a plan"),
+        (GOOD | {"flashcomm_plan": 1.0}, "not a plan"),
         ({"flashcomm_plan": 1}, 'no "format"'),
+        (GOOD | {"format": "int" + "9" * 5000}, "a format is"),
+        (GOOD | {"format": 4}, "a format is"),
+        (GOOD | {"decode": ["int4"]}, "a format is"),
         (GOOD | {"color": 1}, "unknown keys color"),
         (GOOD | {"format": "int1"}, "1 bits asked for"),
         (GOOD | {"decode": "int4-g7"}, "a group of 7"),
@@ -179,6 +184,23 @@ GOOD: dict[str, Any] = {"flashcomm_plan": 1, "format": "int8"}
 def test_refusals_name_the_file_and_the_entry(content: Any, why: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(PlanError, match=rf"plan\.json: .*{why}"):
+        Plan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[" * 200_000, "is not valid JSON"),
+        ('{"flashcomm_plan": 1, "format": "int8", "made": ' + "[" * 200_000, "is not valid JSON"),
+        ('{"flashcomm_plan": 1, "format": "int8", "format": "int4"}', "format"),
+        ('{"flashcomm_plan": ' + "1" * 5000 + "}", "is not valid JSON"),
+        ("", "is not valid JSON"),
+    ],
+    ids=["deep", "deep inside", "twice", "digits", "empty"],
+)
+def test_texts_that_no_parser_should_meet(text: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError, match=rf"plan\.json.*{why}"):
         Plan.load(tmp_path / "plan.json")
 
 

@@ -64,7 +64,7 @@ class Communicator:
         self.group, self.device, self.transport = started.group, started.device, started.transport
         self.settings, self.machine, self.format = started.settings, started.machine, started.settings.format
         self._guard, self._executors = started.guard, started.executors
-        self._recent, self._n_calls, self.closed = RecentCalls(self.device), 0, False
+        self._recent, self._n_calls, self.closed = RecentCalls(self.device, self._guard), 0, False
         self.rank, self.world_size = self.transport.rank, self.transport.world_size
         self._counts = Counts(repr(self), self.settings.debug == "info")
         self.calls, self.sent = self._counts.calls, self._counts.sent
@@ -92,15 +92,11 @@ class Communicator:
             ClosedError: The Communicator was closed.
             CommunicationError: A peer died or did not answer within the time-out.
         """
-        if out is None and not self._guard.busy:
-            self._guard.busy = True  # stays True if an exception interrupts the call
-            recent = self._recent.repeat(x, format, whole)
-            self._guard.busy = False
-            if recent:
-                result, name, n_bytes = recent
-                self._counts.add(name, n_bytes, x)
-                self._n_calls += 1
-                return result
+        if out is None and (recent := self._recent.repeat(x, format, whole)):
+            result, name, n_bytes = recent
+            self._counts.add(name, n_bytes, x)
+            self._n_calls += 1
+            return result
         return self._collective("all_reduce", x, out, format, whole)
 
     def reduce_scatter(self, x: Tensor, out: Tensor | None = None, *, format: Format = None) -> Tensor:
@@ -174,21 +170,22 @@ class Communicator:
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        for executor in self._executors.values():
+        for executor in list(self._executors.values()):  # another thread may close this Communicator
             executor.check()
 
     def close(self) -> None:
         """Free buffers and threads. Not collective. Waits for this rank's calls, also in other threads.
 
-        Later calls raise ClosedError. CUDA graphs that captured calls must not be replayed. Closing again is allowed.
+        Later calls raise ClosedError. CUDA graphs that captured calls must not be replayed. Closing again is allowed. A
+        Communicator that is dropped without `close` frees the same.
         """
-        with self._guard.closing():
-            if not self.closed:
+        with self._guard.closing() as idle:
+            self.closed = True
+            self._recent.clear()
+            if idle:  # otherwise this runs within a call, which still needs them, or in a forked process
                 for executor in self._executors.values():
                     executor.close()
-            self.closed = True
-            self._executors.clear()
-            self._recent.clear()
+                self._executors.clear()
             self.transport.close()
 
     def __enter__(self) -> Communicator:

@@ -6,11 +6,18 @@ for, why no public name would do, and with which releases it was tested.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import weakref
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.distributed import distributed_c10d
+
+_registered: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()  # by `register`
 
 
 def process_group_named(name: str) -> dist.ProcessGroup:
@@ -24,13 +31,46 @@ def process_group_named(name: str) -> dist.ProcessGroup:
     return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
 
 
-def is_registered(group: dist.ProcessGroup) -> bool:
-    """Return whether torch.distributed knows the group. If not, symmetric memory cannot find its ranks by its name.
+def name_of(group: dist.ProcessGroup) -> str | None:
+    """Return the name by which torch finds the group; None if there is none. Symmetric memory finds its ranks by it.
 
-    `distributed_c10d._world.pg_names`, torch 2.11 and 2.13. Public functions raise for a group that is not registered,
-    such as the inner one of a c10d backend.
+    `distributed_c10d._resolve_process_group`, torch 2.11 and 2.13. `group.group_name` is the name of the group's
+    backends. The inner group of a c10d backend shares them with the outer one, whose name its `group_name` is.
     """
-    return group in distributed_c10d._world.pg_names
+    try:
+        name = _registered.get(group) or group.group_name
+        return name if process_group_named(name) is group else None
+    except RuntimeError:  # it has no name, or no group is registered under it
+        return None
+
+
+def register(group: dist.ProcessGroup, name: str, store: distributed_c10d.Store) -> None:
+    """Let torch find a group by name that torch.distributed did not create, such as the inner one of a c10d backend.
+
+    `torch._C._distributed_c10d._register_process_group`, torch 2.11 and 2.13: symmetric memory takes rank, size and
+    store from the group of a name. Releases in which `enable_symm_mem_for_group` is not yet deprecated look them up in
+    a table of their own, which that function fills for groups of torch.distributed only.
+
+    Args:
+        group: The group.
+        name: A name that no group of this process has had.
+        store: The store of its ranks.
+    """
+    _register_process_group(name, group)  # type: ignore[arg-type]  # torch's GroupName is a str
+    _registered[group] = name
+    module = importlib.import_module("torch.distributed._symmetric_memory")
+    if not hasattr(module.enable_symm_mem_for_group, "__deprecated__"):
+        module._SymmetricMemory.set_group_info(name, group.rank(), group.size(), store)
+        module._group_name_to_store[name] = store
+
+
+def unregister(group: dist.ProcessGroup) -> None:
+    """Undo `register`. Calling it again, or after `destroy_process_group`, does nothing.
+
+    `torch._C._distributed_c10d._unregister_process_group`, torch 2.11 and 2.13.
+    """
+    if name := _registered.pop(group, None):
+        _unregister_process_group(name)  # type: ignore[arg-type]
 
 
 def default_store() -> distributed_c10d.Store:
@@ -74,3 +114,26 @@ def in_backward_pass() -> bool:
     `torch._C._current_graph_task_id`, torch 2.13. There is no public name for it.
     """
     return torch._C._current_graph_task_id() != -1
+
+
+def accept_in_monitored_barrier(kind: type[Any]) -> None:
+    """Make `torch.distributed.monitored_barrier` accept groups of this class, by calling their own method.
+
+    `distributed_c10d.monitored_barrier`, torch 2.11 and 2.13, compares the name of the backend with "gloo" and raises
+    ValueError for all others. There is no hook, so this replaces the function.
+    """
+    original = distributed_c10d.monitored_barrier
+
+    @functools.wraps(original)
+    def monitored_barrier(
+        group: dist.ProcessGroup | None = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+    ) -> None:
+        found: Any = dist.group.WORLD if group is None else group
+        if not isinstance(found, kind):
+            original(group, timeout, wait_all_ranks)
+        elif timeout is None:
+            found.monitored_barrier(wait_all_ranks=wait_all_ranks)
+        else:
+            found.monitored_barrier(timeout, wait_all_ranks=wait_all_ranks)
+
+    distributed_c10d.monitored_barrier = dist.monitored_barrier = monitored_barrier

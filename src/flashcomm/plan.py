@@ -135,7 +135,8 @@ class Plan:
             PlanError: The object is not a plan.
             FormatError: It names a format that does not exist.
         """
-        if not isinstance(content, Mapping) or content.get("flashcomm_plan") != VERSION:
+        version = content.get("flashcomm_plan") if isinstance(content, Mapping) else None
+        if type(version) is not int or version != VERSION:
             raise PlanError(f'not a plan: a JSON object with "flashcomm_plan": {VERSION} is needed')
         unknown = sorted(set(content) - {"flashcomm_plan", "format", "decode", "layers", "model", "made"})
         if unknown or "format" not in content:

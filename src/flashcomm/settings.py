@@ -16,6 +16,11 @@
     FLASHCOMM_CHUNK_BYTES  message bytes per chunk (process_group)              4M on CPUs, 32M on GPUs
     FLASHCOMM_TIMEOUT_S    seconds to wait for a peer                           60
     FLASHCOMM_CHECK        1: ranks compare shapes before every call            on for CPUs, off for GPUs
+    FLASHCOMM_MEASURE      measure times when a Communicator is created: auto,  auto
+                           where there are none, on GPUs over NCCL; off; anew,
+                           again in each process
+    FLASHCOMM_VERIFY       N: compare the result of every Nth call with the     0: never
+                           reference, and raise an error if it is wrong
     FLASHCOMM_DEBUG        info: log each route at its first use, and its       off
                            calls and bytes at the 10th, 100th, ... use
 
@@ -41,7 +46,7 @@ ALGORITHMS = (policy.AUTO, *policy.ALGORITHMS)
 _RENAMED = {"native": "backend", "host": "host_memory", "shared": "cpu_shared"}  # values of flashcomm 0.1
 NAMES = (
     *("FORMAT", "ALGORITHM", "MIN_BYTES", "TRANSPORT", "WORKSPACE_BYTES", "CHUNK_BYTES", "TIMEOUT_S", "CHECK"),
-    *("DEBUG", "LOCAL_WORLD", "HOST_WORKERS"),
+    *("DEBUG", "LOCAL_WORLD", "HOST_WORKERS", "MEASURE", "VERIFY"),
 )
 MOST_HOST_WORKERS = 128  # equal to `gpu.host_sync.MAX_WORKERS`
 _ELSEWHERE = ("GRADIENTS",)  # read by integrations.process_group
@@ -63,6 +68,8 @@ class Arguments(TypedDict, total=False):
     debug: str | None
     local_world_size: int | None
     host_workers: int | str | None
+    measure: str | None
+    verify: int | str | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Settings:
         debug: "off" or "info".
         local_world_size: Consecutive ranks per node; 0 if not set.
         host_workers: The most multiprocessors that work on a message over `host_memory`; 0 if not set.
+        measure: "auto", "off" or "anew": whether creating a Communicator measures times.
+        verify: The result of every call whose number this divides is compared with the reference; 0: of none.
         plan: The digest of the plan that the caller follows, or "".
     """
 
@@ -95,6 +104,8 @@ class Settings:
     debug: str
     local_world_size: int = 0
     host_workers: int = 0
+    measure: str = "auto"
+    verify: int = 0
     plan: str = ""
 
     @property
@@ -145,6 +156,8 @@ class Settings:
             debug=_one_of("debug", value("DEBUG", "off"), ("off", "info")),
             local_world_size=_ranks(value("LOCAL_WORLD", None)),
             host_workers=_workers(value("HOST_WORKERS", "auto")),
+            measure=_one_of("measure", value("MEASURE", "auto"), ("auto", "off", "anew")),
+            verify=_calls(value("VERIFY", 0)),
         )
 
 
@@ -180,7 +193,8 @@ def _format(value: Any) -> str:
 
 def _seconds(value: float | str) -> float:
     try:
-        seconds = float(value)
+        plain = not isinstance(value, str) or re.fullmatch(r"[0-9.e+-]{1,30}", value.strip())  # not "1_0"
+        seconds = float(value) if plain else 0.0
     except (TypeError, ValueError, OverflowError):
         seconds = 0.0
     if not 1e-3 <= seconds < 1e7:  # torch.distributed counts milliseconds, and 0 of them mean no time-out
@@ -193,6 +207,12 @@ def _workers(value: int | str) -> int:
     if text != "auto" and not (re.fullmatch(r"[0-9]{1,3}", text) and 0 < int(text) <= MOST_HOST_WORKERS):
         raise SettingsError(f"host_workers={value!r}: give a number from 1 to {MOST_HOST_WORKERS}, or auto")
     return 0 if text == "auto" else int(text)
+
+
+def _calls(value: int | str) -> int:
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", str(value).strip()):
+        raise SettingsError(f"verify={value!r}: give N to verify every Nth call, or 0")
+    return int(value)
 
 
 def _ranks(value: int | str | None) -> int:

@@ -20,7 +20,8 @@ COLUMNS = [
 
 
 def measured(ctx: RankContext, *args: Any) -> Any:
-    return all_reduce.all_reduce(ctx, *args)
+    only_auto = all_reduce.all_reduce(ctx, ["int8"], [4096], 576, BF16, 1, ("eager",), {"min_bytes": 0}, True)
+    return all_reduce.all_reduce(ctx, *args) | {"only_auto": only_auto}
 
 
 def test_rows() -> None:
@@ -49,9 +50,21 @@ def test_rows() -> None:
         assert by["backend"]["wire_bytes"] == 4 * size // 3
         assert all(r["error"] < 0.01 for r in uncompressed)
         assert mine[-1]["error"] > 0.01
+    only_auto = found["only_auto"]
+    assert [(r["format"], r["path"]) for r in only_auto["rows"]] == [(UNCOMPRESSED, "backend"), ("int8", "auto")]
+    assert only_auto["unavailable"] == {}
     missing = found["unavailable"]
     assert set(missing) == {"symm one-shot", "symm two-shot", "vllm custom", "flashinfer fp8"}
     assert set(missing.values()) == {"for CUDA tensors only"}
+
+
+def test_the_rows_of_large_messages_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_reduce, "BLOCK_NUMEL", 64)
+    x = all_reduce.example((5, 32), BF16, 0, 1)
+    assert x.shape == (5, 32)
+    assert torch.equal(x[:2], x[2:4])
+    assert torch.equal(x[:1], x[4:])
+    assert not torch.equal(x[0], x[1])
 
 
 def wrong_on_one_rank(ctx: RankContext, whose: str) -> Any:

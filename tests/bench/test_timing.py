@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from flashcomm.bench import all_reduce, baselines, timing
 from flashcomm.errors import FlashcommError
+from flashcomm.setup import measure
 from flashcomm.testing import RankContext, run
 from flashcomm.wire.format import UNCOMPRESSED
 
@@ -87,8 +88,8 @@ def on_a_stand_in(ctx: RankContext, what: str = "") -> Any:
     with pytest.MonkeyPatch.context() as patch:
         others_on_a_stand_in(ctx, patch)
         stand_in = StandIn(patch)
-        patch.setattr(timing, "sets_for", lambda n_bytes, device: 3)
-        patch.setattr(all_reduce, "HOST_CALLS", 10)
+        patch.setattr(all_reduce, "sets_for", lambda n_bytes, device: 3)
+        patch.setattr(all_reduce, "MOST_HOST_CALLS", 10)
         if what == "replays do nothing":
             patch.setattr(Graph, "replay", lambda self: None)
         if what == "rank 1 cannot capture" and ctx.rank == 1:
@@ -171,6 +172,6 @@ def test_replays_are_compared_with_eager_calls() -> None:
 
 def test_calls_in_a_sample() -> None:
     """There are ten, or fewer for huge messages, but each set of inputs is used at least once."""
-    assert timing.sets_for(1 << 20, torch.device("cpu")) == 2
-    assert [timing.calls_for(n << 20, 2) for n in (1, 64, 128, 256, 1024)] == [10, 10, 5, 2, 2]
-    assert timing.calls_for(1 << 16, 16) == 16
+    assert measure.sets_for(1 << 20, torch.device("cpu")) == 2
+    assert [measure.calls_for(n << 20, 2) for n in (1, 64, 128, 256, 1024)] == [10, 10, 5, 2, 2]
+    assert measure.calls_for(1 << 16, 16) == 16

@@ -115,7 +115,6 @@ def test_a_new_length_is_no_new_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         world_size=2,
         n_bytes=launch.region_bytes(256 << 20),
         device=torch.device("cpu"),
-        mapped=False,
         own=1 << 40,
         peers=torch.zeros(2, dtype=torch.int64),
         status=torch.zeros(5, dtype=torch.int32),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from support import N_GPUS, same_bits, tough
+from support import N_GPUS, SHORT_S, same_bits, tough
 
 from flashcomm import WireFormat, reference
 from flashcomm.errors import CommunicationError
@@ -135,14 +134,15 @@ def test_a_slow_reader_reads_what_was_meant_for_it() -> None:
 
 def a_rank_is_gone(ctx: RankContext, algorithm: str) -> None:
     gone = ctx.world_size - 1
-    kernels = make(ctx, timeout_s=2)
+    kernels = make(ctx)
     fmt, messages = WireFormat.parse("int4"), inputs(ctx, algorithm, (4, 512), BF16, 1)
     got, want = call(kernels, algorithm, messages, fmt, HOW)
     assert same_bits(got, want)
+    dist.barrier()
+    kernels.timeout_s = SHORT_S  # not before: ranks that compile may be seconds apart
     if ctx.rank == gone:
-        time.sleep(10)  # it keeps its memory, but makes no second call
+        dist.barrier()  # it keeps its memory, but makes no second call
         return
-    begin = time.monotonic()
     got, _ = call(kernels, algorithm, messages, fmt, HOW)
     assert got.isnan().all()
     with pytest.raises(CommunicationError, match=rf"of rank {gone}: expected call 2, saw 1\. That rank died"):
@@ -150,9 +150,9 @@ def a_rank_is_gone(ctx: RankContext, algorithm: str) -> None:
     for _ in range(2):  # from now on it neither disturbs its peers nor waits again
         got, _ = call(kernels, algorithm, messages, fmt, HOW)
         assert got.isnan().all()
-    assert time.monotonic() - begin < 20
     flag = ctypes.c_int32.from_address(kernels.region.mappings[ctx.rank] + kernels.region.n_bytes).value
     assert flag // MAX_WAVES <= 2  # it has published no later call
+    dist.barrier()
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,10 @@ def operations(rank: int, world_size: int) -> dict[str, Callable[[], Any]]:
         "send and recv with a tag": lambda: passed(5),
         "recv from any": lambda: passed(7),
         "barrier": dist.barrier,
+        "monitored_barrier": dist.monitored_barrier,
+        "monitored_barrier with a time-out": lambda: dist.monitored_barrier(group, timedelta(seconds=30), True),
+        "monitored_barrier of one": lambda: dist.monitored_barrier(dist.new_subgroups(1)[0]),
+        "monitored_barrier of no member": lambda: dist.monitored_barrier(dist.GroupMember.NON_GROUP_MEMBER),
         "barrier, asynchronous": lambda: dist.barrier(async_op=True).wait(),
         "all_gather_object": lambda: objects(lambda found: dist.all_gather_object(found, {"rank": rank}), world_size),
         "gather_object": lambda: objects(

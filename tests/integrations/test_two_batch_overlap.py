@@ -59,6 +59,22 @@ class TestTwoBatchOverlap:
         assert sum(met) >= 5  # all but the last ones overlap with computation
         assert current() is None
 
+    def test_each_micro_batch_keeps_its_modes(self) -> None:
+        overlap = TwoBatchOverlap((1, 1), CPU)
+
+        def first() -> bool:
+            with torch.enable_grad():
+                overlap.reduce(lambda: torch.tensor(0))
+                return torch.is_grad_enabled()
+
+        def second() -> bool:
+            overlap.reduce(lambda: torch.tensor(0))
+            return torch.is_grad_enabled()
+
+        with torch.no_grad():
+            assert overlap.run((first, second)) == (True, False)
+            assert not torch.is_grad_enabled()
+
     @pytest.mark.parametrize("failing", [0, 1])
     @pytest.mark.parametrize("inside", [False, True])
     def test_an_error_in_one_micro_batch_ends_both(self, failing: int, inside: bool) -> None:
@@ -101,7 +117,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int4", min_bytes=min_bytes)
-    model = integration.overlap(tiny())
+    model = integration.overlap(tiny(), mode="always")
     switch = model.base_model.forward
     cuts = 0
     run_both = TwoBatchOverlap.run
@@ -115,7 +131,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
 
     def both(**kwargs: Any) -> tuple[Any, Any]:
         outs = []
-        for switch.enabled in (False, True):
+        for switch.mode in ("never", "always"):
             more = {"past_key_values": DynamicCache(config=model.config)} if kwargs.get("given") else {}
             with torch.inference_mode():
                 out = model(**{k: v for k, v in kwargs.items() if k != "given"}, **more)
@@ -142,7 +158,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
     assert cuts == 4
     padded[0] = 1  # one micro-batch needs a mask, the other does not: run as before
     both(input_ids=ids, attention_mask=padded)
-    both(input_ids=ids[:1])
+    both(input_ids=ids[:1, :3])
     both(input_ids=ids, output_hidden_states=True)
     assert cuts == 4
     with torch.inference_mode():
@@ -151,7 +167,7 @@ def overlaps(ctx: RankContext, min_bytes: int) -> None:
         assert cuts == 5
     with integration.backend_all_reduce(), torch.inference_mode():
         cut = model(ids).logits
-        switch.enabled = False
+        switch.mode = "never"
         assert torch.equal(model(ids).logits, cut)
 
 
@@ -161,7 +177,7 @@ def continues(ctx: RankContext) -> None:
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int6-had/int7-had")
-    model = integration.overlap(tiny())
+    model = integration.overlap(tiny(), mode="always")
     asked: list[tuple[int, int | None]] = []
     reduce = Communicator.all_reduce
 
@@ -172,7 +188,7 @@ def continues(ctx: RankContext) -> None:
     Communicator.all_reduce = spy  # type: ignore[method-assign]
     ids = torch.randint(0, 500, (3, 32), generator=torch.Generator().manual_seed(1))
     results = []
-    for model.base_model.forward.enabled in (False, True):
+    for model.base_model.forward.mode in ("never", "always"):
         with torch.inference_mode():
             past = model(ids[:, :16]).past_key_values
             results.append(model(ids[:, 16:], past_key_values=past).logits)
@@ -189,7 +205,7 @@ def refuses(ctx: RankContext) -> None:
     model = tiny()
     model._tp_plan["model.layers.*.mlp.experts"] = "grouped_gemm"
     with pytest.raises(InputError, match=r"overlap is for dense models.*grouped_gemm: do not use overlap"):
-        integration.overlap(model)
+        integration.overlap(model, mode="always")
 
 
 def fails_in_a_reduce(ctx: RankContext) -> None:
@@ -197,7 +213,7 @@ def fails_in_a_reduce(ctx: RankContext) -> None:
     from flashcomm.integrations import transformers as integration
 
     integration.enable("int4", min_bytes=0)
-    model = integration.overlap(tiny())
+    model = integration.overlap(tiny(), mode="always")
     ids = torch.arange(48).view(2, 24)
     with torch.inference_mode():
         want = model(ids).logits
@@ -222,16 +238,100 @@ def real_text(ctx: RankContext) -> None:
 
     integration.enable("int4-had")
     model, tokenizer = load_model(MODEL, ctx.world_size, CPU, torch.bfloat16)
-    integration.overlap(model)
+    integration.overlap(model, mode="always")
     text = tokenizer(TEXT.read_text()[:4000], return_tensors="pt").input_ids[0, :512].view(2, 256)
     seen = []
-    for model.base_model.forward.enabled in (False, True):
+    for model.base_model.forward.mode in ("never", "always"):
         with torch.inference_mode():
             seen.append(model(text).logits)
     assert torch.equal(*seen)
 
 
+def blocks(ctx: RankContext) -> None:
+    """One sequence as two blocks of tokens: caches as without overlap, and what cannot be split."""
+    from transformers import DynamicCache
+
+    from flashcomm.integrations import transformers as integration
+
+    integration.enable("int4", min_bytes=0)
+    model = integration.overlap(tiny(), mode="always")
+    switch = model.base_model.forward
+    ids = torch.randint(0, 500, (1, 64), generator=torch.Generator().manual_seed(1))
+    seen = []
+    for switch.mode in ("never", "always"):
+        with torch.inference_mode():
+            given = DynamicCache(config=model.config)
+            first = model(ids, past_key_values=given)
+            assert first.past_key_values is given
+            assert switch.last == ("tokens" if switch.mode == "always" else None)
+            then = model(ids[:, :40], past_key_values=given, attention_mask=torch.ones(1, 104, dtype=torch.long))
+            assert switch.last == ("tokens" if switch.mode == "always" else None)
+            nexts = model(ids[:, :1], past_key_values=given)
+            uncached = model(ids, use_cache=False)
+            assert uncached.past_key_values is None
+        seen.append((first, then, nexts, uncached, given))
+    *outs, (plain, cut) = zip(*seen, strict=True)
+    for a, b in outs:
+        assert torch.equal(a.logits, b.logits)
+    for a, b in zip(plain.layers, cut.layers, strict=True):
+        assert a.keys.shape[-2] == 105
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    with torch.inference_mode():
+        for more in ({"attention_mask": padded}, {"output_hidden_states": True}):
+            model(ids, **more)
+            assert switch.last is None
+        model(ids, use_cache=False, position_ids=torch.arange(64)[None] % 32)  # two sequences in a row
+        assert switch.last is None
+    model(ids)  # training
+    assert switch.last is None
+
+
+def decides(ctx: RankContext) -> list[bool | None]:
+    """The slowest rank's clock decides for all ranks; return what was split in each pass."""
+    from flashcomm.integrations import transformers as integration
+    from flashcomm.integrations import transformers_overlap
+
+    integration.enable("int4", min_bytes=0)
+    model = integration.overlap(tiny())
+    switch = model.base_model.forward
+    clock, overlap_costs = [0.0], 1.0 if ctx.rank == 0 else 3.0  # rank 1 finds overlap slower, rank 0 faster
+    transformers_overlap.time = type("Clock", (), {"perf_counter": lambda: clock[0]})
+    plain, split = switch.plain, switch._sequences
+
+    def timed_plain(**given: Any) -> Any:
+        clock[0] += 2.0 if switch.last is None else 0.0
+        return plain(**given)
+
+    def timed_split(given: Any) -> Any:
+        clock[0] += overlap_costs
+        return split(given)
+
+    switch.plain, switch._sequences = timed_plain, timed_split
+    ids = torch.randint(0, 500, (2, 16), generator=torch.Generator().manual_seed(1))
+    used = []
+    with torch.inference_mode():
+        for _ in range(2 * (transformers_overlap.N_TIMED + 1) + 2):
+            model(ids)
+            used.append(switch.last is not None)
+    (trial,) = switch.trials.values()
+    assert trial.pays is False
+    overlap_costs = 1.0
+    integration.overlap(model)
+    switch = model.base_model.forward
+    assert not switch.trials
+    return used
+
+
 class TestTransformers:
+    def test_blocks_of_tokens(self) -> None:
+        run(blocks, 2)
+
+    def test_the_first_passes_decide(self) -> None:
+        assert run(decides, 2) == [False, True] * 4 + [False, False]
+
     @pytest.mark.parametrize("min_bytes", [0, 1 << 13])
     def test_bits(self, min_bytes: int) -> None:
         """With min_bytes of 8 KiB some messages are low-bit although half of them would be too small."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_the_fastest_measured_route_is_taken() -> None:
     assert "not backend: 250.0 us" in text
 
 
+def test_the_backend_is_left_only_for_a_route_that_is_clearly_faster() -> None:
+    for us, algorithm in ((100.0, "backend"), (97.5, "backend"), (96.5, "one_shot")):
+        close = Timings("t", (1 << 20,), {"backend": (100.0,), "int4 one_shot": (us,)})
+        choice = choose(1 << 20, "int4", Machine("symmetric", close))
+        assert choice.route.algorithm == algorithm, us
+    assert "96.5 us for 1024 KiB, the fastest measured (t)" in str(choice)
+    close = Timings("t", (1 << 20,), {"backend": (100.0,), "int4 one_shot": (97.5,)})
+    text = str(choose(1 << 20, "int4", Machine("symmetric", close)))
+    assert "100.0 us for 1024 KiB, less than 3% over the fastest (t)" in text
+    assert "not one_shot: 97.5 us" in text
+
+
 def test_settings_win_over_timings() -> None:
     assert taken(choose(8 << 10, "int4", FAST, min_bytes=0)) == ("one_shot", "int4", "symmetric")
     assert taken(choose(64 << 20, "int8-had", FAST, min_bytes=0)) == ("two_shot", "int8-had", "symmetric")
@@ -82,6 +95,10 @@ def test_a_format_goes_by_the_nearest_one_measured() -> None:
     both = Timings("t", (4,), {"backend": (1.0,), "int6 one_shot": (1.0,), "int6-had one_shot": (2.0,)})
     assert both.nearest(WireFormat.parse("int5-had"), "one_shot") == "int6-had one_shot"
     assert both.nearest(WireFormat.parse("int5"), "one_shot") == "int6 one_shot"
+    us = {"backend": (1.0,), "int4 one_shot": (1.0,), "int8 one_shot": (2.0,), "int7-had one_shot": (3.0,)}
+    far = Timings("t", (4,), us)
+    assert far.nearest(WireFormat.parse("int4-had"), "one_shot") == "int7-had one_shot"  # whose transform takes time
+    assert far.nearest(WireFormat.parse("int6"), "one_shot") == "int8 one_shot"  # as near as int4, and not faster
     assert Timings("t", (4,), {"backend": (1.0,)}).nearest(WireFormat.parse("int4"), "one_shot") is None
 
 
@@ -104,21 +121,57 @@ def test_routes_without_timings() -> None:
 def test_own_timings_come_before_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timings, "BUILT_IN", tmp_path / "built-in")
-    assert timings.find("NVIDIA H200", 2, "symmetric") is None
+    find = functools.partial(timings.find, "NVIDIA H200", 2, "symmetric", "1")
+    assert find() is None
     name = timings.file_name("NVIDIA H200", 2, "symmetric")
     assert name == "nvidia-h200-x2-symmetric.json"
     timings.save(tmp_path / "built-in" / name, TIMINGS)
-    found = timings.find("NVIDIA H200", 2, "symmetric")
+    found = find()
     assert found is not None
     assert timings.as_dict(found) == timings.as_dict(TIMINGS)
-    timings.save(timings.own_directory() / name, Timings("mine", (4,), {"backend": (1.0,)}))
-    own = timings.find("NVIDIA H200", 2, "symmetric")
+    timings.save(timings.own_directory() / name, Timings("mine", (4,), {"backend": (1.0,)}, "1"))
+    own = find()
     assert own is not None
     assert own.source == "mine"
     (timings.own_directory() / name).write_text("{")
-    again = timings.find("NVIDIA H200", 2, "symmetric")
+    again = find()
     assert again is not None
     assert again.source == "made up"
+
+
+@pytest.mark.parametrize("fault", ["version", "no version", "file", "folder", "unreadable", "large", "cut off"])
+def test_an_own_file_of_no_use_is_ignored_with_one_line(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = timings.own_directory() / timings.file_name("CPU", 2, "process_group")
+    version = {"version": "0.9", "no version": ""}.get(fault, "1")
+    timings.save(path, Timings("mine", (4,), {"backend": (1.0,)}, version))
+    assert path.stat().st_mode & 0o777 == 0o644
+    if fault == "file":
+        path.chmod(0o646)
+    elif fault == "folder":
+        path.parent.chmod(0o777)
+    elif fault == "unreadable":  # also for root, who may read any file
+        path.unlink()
+        path.mkdir()
+    elif fault == "large":
+        path.write_text(path.read_text() + " " * timings.MOST_BYTES)
+    elif fault == "cut off":
+        path.write_text(path.read_text()[:-9])
+    assert timings.find("CPU", 2, "process_group", "1") is None
+    (line,) = caplog.messages
+    expected = {
+        "version": "flashcomm 0.9 measured it and this is 1; run `flashcomm calibrate` again",
+        "no version": "flashcomm of an unknown version measured it",
+        "file": f"every user may write to it; run chmod o-w {path}",
+        "folder": f"every user may write to its folder; run chmod o-w {path.parent}",
+        "unreadable": "Is a directory",
+        "large": f"more than {timings.MOST_BYTES} bytes",
+        "cut off": "delimiter",
+    }
+    assert line.startswith(f"{path} is not a valid file of timings and is ignored: ")
+    assert expected[fault] in line
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,8 @@ class TestCachedTimings:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         (tmp_path / "flashcomm").mkdir()
         (tmp_path / "flashcomm" / "cpu-x2-process-group.json").write_text(
-            '{"source":"me","sizes":[1,1048576],"us":{"backend":[1,1],"int4 one_shot":[9,9]}}'
+            f'{{"source":"me","flashcomm":"{flashcomm.__version__}","sizes":[1,1048576],'
+            '"us":{"backend":[1,1],"int4 one_shot":[9,9]}}'
         )
         for choice in raise_first(
             run_ranks(2, lambda g, r: str(Communicator(g, "int8").explain((4096, 576), torch.float32)))
@@ -362,7 +363,8 @@ class TestPeers:
 def test_nothing_is_pickled_or_evaluated() -> None:
     """As docs/security.md says, data from other ranks and from files are never executed."""
     forbidden = {"pickle", "dill", "marshal", "shelve", "yaml", "eval", "exec"}
-    forbidden |= {f"{verb}_object{more}" for verb in ("all_gather", "broadcast", "gather") for more in ("", "_list")}
+    verbs = ("all_gather", "broadcast", "gather", "scatter", "send", "recv")
+    forbidden |= {f"{verb}_object{more}" for verb in verbs for more in ("", "_list")} | {"cloudpickle", "joblib"}
     for path in Path(flashcomm.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names: set[str] = set()

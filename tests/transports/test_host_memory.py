@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
-from support import N_GPUS, over_cuda, same_bits, tough
+import torch.distributed as dist
+from support import N_GPUS, SHORT_S, over_cuda, same_bits, tough, wait_at_most
 
 from flashcomm import Communicator, WireFormat, reference
 from flashcomm.errors import CommunicationError, UnavailableError
@@ -114,16 +113,18 @@ def _twice(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def gone_on_gpus(ctx: RankContext, shape: tuple[int, int]) -> None:
-    with over_cuda("int4", transport="host_memory", min_bytes=0, timeout_s=2) as comm:
+    with over_cuda("int4", transport="host_memory", min_bytes=0) as comm:
         x = tough(shape, BF16, ctx.rank).to(ctx.device)
         comm.all_reduce(x)
+        wait_at_most(comm, SHORT_S)
         if ctx.rank == 1:
-            time.sleep(8)
+            dist.barrier()
             return
         out = torch.zeros_like(x)
         with pytest.raises(CommunicationError, match="of rank 1"):
             _twice(comm, x, out)
         assert out.isnan().all()
+        dist.barrier()
 
 
 @two_gpus

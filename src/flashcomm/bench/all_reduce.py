@@ -29,17 +29,17 @@ from torch import Tensor
 
 from flashcomm import reference
 from flashcomm.bench import timing
-from flashcomm.bench.baselines import Implementation, available, max_sums_in_place, padded
+from flashcomm.bench.baselines import Backend, Implementation, available, max_sums_in_place, padded
 from flashcomm.bench.records import BACKEND
 from flashcomm.bench.timing import Timing
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError
 from flashcomm.ranks.launch import RankContext
 from flashcomm.routing.route import Route
+from flashcomm.setup.measure import MOST_HOST_CALLS, calls_for, sets_for, shape_of
 from flashcomm.wire.format import UNCOMPRESSED
 
 BLOCK_NUMEL = 1 << 24  # values that are verified at a time
-HOST_CALLS = 50  # the most calls per sample on CPUs
 
 
 class Ours(Implementation):
@@ -98,6 +98,7 @@ def all_reduce(
     turns: int,
     modes: Sequence[str],
     settings: dict[str, Any],
+    only_auto: bool = False,
 ) -> dict[str, Any]:
     """Verify and time all-reduces by size and format. Collective.
 
@@ -110,6 +111,7 @@ def all_reduce(
         turns: Samples of each case.
         modes: Some of `timing.MODES`.
         settings: Arguments of the Communicators.
+        only_auto: Whether to measure only the backend, and for each format what `auto` takes.
 
     Returns:
         `rows`, one for each size, mode and case, and `unavailable`, the reason for each path that was not measured.
@@ -118,13 +120,21 @@ def all_reduce(
         FlashcommError: On every rank, if a result is wrong.
     """
     device, low_bit = ctx.device.type, [f for f in formats if f != UNCOMPRESSED]
-    n_sets = {size: timing.sets_for(size, ctx.device) for size in sizes}
+    n_sets = {size: sets_for(size, ctx.device) for size in sizes}
     pool_numel = max(n_sets[size] * padded(size // dtype.itemsize) for size in sizes)
-    baselines, unavailable = available(ctx, dtype, max(sizes), pool_numel)
-    ours = [
-        Communicator(None, UNCOMPRESSED, device=device, **{**settings, "algorithm": algorithm, "check": False})
-        for algorithm in ("one_shot", "two_shot")
-    ] + [Communicator(None, f, device=device, **settings) for f in low_bit]
+    baselines: list[Implementation] = [Backend()]
+    unavailable: dict[str, str] = {}
+    if not only_auto:
+        baselines, unavailable = available(ctx, dtype, max(sizes), pool_numel)
+    ours = (
+        []
+        if only_auto
+        else [
+            Communicator(None, UNCOMPRESSED, device=device, **{**settings, "algorithm": algorithm, "check": False})
+            for algorithm in ("one_shot", "two_shot")
+        ]
+    )
+    ours += [] if only_auto else [Communicator(None, f, device=device, **settings) for f in low_bit]
     defaults = {k: v for k, v in settings.items() if k not in ("min_bytes", "algorithm")}
     automatic = [Communicator(None, f, device=device, **defaults) for f in low_bit]
     rows: list[dict[str, Any]] = []
@@ -150,7 +160,7 @@ def all_reduce(
             if not case.impl.same_bits:
                 case.notes.append("ranks differ" if case.ranks_differ else "ranks equal")
         del everyone
-        most = timing.calls_for(size, n_sets[size]) if device == "cuda" else HOST_CALLS
+        most = calls_for(size, n_sets[size]) if device == "cuda" else MOST_HOST_CALLS
         most = min(most, n_sets[size] * max_sums_in_place(dtype, ctx.world_size))
         timings = timing.measure(ctx, [case.impl for case in cases], modes, n_sets[size], most, turns)
         for case, taken in zip(cases, timings, strict=True):
@@ -160,12 +170,6 @@ def all_reduce(
         for mode in modes:
             rows += _rows([e for e in entries if mode in e.case.timing.seconds], mode, size, dtype, ctx.world_size)
     return {"rows": rows, "unavailable": unavailable}
-
-
-def shape_of(n_bytes: int, row: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Return the shape of a message of n_bytes: (rows, row) if it is divisible by row, else flat."""
-    count = n_bytes // dtype.itemsize
-    return (count // row, row) if count % row == 0 and count > row else (count,)
 
 
 def _entry(impl: Implementation) -> Entry:
@@ -186,12 +190,17 @@ def _automatic(
 
 
 def example(shape: tuple[int, ...], dtype: torch.dtype, index: int, rank: int) -> Tensor:
-    """Return normal values below 32 in rows of different scale. They depend only on index and rank."""
+    """Return normal values below 32 in rows of different scale. They depend only on index and rank.
+
+    In large messages the rows repeat after `BLOCK_NUMEL` values, because drawing more takes long.
+    """
     generator = torch.Generator().manual_seed(1000 * index + rank)
-    values = torch.randn(shape, generator=generator)
-    if len(shape) == 2:
-        values *= torch.rand((shape[0], 1), generator=generator) * 4 + 0.1
-    return values.to(dtype)
+    if len(shape) == 1:
+        return torch.randn(shape, generator=generator).to(dtype)
+    n_rows = min(shape[0], -(-BLOCK_NUMEL // shape[1]))
+    values = torch.randn((n_rows, shape[1]), generator=generator)
+    values *= torch.rand((n_rows, 1), generator=generator) * 4 + 0.1
+    return values.to(dtype).repeat(-(-shape[0] // n_rows), 1)[: shape[0]]
 
 
 def _verify(ctx: RankContext, case: Case, i: int, tensors: Sequence[Tensor]) -> None:

@@ -1,7 +1,6 @@
-"""`flashcomm calibrate`: measures this machine once, so that `auto` uses its times instead of rules of thumb.
+"""`flashcomm calibrate`: measures this machine in more detail than creating a Communicator does (`setup.measure`).
 
-For each size it measures the backend's all-reduce, and one-shot and two-shot, uncompressed and in some low-bit formats.
-On GPUs it measures CUDA graphs. It does not verify results, which tests and `bench` do.
+For each size it measures the backend's all-reduce, and flashcomm's own, uncompressed and in some low-bit formats.
 """
 
 from __future__ import annotations
@@ -9,22 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from flashcomm.bench import timing
-from flashcomm.bench.all_reduce import HOST_CALLS, Ours, example, shape_of
-from flashcomm.bench.baselines import SMALL, Backend, Implementation
-from flashcomm.bench.records import BACKEND
+import flashcomm
 from flashcomm.communicator import Communicator
 from flashcomm.ranks.launch import RankContext
-from flashcomm.routing import timings
-from flashcomm.setup import discovery
-from flashcomm.wire.format import UNCOMPRESSED
+from flashcomm.routing.timings import Timings, as_dict, from_dict
+from flashcomm.setup import discovery, measure
+from flashcomm.wire.format import UNCOMPRESSED, WireFormat
 
 FORMATS = ("int8", "int6-had/int7-had", "int4-had", "int4")
+LIMIT_S = 3600.0
 
 
-def measure(
+def calibrate(
     ctx: RankContext, formats: Sequence[str], sizes: Sequence[int], row: int, turns: int, source: str
 ) -> dict[str, Any]:
     """Time all-reduces of bfloat16 by size, format and algorithm. Collective.
@@ -40,33 +35,13 @@ def measure(
     Returns:
         `table`, the timings as JSON, and the `machine` and `transport` that they are for.
     """
-    device, dtype = ctx.device.type, torch.bfloat16
-    comms = {
-        f"{fmt} {algorithm}": Communicator(None, fmt, device=device, algorithm=algorithm, check=False)
-        for algorithm in ("one_shot", "two_shot")
-        for fmt in (UNCOMPRESSED, *formats)
-    }
-    us: dict[str, list[float]] = {BACKEND: [], **{name: [] for name in comms}}
-    mode = "graph" if device == "cuda" else "eager"
-    for done, size in enumerate(sizes):
-        ctx.emit((f"measuring {size} bytes", done, len(sizes)))
-        shape, n_sets = shape_of(size, row, dtype), timing.sets_for(size, ctx.device)
-        inputs = [example(shape, dtype, i, ctx.rank).to(ctx.device) for i in range(n_sets)]
-        ours = [Ours(comm, comm.explain(shape, dtype).route) for comm in comms.values()]
-        impls: list[Implementation] = [Backend(), *ours]
-        for impl in impls:
-            impl.load(inputs)
-            impl.refill(SMALL)
-            impl.run(0)
-        calls = timing.calls_for(size, n_sets) if device == "cuda" else HOST_CALLS
-        for times, timed in zip(us.values(), timing.measure(ctx, impls, (mode,), n_sets, calls, turns), strict=True):
-            times.append(round(timed.seconds.get(mode, timed.seconds.get("eager", 0.0)) * 1e6, 2))
-    transport = next(iter(comms.values())).machine.transport
-    for comm in comms.values():
-        comm.close()
-    table = {"source": source, "sizes": list(sizes), "us": us}
-    timings.from_dict(table)  # raises if they could not be read again
-    return {"table": table, "machine": discovery.machine_name(ctx.device), "transport": transport}
+    with Communicator(None, UNCOMPRESSED, device=ctx.device.type, measure="off") as comm:
+        ranks = measure.Ranks(comm.transport, comm.machine, comm._executors)
+        fmts = [WireFormat.parse(fmt) for fmt in (UNCOMPRESSED, *formats)]
+        kept, us = measure.measured(ranks, fmts, sizes, row, turns, LIMIT_S, lambda *step: ctx.emit(step))
+        table = as_dict(Timings(source, kept, us, flashcomm.__version__))
+        from_dict(table)  # raises if they could not be read again
+        return {"table": table, "machine": discovery.machine_name(ctx.device), "transport": comm.machine.transport}
 
 
 def fastest(table: dict[str, Any]) -> list[dict[str, Any]]:

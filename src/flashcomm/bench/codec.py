@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcomm.bench import timing
 from flashcomm.codecs import codec_for
 from flashcomm.errors import FlashcommError, UnavailableError
+from flashcomm.setup import measure
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout, WireFormat
 
@@ -79,7 +79,7 @@ def _measure(fmt: str, x: Tensor, row: int, turns: int, device: torch.device, ra
     step, fast = WireFormat.parse(fmt).reduce, codec_for(device.type)
     layout = Layout(step, row, dtype.itemsize)
     wire_bytes = layout.nbytes(0, n)
-    n_sets = 1 if device.type == "cpu" else timing.sets_for(x.nbytes, device)
+    n_sets = 1 if device.type == "cpu" else measure.sets_for(x.nbytes, device)
     inputs = [x.to(device, copy=True) for _ in range(n_sets)]
     wires = [torch.empty(ranks, wire_bytes, dtype=torch.uint8, device=device) for _ in range(n_sets)]
     for of_ranks in wires:
@@ -129,7 +129,7 @@ def _by_host_clock(run: Operation) -> float:
 
 def _by_events(run: Operation, n_bytes: int, n_sets: int) -> float:
     """Return the seconds per call of N calls queued on the GPU, which rotate over the sets."""
-    n_calls = timing.calls_for(n_bytes, n_sets)
+    n_calls = measure.calls_for(n_bytes, n_sets)
 
     def calls() -> None:
         for k in range(n_calls):
@@ -138,7 +138,7 @@ def _by_events(run: Operation, n_bytes: int, n_sets: int) -> float:
     begin = time.perf_counter()
     calls()
     lead_s = 2 * (time.perf_counter() - begin)
-    return timing.device_seconds(calls, lead_s) / n_calls
+    return measure.device_seconds(calls, lead_s) / n_calls
 
 
 def _verify(x: Tensor, wires: Tensor, layout: Layout) -> None:

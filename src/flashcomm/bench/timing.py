@@ -22,10 +22,9 @@ from torch import Tensor
 from flashcomm.bench.baselines import SMALL, Implementation, first_line, first_reason
 from flashcomm.errors import FlashcommError
 from flashcomm.ranks.launch import RankContext
+from flashcomm.setup.measure import device_seconds
 
 MODES = ("eager", "graph")
-MOST_SETS = 16
-CYCLES_PER_S = 2e9  # approximate rate of the cycles that torch.cuda._sleep counts
 
 
 @dataclass
@@ -41,18 +40,6 @@ class Timing:
     seconds: dict[str, float] = field(default_factory=dict)
     host_s: float | None = None
     no_graph: str | None = None
-
-
-def sets_for(n_bytes: int, device: torch.device) -> int:
-    """Return the number of sets of inputs, of n_bytes each."""
-    if device.type != "cuda":
-        return 2
-    return max(2, min(MOST_SETS, 3 * torch.cuda.get_device_properties(device).L2_cache_size // n_bytes + 1))
-
-
-def calls_for(n_bytes: int, n_sets: int) -> int:
-    """Return the number of calls per sample on a GPU: 10, or fewer above 64 MB, but at least the number of sets."""
-    return max(n_sets, min(10, (640 << 20) // n_bytes))
 
 
 def measure(
@@ -91,7 +78,11 @@ def by_events(
         if graph is not None:
             graphs[k] = graph
     taken = {name: torch.zeros(turns + 1, len(impls), dtype=torch.float64) for name in (*modes, "host")}
-    together = torch.zeros(1, device=ctx.device)
+    one_value = torch.zeros(1, device=ctx.device)
+
+    def together() -> None:
+        dist.all_reduce(one_value)
+
     for turn in range(turns + 1):  # the first warms up
         for k, impl in enumerate(impls):
             if "eager" in modes:
@@ -109,28 +100,6 @@ def by_events(
             elif name == "eager" or k in graphs:
                 timing.seconds[name] = value
     return timings
-
-
-def device_seconds(work: Callable[[], object], lead_s: float, together: Tensor | None = None) -> float:
-    """Return the seconds between CUDA events around the kernels that `work` launches on the current stream.
-
-    Args:
-        work: Launches kernels.
-        lead_s: Seconds that the GPU sleeps first, at most 0.2, so that the host can fill the queue.
-        together: One value on the device, which all ranks reduce before the first event. None: only this rank runs.
-    """
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    if together is not None:
-        dist.barrier()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(min(0.2, lead_s + 2e-4) * CYCLES_PER_S))  # type: ignore[no-untyped-call]
-    if together is not None:
-        dist.all_reduce(together)
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3  # from ms
 
 
 def _calls(impl: Implementation, n_sets: int, n_calls: int) -> Callable[[], None]:

@@ -90,6 +90,7 @@ class Case:
     seconds: dict[Variant, list[float]] = field(default_factory=dict)
     logits: dict[Variant, Tensor] = field(default_factory=dict)
     wire_bytes: dict[Variant, int] = field(default_factory=dict)
+    halves: dict[Variant, str | None] = field(default_factory=dict)
 
 
 NO_SUMS, BASELINE = Variant(UNCOMPRESSED, "none"), Variant(UNCOMPRESSED, BACKEND)
@@ -125,7 +126,7 @@ def ttft(ctx: RankContext, request: Request) -> list[dict[str, Any]]:
         integration.check_plan(model)
     stack, eager = model.base_model, model.base_model.forward
     if request.overlap:
-        integration.overlap(model, min_tokens=0)
+        integration.overlap(model, min_tokens=0, mode="always")
     forwards = {False: eager, True: stack.forward}
     compiled = torch.compile(eager, dynamic=False) if request.compiled else None
     variants = variants_of(request.formats, ctx.device.type, request.overlap)
@@ -178,6 +179,7 @@ def _verify(ctx: RankContext, model: Any, variant: Variant, case: Case, integrat
     if variant.path == "none":
         return
     case.logits[variant] = logits.cpu()
+    case.halves[variant] = model.base_model.forward.last if variant.overlap else None
     case.wire_bytes[variant] = sum(map(integration.wire_bytes, seen))
     mine = torch.stack([logits.double().sum(), logits.double().square().sum()])
     all_ranks = [torch.empty_like(mine) for _ in range(ctx.world_size)]
@@ -231,6 +233,7 @@ def _rows(ctx: RankContext, request: Request, case: Case, config: Any) -> list[d
             else None
         )
         row = {"format": variant.format, "path": variant.path, "overlap": variant.overlap, "compiled": request.compiled}
+        row |= {"halves": case.halves[variant]}
         row |= {"world": ctx.world_size, "layers": config.num_hidden_layers}
         row |= {"batch": case.ids.shape[0], "tokens": case.ids.shape[1]}
         row |= {"ttft_s": round(seconds, 6), "compute_s": round(compute, 6)}

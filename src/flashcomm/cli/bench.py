@@ -31,6 +31,9 @@ def all_reduce(
     min_bytes: options.MinBytes = "0",
     chunk_bytes: Annotated[str | None, typer.Option(help="Message bytes per chunk.")] = None,
     algorithm: options.Algorithm = None,
+    only_auto: Annotated[
+        bool, typer.Option("--only-auto", help="Measure only the backend, and for each format what auto takes.")
+    ] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "bf16",
     link: options.Link = None,
@@ -48,7 +51,7 @@ def all_reduce(
     )
     given = {"min_bytes": min_bytes, "algorithm": algorithm, "chunk_bytes": chunk_bytes}
     settings = options.settings_of(names[0], where, **given, local_world_size=local_world_size)
-    args = (names, sizes, row, options.dtype_of(dtype), turns, _modes(mode, where), settings)
+    args = (names, sizes, row, options.dtype_of(dtype), turns, _modes(mode, where), settings, only_auto)
     ranks: dict[str, Any] = {"device": where, "link": link, "timeout_s": timeout}
     ranks["local_world_size"] = local_world_size or 1
     found = run_ranks(bench_all_reduce.all_reduce, world_size, args, quiet=json, **ranks)

@@ -41,7 +41,7 @@ def calibrate(
     where, about = options.device_of(device, world_size), records.environment()
     source = f"{about['machine']}{f' over {link}' if link else ''}, torch {about['torch']}, {about['date']}"
     args = (names, sizes, row, turns, source)
-    found = run_ranks(bench.measure, world_size, args, quiet=json, device=where, link=link, timeout_s=timeout)
+    found = run_ranks(bench.calibrate, world_size, args, quiet=json, device=where, link=link, timeout_s=timeout)
     if found is None:
         return
     path = output or timings.own_directory() / timings.file_name(found["machine"], world_size, found["transport"])

@@ -12,11 +12,14 @@ import torch.distributed as dist
 import typer
 
 import flashcomm
+from flashcomm import Communicator
 from flashcomm.accuracy.recommend import evidence
 from flashcomm.bench.records import cpu_name
 from flashcomm.cli import options
-from flashcomm.cli.console import console, print_json, print_table
+from flashcomm.cli.console import console, print_json, print_table, run_ranks
+from flashcomm.errors import FlashcommError
 from flashcomm.ranks import link
+from flashcomm.ranks.launch import RankContext
 from flashcomm.routing import policy, timings
 from flashcomm.routing.route import Machine, Message
 from flashcomm.settings import DEFAULT_FORMAT, Settings
@@ -53,7 +56,7 @@ def doctor(
 
 
 def examine(world_size: int, row: int, itemsize: int, settings: Settings, device: str) -> dict[str, Any]:
-    """Return everything that `doctor` shows, as one object for JSON. No ranks are started."""
+    """Return everything that `doctor` shows, as one object for JSON. Ranks are started only on GPUs."""
     found = _found(device, world_size, settings)
     return {
         "machine": _machine(),
@@ -67,9 +70,22 @@ def examine(world_size: int, row: int, itemsize: int, settings: Settings, device
     }
 
 
+def machine_of(ctx: RankContext, fmt: str) -> Machine:
+    """Return the machine that ranks find when they create a Communicator: self-tested and, if need be, measured."""
+    with Communicator(None, fmt, device=ctx.device.type) as comm:
+        return comm.machine
+
+
 def _found(device: str, world_size: int, settings: Settings) -> Machine:
-    """Return the machine that ranks, one per GPU, would find; see `discovery.connect`."""
+    """Return the machine that ranks find, if there is a GPU for each, or else would find; see `discovery.connect`."""
     name, rejected = "process_group", []
+    if device == "cuda" and 1 < world_size <= torch.cuda.device_count():
+        try:
+            found = run_ranks(machine_of, world_size, (settings.fmt,), quiet=True, device=device)
+            if isinstance(found, Machine):  # None on torchrun's other ranks
+                return found
+        except FlashcommError as error:
+            rejected.append(("ranks", str(error)))
     for kind in discovery.candidates(device, settings.transport):
         here = min(world_size, torch.cuda.device_count()) if device == "cuda" else world_size
         probes = [kind.probe(torch.device(device, rank)) for rank in range(here)]
@@ -80,7 +96,10 @@ def _found(device: str, world_size: int, settings: Settings) -> Machine:
             name = kind.NAME
             break
     table = timings.find(
-        discovery.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)), world_size, name
+        discovery.machine_name(torch.device(device, 0) if device == "cuda" else torch.device(device)),
+        world_size,
+        name,
+        flashcomm.__version__,
     )
     local_world_size = discovery.asked_local_world_size(settings, world_size)
     if not settings.local_world_size:
@@ -135,7 +154,7 @@ def _paths(device: str, found: Machine) -> dict[str, str]:
         "chosen transport": found.transport,
         "table of times": found.timings.source
         if found.timings
-        else "none: rules of thumb; `flashcomm calibrate` measures",
+        else "none: rules of thumb; `flashcomm calibrate` or FLASHCOMM_MEASURE=anew measures",
         **{name: f"no: {why}" for name, why in found.rejected},
     }
 

@@ -36,7 +36,8 @@ def ttft(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the stack of decoder layers.")] = False,
     overlap: Annotated[
-        bool, typer.Option("--overlap", help="Measure two-batch overlap, too; needs batches of at least 2.")
+        bool,
+        typer.Option("--overlap", help="Measure two-batch overlap, too: of sequences, or of blocks of one."),
     ] = False,
     min_bytes: options.MinBytes = None,
     algorithm: options.Algorithm = None,
@@ -56,8 +57,8 @@ def ttft(
         raise SettingsError(
             "--overlap and --compile: micro-batches of a compiled stack cannot take turns; give one of them"
         )
-    if overlap and min(batches) < 2:
-        raise SettingsError(f"--overlap --batch {batch}: a batch is split into two; give batches of at least 2")
+    if overlap and any(b == 1 and n < 4 for b in batches for n in lengths):
+        raise SettingsError(f"--overlap --tokens {tokens}: one prompt is split into blocks of tokens; give at least 4")
     found = shapes.find_model(model, world_size, layers, where, kind)
     if layers is None and found.layers:
         err_console.print(
@@ -110,6 +111,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     if first["compiled"]:
         notes.append("compiled: the stack, embeddings to last norm, as one graph; not the last projection")
     for row in rows:
-        if row["same_bits"] is False:
-            notes.append(f"{row['format']} with overlap, {row['batch']} x {row['tokens']}: other bits than without")
+        if row["overlap"]:
+            bits = "the same bits as" if row["same_bits"] else "other bits than"
+            size = f"{row['batch']} x {row['tokens']}"
+            notes.append(f"{row['format']} with overlap, {size}: split by {row['halves']}, {bits} without")
     print_notes(notes)

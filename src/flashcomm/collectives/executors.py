@@ -45,6 +45,9 @@ class Base:
         """
         raise NotImplementedError
 
+    def prepare(self, route: Route, x: Tensor) -> None:
+        """Compile what `run` needs for messages like x."""
+
     def check(self) -> None: ...
 
     def close(self) -> None: ...
@@ -88,6 +91,10 @@ class Kernel(Base):
 
     def __init__(self, kernels: KernelCollectives, order: StreamOrder) -> None:
         self.kernels, self.order = kernels, order
+
+    def prepare(self, route: Route, x: Tensor) -> None:
+        with on_device(x):
+            self.kernels.plan(route.algorithm, x, x.shape[-1], route.format)
 
     def run(self, route: Route, x: Tensor, out: Tensor) -> Launch:
         with on_device(x):

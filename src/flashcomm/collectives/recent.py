@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from threading import Lock, get_ident
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +16,19 @@ MAX_KINDS = 4096  # the most kinds of calls that are remembered
 PLAIN = (Tensor, torch.nn.Parameter)  # types with memory of their own; other subclasses may only wrap tensors
 
 
+class Guard(Protocol):
+    """What the fast path uses of `setup.call_guard.CallGuard`."""
+
+    busy: bool
+    owner: int
+    lock: Lock
+
+
 class RecentCalls:
     """The launches of earlier all-reduces on a GPU, by shape, dtype and format."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, guard: Guard) -> None:
+        self._device, self._guard = device, guard
         self._kept: dict[Any, tuple[str, int, Launch]] = {}
 
     def keep(self, x: Tensor, format: Any, whole: int | None, name: str, n_bytes: int, launch: Launch) -> None:
@@ -30,7 +39,20 @@ class RecentCalls:
 
     def repeat(self, x: Any, format: Any, whole: int | None) -> tuple[Tensor, str, int] | None:
         """Run a call like an earlier one. Return its result, name and bytes; None if it needs the normal path."""
-        if not self._kept or type(x) not in PLAIN or not (format is None or isinstance(format, (str, WireFormat))):
+        guard = self._guard
+        if not self._kept or guard.busy or not guard.lock.acquire(False):
+            return None
+        guard.owner, guard.busy = get_ident(), True
+        try:
+            result = self._repeat(x, format, whole)
+            guard.busy = False  # stays True if an exception interrupts the call
+            return result
+        finally:
+            guard.owner = 0
+            guard.lock.release()
+
+    def _repeat(self, x: Any, format: Any, whole: int | None) -> tuple[Tensor, str, int] | None:
+        if type(x) not in PLAIN or not (format is None or isinstance(format, (str, WireFormat))):
             return None
         kept, device = self._kept.get((x.shape, x.dtype, format, whole)), self._device.index
         if kept is None or x.get_device() != device or not x.is_contiguous() or x.is_neg():

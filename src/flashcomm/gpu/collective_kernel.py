@@ -176,66 +176,100 @@ def _sum(raws, ok, ranks: tl.constexpr, step: tl.constexpr):
 def _reduce(x, out, tile, region, message, call: tl.constexpr, ranks: tl.constexpr, reduce: tl.constexpr,
             gather: tl.constexpr):  # fmt: skip
     """The role reduce: sum a tile of the own shard."""
-    exists = (tile >= 0) & (tile < message.n_tiles)
     if call.LL:
         epoch = arrive(region)
     else:
-        epoch, ok = arrive_and_wait(scalar(0, like=tile), tile, exists, region, ranks, ranks.WORLD_SIZE, 0)
-    if exists:
-        shard = scalar(0, like=region.rank) if call.ALGORITHM == _ONE_SHOT else region.rank
-        data = inbox_of(epoch, message)
-        if call.LL:
-            total, ok = low_latency.sum_tiles(x, tile, data, epoch, message, region, ranks, reduce)
-        else:
-            total = _sum(_fetch_all(x, tile, data, region, message, ranks, reduce), ok, ranks, reduce)
-        unit, left = tile_at(tile, shard, message, call)
-        at, keep = values_at(left, call.UNIT, reduce)
-        if call.ALGORITHM == _TWO_SHOT:  # a load of nothing, which gives the sum the layout of x: it packs best
-            never = message.stage_lag < 0
-            like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
-            total = tl.where(never, like_x, total)
-        if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
-            total = from_hadamard(total, reduce)
-        if call.ALGORITHM == _TWO_SHOT:
-            if reduce.PIECES != gather.PIECES or reduce.LANES != gather.LANES:
-                total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
-            if gather.HADAMARD and not call.SUM_IN_HADAMARD:
-                total = hadamard(total, gather)
-            if ok != 0:  # else peers notice missing LL words, or the missing flag
-                _send(total, out, tile, scalar(0, like=region.rank), data + message.stage2_offset, epoch, region,
-                      message, call, ranks, gather, True)  # fmt: skip
-                if not call.LL:
-                    publish(region.rank, tile, epoch, region, ranks, 1, True)
-        else:
-            if call.ALGORITHM == _REDUCE_SCATTER:  # out is the shard alone
-                unit -= shard.to(tl.int64) * message.shard_stride
-            store(out + unit * call.UNIT, at, keep, total, call.BF16)
+        epoch, ok = arrive_and_wait(scalar(0, like=tile), tile, region, ranks, ranks.WORLD_SIZE, 0)
+    shard = scalar(0, like=region.rank) if call.ALGORITHM == _ONE_SHOT else region.rank
+    data = inbox_of(epoch, message)
+    if call.LL:
+        total, ok = low_latency.sum_tiles(x, tile, data, epoch, message, region, ranks, reduce)
+    else:
+        total = _sum(_fetch_all(x, tile, data, region, message, ranks, reduce), ok, ranks, reduce)
+    unit, left = tile_at(tile, shard, message, call)
+    at, keep = values_at(left, call.UNIT, reduce)
+    if call.ALGORITHM == _TWO_SHOT:  # a load of nothing, which gives the sum the layout of x: it packs best
+        never = message.stage_lag < 0
+        like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
+        total = tl.where(never, like_x, total)
+    if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
+        total = from_hadamard(total, reduce)
+    if call.ALGORITHM == _TWO_SHOT:
+        if reduce.PIECES != gather.PIECES or reduce.LANES != gather.LANES:
+            total = tl.reshape(total, (gather.GROUPS, gather.PIECES, gather.LANES))
+        if gather.HADAMARD and not call.SUM_IN_HADAMARD:
+            total = hadamard(total, gather)
+        if ok != 0:  # else peers notice missing LL words, or the missing flag
+            _send(total, out, tile, scalar(0, like=region.rank), data + message.stage2_offset, epoch, region,
+                  message, call, ranks, gather, True)  # fmt: skip
+            if not call.LL:
+                publish(region.rank, tile, epoch, region, ranks, 1, True)
+    else:
+        if call.ALGORITHM == _REDUCE_SCATTER:  # out is the shard alone
+            unit -= shard.to(tl.int64) * message.shard_stride
+        store(out + unit * call.UNIT, at, keep, total, call.BF16)
 
 
 @triton.jit
 def _gather(x, out, tile, owner, region, message, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr):
     """The role gather: decode a tile of rank `owner`'s shard."""
-    exists = (tile >= 0) & (tile < message.n_tiles)
     if call.LL:
         epoch = arrive(region)
     else:
-        epoch, came = arrive_and_wait(owner, tile, exists, region, ranks, 1, 1)
-    if exists:
-        base = arrives_at(owner, region) + inbox_of(epoch, message) + message.stage2_offset
-        base += (owner * message.n_tiles + tile).to(tl.int64) * step.BYTES
-        if call.LL:
-            words = longs_at(base)
-            raw = low_latency.fetch(words, epoch, x, step)
-            steps, scale, came = low_latency.wait(words, raw, epoch, message.epoch_bytes, owner, x, region, ranks, step, 1)  # fmt: skip
-        else:
-            steps, scale = expand(fetch(bytes_at(base), x, step), step)
-            scale = tl.where(came != 0, scale, float("nan"))
-        y = steps * scale[:, None, None]
-        unit, left = tile_at(tile, owner, message, call)
-        at, keep = values_at(left, call.UNIT, step)
-        if step.HADAMARD:
-            y = from_hadamard(y, step)
-        store(out + unit * call.UNIT, at, keep, y, call.BF16)
+        epoch, came = arrive_and_wait(owner, tile, region, ranks, 1, 1)
+    base = arrives_at(owner, region) + inbox_of(epoch, message) + message.stage2_offset
+    base += (owner * message.n_tiles + tile).to(tl.int64) * step.BYTES
+    if call.LL:
+        words = longs_at(base)
+        raw = low_latency.fetch(words, epoch, x, step)
+        steps, scale, came = low_latency.wait(words, raw, epoch, message.epoch_bytes, owner, x, region, ranks, step, 1)  # fmt: skip
+    else:
+        steps, scale = expand(fetch(bytes_at(base), x, step), step)
+        scale = tl.where(came != 0, scale, float("nan"))
+    y = steps * scale[:, None, None]
+    unit, left = tile_at(tile, owner, message, call)
+    at, keep = values_at(left, call.UNIT, step)
+    if step.HADAMARD:
+        y = from_hadamard(y, step)
+    store(out + unit * call.UNIT, at, keep, y, call.BF16)
+
+
+@triton.jit
+def place(program, message, N_FIRST: tl.constexpr, N_SECOND: tl.constexpr, N_THIRD: tl.constexpr):
+    """Return what a program does: the number of its role, its index among the programs of that role and wave, its tile.
+
+    Of n tiles and a lag of l <= n waves, the first role has programs in the waves 0 to n - 1, the second one in l to
+    l + n - 1, and the third one in 2l to 2l + n - 1. A program's number is thus cut into stretches of waves that have
+    the same number of programs.
+    """
+    n, lag = message.n_tiles, message.stage_lag
+    wave, index = program // N_FIRST, program % N_FIRST
+    begin, programs = lag, lag * N_FIRST  # of the next stretch: its first wave, and how many programs come before it
+    if program >= programs:
+        wave, index = begin + (program - programs) // (N_FIRST + N_SECOND), (program - programs) % (N_FIRST + N_SECOND)
+    end = tl.minimum(2 * lag, n) if N_THIRD > 0 else n
+    programs += (end - begin) * (N_FIRST + N_SECOND)
+    if N_THIRD > 0:
+        begin, end = end, tl.maximum(2 * lag, n)
+        width = tl.where(begin < n, N_FIRST + N_SECOND + N_THIRD, N_SECOND)
+        if program >= programs:
+            wave, index = begin + (program - programs) // width, (program - programs) % width
+        programs += (end - begin) * width
+    if program >= programs:
+        wave, index = end + (program - programs) // (N_SECOND + N_THIRD), (program - programs) % (N_SECOND + N_THIRD)
+    if N_THIRD > 0:
+        programs += (n + lag - end) * (N_SECOND + N_THIRD)
+        if program >= programs:
+            wave, index = n + lag + (program - programs) // N_THIRD, (program - programs) % N_THIRD
+
+    role = scalar(0, like=wave)
+    if (wave >= n) | (index >= N_FIRST):  # not the first role
+        index -= tl.where(wave < n, N_FIRST, 0)
+        role += 1
+        if (wave >= n + lag) | (index >= N_SECOND):
+            index -= tl.where(wave < n + lag, N_SECOND, 0)
+            role += 1
+    return role, index, wave - role * lag
 
 
 @triton.jit
@@ -255,23 +289,19 @@ def collective(x, out, region, message, call: tl.constexpr, ranks: tl.constexpr,
     """
     SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER  # a tile goes to one rank
     N_ENCODE: tl.constexpr = ranks.WORLD_SIZE if SHARDED else 1
-    N_REDUCE: tl.constexpr = 0 if call.ALGORITHM == _ALL_GATHER else 1
-    GATHERS: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _ALL_GATHER
-    N_ROLES: tl.constexpr = N_ENCODE + N_REDUCE + (ranks.WORLD_SIZE if GATHERS else 0)
+    N_SECOND: tl.constexpr = ranks.WORLD_SIZE if call.ALGORITHM == _ALL_GATHER else 1
+    N_THIRD: tl.constexpr = ranks.WORLD_SIZE if call.ALGORITHM == _TWO_SHOT else 0
 
-    wave, role = tl.program_id(0) // N_ROLES, tl.program_id(0) % N_ROLES
-    if role < N_ENCODE:
-        if wave < message.n_tiles:
-            shard = role if SHARDED else scalar(0, like=region.rank)
-            if call.ALGORITHM == _ALL_GATHER:
-                _encode(x, out, wave, shard, region, message, call, ranks, gather, 1, True)
-            else:
-                _encode(x, out, wave, shard, region, message, call, ranks, reduce, 0, not SHARDED)
+    role, index, tile = place(tl.program_id(0), message, N_ENCODE, N_SECOND, N_THIRD)
+    if role == 0:
+        shard = index if SHARDED else scalar(0, like=region.rank)
+        if call.ALGORITHM == _ALL_GATHER:
+            _encode(x, out, tile, shard, region, message, call, ranks, gather, 1, True)
         else:
-            arrive(region)
-    elif role < N_ENCODE + N_REDUCE:
-        _reduce(x, out, wave - message.stage_lag, region, message, call, ranks, reduce, gather)
-    else:
-        LAGS: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
-        owner = role - (N_ENCODE + N_REDUCE)
-        _gather(x, out, wave - LAGS * message.stage_lag, owner, region, message, call, ranks, gather)
+            _encode(x, out, tile, shard, region, message, call, ranks, reduce, 0, not SHARDED)
+    elif call.ALGORITHM == _ALL_GATHER:
+        _gather(x, out, tile, index, region, message, call, ranks, gather)
+    elif role == 1:
+        _reduce(x, out, tile, region, message, call, ranks, reduce, gather)
+    elif N_THIRD > 0:
+        _gather(x, out, tile, index, region, message, call, ranks, gather)

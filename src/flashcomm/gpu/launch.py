@@ -30,7 +30,7 @@ from flashcomm.wire.format import WireFormat
 
 ALGORITHMS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # the index is the number in `collective_kernel`
 PHASES = ("", "the quantized message", "the quantized sum")  # the index is the phase in `sync.give_up`
-POLLS_PER_SECOND = (2000, 400)  # in the interpreter, roughly: polls of a flag, and of a tile of LL words
+POLLS_PER_SECOND = (800, 400)  # in the interpreter, roughly: polls of flags, and of a tile of LL words
 Launch = Callable[[int, int], None]  # takes the addresses of a message and of its result
 
 
@@ -41,7 +41,6 @@ class PeerMemory(Protocol):
     world_size: int
     n_bytes: int
     device: torch.device
-    mapped: bool  # peers write to host memory
     peers: Tensor  # int64 (world_size,) on the device: the address at which this rank writes for each rank, itself too
     own: int  # the address at which peers write for this rank; what it writes for itself is at its entry of `peers`
     status: Tensor  # int32 (5,) in host memory: the report of `sync.give_up`
@@ -157,14 +156,13 @@ class KernelCollectives:
         by_hand = INTERPRETED and x.dtype == torch.bfloat16
         in_hadamard = kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain
         call = Collective(kind, unit, tiles.units, in_hadamard, tuning.ll, by_hand)
-        roles = {ONE_SHOT: 2, TWO_SHOT: 2 * world_size + 1}.get(kind, world_size + 1)
+        per_tile = {ONE_SHOT: 2, TWO_SHOT: 2 * world_size + 1}.get(kind, world_size + 1)  # programs
         n_units = x.numel() // unit // (world_size if kind == REDUCE_SCATTER else 1)
         for first, count in cut(n_units, self.capacity(ALGORITHMS[kind], fmt, itemsize, tuning)):
             message = self._message(kind, n_units, count, tiles, tuning)
-            waves = message.n_tiles + (2 if kind == TWO_SHOT else 1) * tuning.stage_lag
             start = launcher(
                 collective,
-                grid=waves * roles,
+                grid=message.n_tiles * per_tile,
                 pointers=(x.dtype, torch.int16 if by_hand else x.dtype),
                 numbers=(where, message),
                 bundles=(call, ranks, tiles.reduce, tiles.gather),
@@ -194,7 +192,7 @@ class KernelCollectives:
             Int64(sync.DATA + (0 if tuning.ll else 2 * self.ll_epoch_bytes)),
             Int64(self.ll_epoch_bytes if tuning.ll else self.epoch_bytes),
             Int64(world_size * n_tiles * tiles.reduce.BYTES if kind == TWO_SHOT else 0),
-            tuning.stage_lag,
+            min(tuning.stage_lag, n_tiles),
         )
 
 

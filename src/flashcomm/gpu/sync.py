@@ -91,16 +91,13 @@ def clock(polls, ranks: tl.constexpr):
 
 
 @triton.jit
-def _late(seen, here, epoch):
-    """Return 0 if all flags are of this call or the next one (a peer may already be in it), else 1, for all threads."""
-    return tl.max((here & (((seen.to(tl.int32) - epoch) & -2) != 0)).to(tl.int32))
-
-
-@triton.jit
 def _look_at_flags(place, epoch, ranks: tl.constexpr, STEP: tl.constexpr):
-    """Read flags, as a `LOOK` of `poll`. place: pointers to them, and a mask."""
-    seen = tl.atomic_add(place[0], tl.zeros(place[0].shape, tl.int64), mask=place[1], sem="acquire", scope="sys")
-    return seen, _late(seen, place[1], epoch)
+    """Read flags, as a `LOOK` of `poll`. A peer may already be in the next call, so its flag counts, too.
+
+    place: pointers to the flags, a mask, and zeros: what to add to them.
+    """
+    seen = tl.atomic_add(place[0], place[2], mask=place[1], sem="acquire", scope="sys")
+    return seen, tl.max((place[1] & (((seen.to(tl.int32) - epoch) & -2) != 0)).to(tl.int32))
 
 
 @triton.jit
@@ -190,13 +187,12 @@ def arrive(region):
 
 
 @triton.jit
-def arrive_and_wait(first, tile, exists, region, ranks: tl.constexpr, N_SOURCES: tl.constexpr, STAGE: tl.constexpr):
+def arrive_and_wait(first, tile, region, ranks: tl.constexpr, N_SOURCES: tl.constexpr, STAGE: tl.constexpr):
     """Count this program, and wait for the flags of a tile of the ranks first, ..., first + N_SOURCES - 1.
 
     Args:
         first: a rank.
         tile: the index of the tile.
-        exists: whether there is such a tile. If not, the program does not wait.
         region: a `Region`.
         ranks: a `Ranks`.
         N_SOURCES: the number of ranks.
@@ -205,17 +201,20 @@ def arrive_and_wait(first, tile, exists, region, ranks: tl.constexpr, N_SOURCES:
     Returns:
         The epoch of the call, and 1 once all flags are of this epoch, or 0 after the limit.
     """
-    N: tl.constexpr = 2 if N_SOURCES < 2 else 4 if N_SOURCES < 4 else 8 if N_SOURCES < 8 else 16 if N_SOURCES < 16 else 32
+    N: tl.constexpr = (
+        2 if N_SOURCES < 2 else 4 if N_SOURCES < 4 else 8 if N_SOURCES < 8 else 16 if N_SOURCES < 16 else 32
+    )
     lane = tl.arange(0, N)
     source, counts = first + lane, lane == N_SOURCES  # this lane counts the program, the ones before it read flags
-    here = (lane < N_SOURCES) & exists
+    here = lane < N_SOURCES
     flags = arrives_at(source, region) + _FLAGS + STAGE * _STAGE + 8 * (source * _MAX_TILES + tile).to(tl.int64)
     words = tl.where(counts, region.local, flags).to(tl.pointer_type(tl.int64))
     seen = tl.atomic_add(words, counts.to(tl.int64), mask=here | counts, sem="acquire", scope="sys")
     epoch = _epoch_of(tl.sum(tl.where(counts, seen, 0)), region)
 
-    place = (words, here)
-    seen, late = poll(_look_at_flags, place, epoch, seen, _late(seen, here, epoch), region, ranks, None)
+    place = (words, here, (lane * 0).to(tl.int64))
+    late = tl.max((here & (((seen.to(tl.int32) - epoch) & -2) != 0)).to(tl.int32))
+    seen, late = poll(_look_at_flags, place, epoch, seen, late, region, ranks, None)
     if late != 0:
         behind = here & (((seen.to(tl.int32) - epoch) & -2) != 0)
         which = tl.min(tl.where(behind, source, 0x7FFFFFFF))

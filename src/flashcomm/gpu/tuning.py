@@ -22,13 +22,12 @@ class Tuning:
 
 
 LL = Tuning(2048, ll=True)
-SMALL = Tuning()
-LARGE = Tuning(4096, stage_lag=1056)
-LARGE_IN_8_PIECES = Tuning(8192, stage_lag=528)
+FLAGS = Tuning(stage_lag=1056)  # a lag of the programs that a GPU holds at once, so that few of them wait
+FLAGS_IN_8_PIECES = Tuning(8192, stage_lag=528)
 
 LL_SENT_BYTES = 5 << 18  # the most that a rank sends by the LL protocol in one launch
 LL_EPOCH_BYTES = 8 << 20  # size of each half of the LL inbox; less in small workspaces
-LARGE_NUMEL = 3 << 20  # messages of so many values are cut up for bandwidth, smaller ones for latency
+LARGE_NUMEL = 3 << 20  # messages of so many values have larger tiles, if their format is in 8 pieces
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Tiles:
 
 def tunings(fmt: WireFormat) -> tuple[Tuning, Tuning, Tuning]:
     """Return the tunings for the smallest messages, for small and for large ones."""
-    return LL, SMALL, LARGE_IN_8_PIECES if _pieces(fmt.reduce) == 8 else LARGE
+    return LL, FLAGS, FLAGS_IN_8_PIECES if _pieces(fmt.reduce) == 8 else FLAGS
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashcomm.communicator import Communicator
 from flashcomm.plan import Plan, is_decode
-from flashcomm.routing.route import Route
+from flashcomm.routing.route import Executor, Route
 from flashcomm.wire.format import WireFormat
 from flashcomm.wire.torch_codec import DTYPES
 
@@ -89,5 +89,12 @@ class PlannedAllReduce:
         If not, integrations leave the message to the engine. This includes tensors that a Communicator does not accept:
         those of other dtypes or devices, sparse ones, and those of more than `MAX_DIMS` dimensions.
         """
+        return self._accepts(x) and self.route(x, layer, whole).low_bit
+
+    def is_ours(self, x: Tensor, layer: str = "", whole: int | None = None) -> bool:
+        """Return whether flashcomm itself would sum x, low-bit or uncompressed; otherwise as `is_low_bit`."""
+        return self._accepts(x) and self.route(x, layer, whole).executor in (Executor.PIPELINED, Executor.KERNEL)
+
+    def _accepts(self, x: Tensor) -> bool:
         accepted = x.dtype in DTYPES and x.layout == torch.strided and x.dim() <= MAX_DIMS
-        return accepted and x.device.type == self.comm.device.type and self.route(x, layer, whole).low_bit
+        return accepted and x.device.type == self.comm.device.type

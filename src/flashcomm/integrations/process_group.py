@@ -5,9 +5,10 @@
 
 It can also serve one dimension of a mesh: `init_device_mesh(..., backend_override={"tp": "flashcomm"})`.
 
-Low-bit are the SUM all-reduces of one dense bf16, fp16 or fp32 tensor that a Communicator of the same ranks would
-quantize (`Communicator.explain`). All other collectives go to gloo (CPU tensors) or NCCL (CUDA tensors), and their
-results are the same bits as without flashcomm.
+SUM all-reduces of one dense bf16, fp16 or fp32 tensor take the route of a Communicator of the same ranks
+(`Communicator.explain`): large ones are low-bit. On GPUs that share memory, small ones are uncompressed, in one kernel,
+and summed in rank order. All other collectives, and sums whose route is `backend`, go to gloo (CPU tensors) or NCCL
+(CUDA tensors), and their results are the same bits as without flashcomm.
 
 Gradients are not quantized: an all-reduce that the autograd engine starts during a backward pass (DDP's buckets,
 tensor-parallel layers, DTensor) goes to gloo or NCCL unless FLASHCOMM_GRADIENTS=1. If a program averages gradients
@@ -22,8 +23,8 @@ Backend from Python only, but functional collectives and DTensor call from C++. 
 collective in Python. Otherwise torch runs the inherited method while it holds the GIL, and waits for a lock of gloo's
 worker thread. That thread needs the GIL to free a tensor before it releases the lock: a deadlock.
 
-Two things differ from gloo: `torch.distributed.get_backend` returns "flashcomm", and `torch.distributed.
-monitored_barrier` raises ValueError, because torch allows it for "gloo" only. The group's own method works.
+One thing differs from gloo: `torch.distributed.get_backend` returns "flashcomm". `torch.distributed.monitored_barrier`
+accepts "gloo" only, by name, so importing this module replaces that function by one that accepts our groups, too.
 
 FLASHCOMM_FORMAT may name a plan. A collective does not know its layer, so only the plan's default format and its format
 for decoding apply.
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
@@ -44,13 +46,18 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
 
 from flashcomm.communicator import Communicator
-from flashcomm.compat import in_backward_pass, start_sequence_numbers
+from flashcomm.compat import (
+    accept_in_monitored_barrier,
+    in_backward_pass,
+    register,
+    start_sequence_numbers,
+    unregister,
+)
 from flashcomm.errors import CommunicationError, FlashcommError, FormatError, PlanError, SettingsError
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.plan import Plan
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import Lane
-from flashcomm.wire.torch_codec import DTYPES
 
 NAME = "flashcomm"
 log = logging.getLogger("flashcomm")
@@ -126,11 +133,12 @@ class FlashProcessGroup(dist.ProcessGroup):
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # the constructor meant for Python subclasses
-        self._inner = dist.ProcessGroup(store, rank, size)  # the same backends, without our all-reduce
+        self.backend_group = dist.ProcessGroup(store, rank, size)  # the same backends, without our all-reduce
         for device, kind, backend in _backends(store, rank, size, timeout):
-            for group in (self, self._inner):
+            for group in (self, self.backend_group):
                 group._register_backend(torch.device(device), kind, backend)
         self._settings, self._plan = _agreed_settings(store, rank, size, timeout)
+        register(self.backend_group, _agreed_name(store, rank), store)
         if self._plan is not None and self._plan.layers and rank == 0:
             log.warning(
                 "backend 'flashcomm' does not know layers: format %s applies to all, the plan's layers are ignored",
@@ -157,8 +165,8 @@ class FlashProcessGroup(dist.ProcessGroup):
         if opts is not None and options is not opts:
             options.reduceOp = opts
         many = tensors if isinstance(tensors, (list, tuple)) else [tensors]
-        if len(many) != 1 or options.reduceOp != _SUM or not self._is_low_bit(many[0]):
-            return self._inner.allreduce(list(many), options)
+        if len(many) != 1 or options.reduceOp != _SUM or not self._is_ours(many[0]):
+            return self.backend_group.allreduce(list(many), options)
         (x,) = many
         future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         work = _Sum(x, future)
@@ -178,24 +186,31 @@ class FlashProcessGroup(dist.ProcessGroup):
         else:
             x.copy_(planned(x))
 
-    def _is_low_bit(self, x: Tensor) -> bool:
-        """Whether this sum is low-bit, as the Communicator's route for it says: equal on every rank."""
+    def _is_ours(self, x: Tensor) -> bool:
+        """Whether a Communicator of the same ranks would not leave this sum to gloo or NCCL; equal on every rank."""
         if in_backward_pass() and not self._gradients:
             return False  # the autograd engine is in a backward pass on this thread
         device = x.device.type
-        if x.dtype not in DTYPES or device not in self._settings or self._settings[device].format.uncompressed:
+        if device not in self._settings or (device == "cpu" and self._settings[device].format.uncompressed):
             return False
-        return self._planned_on(device).is_low_bit(x)
+        return self._planned_on(device).is_ours(x)
 
     def _planned_on(self, device: str) -> PlannedAllReduce:
         if device not in self._planned:
             settings = self._settings[device]
-            comm = Communicator(self._inner, settings.format, device=device, timeout_s=settings.timeout_s)
+            comm = Communicator(self.backend_group, settings.format, device=device, timeout_s=settings.timeout_s)
             self._planned[device] = PlannedAllReduce(comm, self._plan)
         return self._planned[device]
 
+    def shutdown(self) -> None:
+        """Close the Communicators, and end gloo and NCCL. `torch.distributed.destroy_process_group` calls this."""
+        for planned in self._planned.values():
+            planned.comm.close()
+        unregister(self.backend_group)
+        super().shutdown()
+
     def _get_sequence_number_for_group(self) -> int:
-        gloo: Any = self._inner._get_backend(torch.device("cpu"))
+        gloo: Any = self.backend_group._get_backend(torch.device("cpu"))
         return int(gloo._get_sequence_number_for_group())
 
     def getBackendName(self) -> str:  # noqa: N802  torch's name
@@ -235,9 +250,16 @@ def _agreed_settings(store: Store, rank: int, size: int, timeout: timedelta) -> 
     return settings, plan
 
 
+def _agreed_name(store: Store, rank: int) -> str:
+    """Return a name for the inner group that rank 0 chooses, and that no other group has."""
+    if rank == 0:
+        store.set("flashcomm/name", f"flashcomm/{uuid.uuid4()}")
+    return store.get("flashcomm/name").decode()
+
+
 def _pass_on(name: str) -> Any:
     def method(self: FlashProcessGroup, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._inner, name)(*args, **kwargs)
+        return getattr(self.backend_group, name)(*args, **kwargs)
 
     method.__name__ = name
     return method
@@ -269,4 +291,5 @@ def _backends(store: Store, rank: int, size: int, timeout: timedelta) -> list[tu
     return found
 
 
+accept_in_monitored_barrier(FlashProcessGroup)
 dist.Backend.register_backend(NAME, FlashProcessGroup, devices=["cpu", "cuda"])

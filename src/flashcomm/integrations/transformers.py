@@ -31,6 +31,7 @@ from flashcomm.errors import UnavailableError
 from flashcomm.integrations import two_batch_overlap
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.integrations.transformers_overlap import overlap as overlap  # public here
+from flashcomm.integrations.transformers_overlap import tp_group
 from flashcomm.plan import Plan
 from flashcomm.settings import DEFAULT_FORMAT, Settings
 from flashcomm.wire.format import WireFormat
@@ -91,7 +92,7 @@ class RowwiseAllReduce:
 
     def __call__(self, partial: Tensor, mesh: Any, layer: str) -> Tensor:
         """Sum a layer's partial sums over the tensor-parallel group of a mesh."""
-        group = _tp_group(mesh)
+        group = tp_group(mesh)
         if torch.compiler.is_compiling():
             if self.mode is not Mode.LOW_BIT:
                 return partial
@@ -116,7 +117,7 @@ class RowwiseAllReduce:
         if self.seen is not None:
             micro_batches = two_batch_overlap.current()
             whole = micro_batches.whole(partial.numel()) if micro_batches else partial.numel()
-            self.seen.append(Message(layer, partial.shape, partial.dtype, _tp_group(mesh), whole))
+            self.seen.append(Message(layer, partial.shape, partial.dtype, tp_group(mesh), whole))
 
     def wire_bytes(self, message: Message) -> int:
         """Return the payload bytes that this rank sends for a message."""
@@ -277,10 +278,6 @@ def _mode(mode: Mode) -> Iterator[None]:
         yield
     finally:
         all_reduce.mode = before
-
-
-def _tp_group(mesh: Any) -> Any:
-    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
 def _current() -> RowwiseAllReduce | None:

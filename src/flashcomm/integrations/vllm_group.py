@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashcomm import ops
 from flashcomm.communicator import Communicator
-from flashcomm.compat import default_store, is_registered
+from flashcomm.compat import default_store, name_of
 from flashcomm.errors import PlanError, SettingsError
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.integrations.rendezvous import rendezvous
@@ -204,7 +204,7 @@ def _create(device_comm: Any) -> TensorParallelAllReduce | None:
         return None
     config = get_current_vllm_config_or_none()
     reason = why_not(config)
-    if not reason and not is_registered(device_comm.cpu_group):
+    if not reason and name_of(device_comm.cpu_group) is None:
         reason = "the group is not one of torch.distributed's"
     if reason:
         if device_comm.rank_in_group == 0:

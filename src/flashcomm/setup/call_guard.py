@@ -23,6 +23,10 @@ _BUSY = (
     "another thread of this process is in a call on this process group. Use one thread at a time, or a process group "
     "and a Communicator for each thread"
 )
+_FORKED = (
+    "this process was forked from the one that created the Communicator. Create a process group and a Communicator "
+    "after the fork"
+)
 # These are raised before anything is sent, or on all ranks together.
 _CLEAN = (InputError, FormatError, ClosedError)
 
@@ -56,13 +60,15 @@ class CallGuard:
 
     Attributes:
         busy: Whether a call is running, or an exception interrupted one.
+        lock: Held during a call.
+        owner: The thread that is in a call; 0 if none.
     """
 
     def __init__(self, group_lock: threading.Lock | None, timeout_s: float) -> None:
-        self._lock, self._group_lock, self._timeout_s = threading.Lock(), group_lock, timeout_s
-        self._closing = False
-        self._pid, self._owner, self._what, self._refusal = os.getpid(), 0, "", ""
-        self.busy = False
+        self.lock, self._group_lock, self._timeout_s = threading.Lock(), group_lock, timeout_s
+        self.busy, self.owner, self._closing = False, 0, False
+        self._pid, self._what, self._refusal = os.getpid(), "", ""
+        _guards.add(self)
 
     def call(self, what: str) -> CallGuard:
         """Mark a call as running.
@@ -76,23 +82,18 @@ class CallGuard:
             InputError: Another thread is in a call.
             ClosedError: Another thread is closing the Communicator.
         """
-        if os.getpid() != self._pid:
-            raise CommunicationError(
-                f"{what}: this process was forked from the one that created the Communicator. Create a process group "
-                "and a Communicator after the fork"
-            )
         if self._refusal:
             raise CommunicationError(f"{what}: {self._refusal}")
-        if not self._lock.acquire(blocking=False):
-            if self._owner == threading.get_ident():
+        if not self.lock.acquire(blocking=False):
+            if self.owner == threading.get_ident():
                 raise CommunicationError(f"{what}: {_interrupted(self._what, 'an exception or a signal handler')}")
             if self._closing:
                 raise ClosedError(f"{what} on a Communicator that is being closed: create a new one")
             raise InputError(f"{what}: {_BUSY}")
         if self._group_lock and not self._group_lock.acquire(blocking=False):
-            self._lock.release()
+            self.lock.release()
             raise InputError(f"{what}: {_BUSY}")
-        self._owner = threading.get_ident()
+        self.owner = threading.get_ident()
         if self.busy:  # interrupted before `__exit__` could record it
             self._refusal = _interrupted(self._what or "a call", "an exception")
             self._release()
@@ -112,22 +113,38 @@ class CallGuard:
         self._release()
 
     @contextlib.contextmanager
-    def closing(self) -> Iterator[None]:
-        """Wait until no other thread is in a call, at most for the time-out, and block new calls meanwhile."""
-        mine = self._owner == threading.get_ident()  # a signal handler closes in the middle of this thread's call
+    def closing(self) -> Iterator[bool]:
+        """Wait until no other thread is in a call, at most for the time-out, and block new calls meanwhile.
+
+        Yields:
+            Whether no call is running. If one is, it may still use memory of the Communicator.
+        """
+        mine = self.owner == threading.get_ident()  # a signal handler closes in the middle of this thread's call
         self._closing = True
-        held = os.getpid() == self._pid and not mine and self._lock.acquire(timeout=self._timeout_s)
+        held = os.getpid() == self._pid and not mine and self.lock.acquire(timeout=self._timeout_s)
         try:
-            yield
+            yield held
         finally:
             if held:
-                self._lock.release()
+                self.lock.release()
 
     def _release(self) -> None:
-        self._owner = 0
+        self.owner = 0
         if self._group_lock:
             self._group_lock.release()
-        self._lock.release()
+        self.lock.release()
+
+
+_guards: weakref.WeakSet[CallGuard] = weakref.WeakSet()
+
+
+def _refuse_all() -> None:
+    """In a forked process: refuse all calls of the Communicators that belong to its parent."""
+    for guard in _guards:
+        guard.busy, guard._refusal = True, _FORKED
+
+
+os.register_at_fork(after_in_child=_refuse_all)
 
 
 def _interrupted(what: str, by: str) -> str:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,17 @@ import torch.distributed as dist
 from flashcomm.codecs import codec_for
 from flashcomm.collectives import executors
 from flashcomm.collectives.pipelined import Context, Transport, Workspace
-from flashcomm.compat import is_registered
+from flashcomm.compat import name_of
 from flashcomm.errors import SettingsError, UnavailableError
-from flashcomm.routing import policy, timings
+from flashcomm.routing import policy
 from flashcomm.routing.route import Executor, Machine
 from flashcomm.settings import Settings
-from flashcomm.setup import consistency
+from flashcomm.setup import consistency, measure, self_test, verify
 from flashcomm.transports import cpu_shared, host_memory, symmetric
 from flashcomm.transports.process_group import ProcessGroupTransport, has_nccl
+
+if TYPE_CHECKING:
+    from flashcomm.gpu.launch import KernelCollectives
 
 HOST_LL_WORKSPACE = 8 << 20  # bytes of host memory for small messages
 HOST_WORKSPACE = 64 << 20  # the most bytes of host memory for all other messages
@@ -56,17 +59,17 @@ def connect(
     device = transport.device
     local_world_size = _local_world_size(transport, settings)
     nodes = _nodes(transport, local_world_size) if settings.algorithm == "hierarchical" else ()
-    kind, region, rejected = _region(group, transport, settings)
-    name = kind.NAME if kind else "process_group"
+    name, kernels, rejected = _kernels(group, transport, settings)
     if device.type == "cuda" and name == "process_group" and transport.world_size > 1 and not has_nccl(group):
         rejected += (("nccl", "the group has another backend, so messages go through the CPU, slowly"),)
     if rejected and transport.rank == 0:
         log.warning("transport %s: %s", name, "; ".join(f"not {other}: {why}" for other, why in rejected))
-    mine = timings.find(machine_name(device), transport.world_size, name) if transport.rank == 0 else None
-    shared = consistency.exchange(transport, timings.as_dict(mine) if mine else None, "sharing measured times")[0]
-    measured = timings.from_dict(shared) if shared else None
-    machine = Machine(name, measured, rejected, local_world_size, settings.chunk_bytes)
-    return machine, _executors(transport, settings, region, nodes)
+    machine = Machine(name, None, rejected, local_world_size, settings.chunk_bytes)
+    found = _executors(transport, settings, kernels, nodes)
+    timings = measure.timings_of(measure.Ranks(transport, machine, found), settings, machine_name(device))
+    if settings.verify:
+        found = verify.Verifier(transport, settings.verify, local_world_size).around(found)
+    return replace(machine, timings=timings), found
 
 
 def _nodes(transport: ProcessGroupTransport, local_world_size: int) -> tuple[range, ...]:
@@ -77,23 +80,39 @@ def _nodes(transport: ProcessGroupTransport, local_world_size: int) -> tuple[ran
     return range(begin, begin + local_world_size), range(place, transport.world_size, local_world_size)
 
 
-def _region(
+def _kernels(
     group: dist.ProcessGroup, transport: ProcessGroupTransport, settings: Settings
-) -> tuple[ModuleType | None, Any, tuple[tuple[str, str], ...]]:
-    """Return the best kind of memory that all ranks can write to, that memory, and why better kinds were rejected."""
+) -> tuple[str, KernelCollectives | None, tuple[tuple[str, str], ...]]:
+    """Return the best transport whose memory all ranks can write to, its kernels, and why better ones were rejected."""
     rejected: tuple[tuple[str, str], ...] = ()
     for kind in candidates(transport.device.type, settings.transport) if transport.world_size > 1 else ():
         region, why = _rendezvous(group, transport, settings, kind)
         if region is not None:
-            return kind, region, rejected
+            kernels = _kernels_over(region, transport, settings)
+            why = self_test.why_not(transport, kernels, settings.format, kind.NAME) if kind.SELF_TEST else ""
+            if not why:
+                return kind.NAME, kernels, rejected
+            kernels.close()
         if settings.transport != "auto":
             raise UnavailableError(f"transport={settings.transport!r} was requested and is not available: {why}")
         rejected += ((kind.NAME, why),)
-    return None, None, rejected
+    return "process_group", None, rejected
+
+
+def _kernels_over(region: Any, transport: ProcessGroupTransport, settings: Settings) -> KernelCollectives:
+    """Return the kernels that work over a region. Collective."""
+    from flashcomm.gpu.host_launch import HostCollectives, most_workers
+    from flashcomm.gpu.launch import KernelCollectives
+
+    if not isinstance(region, host_memory.HostRegion):
+        return KernelCollectives(region, settings.timeout_s)
+    smallest = min(consistency.exchange(transport, _multiprocessors(transport.device), "counting multiprocessors"))
+    most = most_workers(settings.host_workers, smallest, transport.world_size)
+    return HostCollectives(region, _host_workspace(settings), settings.timeout_s, most)
 
 
 def _executors(
-    transport: ProcessGroupTransport, settings: Settings, region: Any, nodes: tuple[range, ...]
+    transport: ProcessGroupTransport, settings: Settings, kernels: KernelCollectives | None, nodes: tuple[range, ...]
 ) -> dict[Executor, executors.Base]:
     """Create an object for every executor that routes on this machine can have."""
     device = transport.device
@@ -106,20 +125,8 @@ def _executors(
         Executor.BACKEND: executors.Backend(transport),
         Executor.PIPELINED: executors.Pipelined(replace(context, nodes=across)),
     }
-    if region is None:
-        return found
-    from flashcomm.gpu.host_launch import HostCollectives, most_workers
-    from flashcomm.gpu.launch import KernelCollectives
-
-    if isinstance(region, host_memory.HostRegion):
-        smallest = min(consistency.exchange(transport, _multiprocessors(device), "counting multiprocessors"))
-        most = most_workers(settings.host_workers, smallest, transport.world_size)
-        workspace = _host_workspace(settings)
-        kernels: KernelCollectives = HostCollectives(region, workspace, settings.timeout_s, most)
-    else:
-        kernels = KernelCollectives(region, settings.timeout_s)
-    order = executors.StreamOrder(kernels, device)
-    found[Executor.KERNEL] = executors.Kernel(kernels, order)
+    if kernels is not None:
+        found[Executor.KERNEL] = executors.Kernel(kernels, executors.StreamOrder(kernels, device))
     return found
 
 
@@ -212,8 +219,8 @@ def _rendezvous(
 ) -> tuple[Any, str]:
     """Return a region of this kind that all ranks have mapped, or None and why not."""
     probe = kind.probe(transport.device)
-    if kind is symmetric and not is_registered(group):
-        probe["why"] = probe["why"] or "the group is the inner one of a c10d backend and has no name in this process"
+    if kind.NAME == symmetric.NAME and name_of(group) is None:
+        probe["why"] = probe["why"] or "the group has no name by which torch finds it"
     if why := kind.why_not(consistency.exchange(transport, probe, "looking for shared memory")):
         return None, why
     region, mine, place = None, "", ""

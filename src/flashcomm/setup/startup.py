@@ -48,6 +48,7 @@ def start(group: dist.ProcessGroup | None, device: str | None, plan: str, argume
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):  # such as GroupMember.NON_GROUP_MEMBER
         raise SettingsError("group= must be a process group that this rank is a member of: call this on members only")
+    given, group = group, getattr(group, "backend_group", group)  # of our c10d backend, whose own sums are low-bit
     try:
         where = consistency.group_device(group, device)
         mine: Settings | FlashcommError = replace(Settings.resolve(where.type, **arguments), plan=plan)
@@ -66,7 +67,7 @@ def start(group: dist.ProcessGroup | None, device: str | None, plan: str, argume
     except BaseException:
         transport.close()
         raise
-    return Started(group, where, settings, guard, transport, machine, executors)
+    return Started(given, where, settings, guard, transport, machine, executors)
 
 
 def _connect(

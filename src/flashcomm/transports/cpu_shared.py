@@ -5,11 +5,13 @@ The GPU kernels run on it unchanged, flags included, with TRITON_INTERPRET=1, so
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import mmap
 import os
 import socket
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from flashcomm.errors import UnavailableError
 
 NAME = "cpu_shared"
+SELF_TEST = False  # of a test double
 
 
 def host_name() -> str:
@@ -53,7 +56,8 @@ def why_not(probes: Sequence[dict[str, Any]]) -> str:
 class SharedRegion:
     """Zeroed memory that every rank can read and write, once all ranks have called `rendezvous`.
 
-    It has no name in the file system, so that nothing is left behind, however the processes end.
+    It has no name in the file system, so that nothing is left behind, however the processes end. `close` releases what
+    this rank holds of it; so does the garbage collector.
 
     Attributes:
         peers: int64 (world_size,), the addresses of all ranks' regions in this process.
@@ -63,40 +67,41 @@ class SharedRegion:
         UnavailableError: The memory cannot be allocated.
     """
 
-    mapped = False
-
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
         self.device, self.n_bytes = device, -(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self.size = self.n_bytes + -(-extra // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._held = contextlib.ExitStack()  # releases what was acquired, the last first
+        self._release = weakref.finalize(self, self._held.close)
+        self._release.atexit = False  # the system does it
         try:
-            self._file = os.memfd_create("flashcomm")
-            os.posix_fallocate(self._file, 0, self.size)
-            self.place = f"/proc/{os.getpid()}/fd/{self._file}"
+            file = os.memfd_create("flashcomm")
+            self._held.callback(os.close, file)
+            os.posix_fallocate(file, 0, self.size)
         except OSError as why:
             raise UnavailableError(
                 f"cannot allocate {self.size} bytes of shared memory: {why.strerror}. Allow this process more memory, "
                 "or lower FLASHCOMM_WORKSPACE_BYTES"
             ) from why
+        self.place = f"/proc/{os.getpid()}/fd/{file}"
         self.status = torch.zeros(5, dtype=torch.int32)
 
     def rendezvous(self, group: dist.ProcessGroup, places: Sequence[str]) -> None:
         """Map all ranks' regions, given their `place`. Use them only after every rank has returned from this."""
         self.rank, self.world_size = group.rank(), group.size()
+        self.mappings: list[int] = []
         try:
-            files = [os.open(place, os.O_RDWR) for place in places]
-            self._maps = [mmap.mmap(file, self.size) for file in files]
-            for file in files:
-                os.close(file)
+            for place in places:
+                with open(place, "r+b") as file:
+                    part = mmap.mmap(file.fileno(), self.size)
+                self._held.callback(part.close)
+                self.mappings.append(ctypes.addressof(ctypes.c_char.from_buffer(part)))
         except OSError as why:
             raise UnavailableError(f"cannot open the shared memory of the other ranks: {why.strerror}") from why
-        self.mappings = [ctypes.addressof(ctypes.c_char.from_buffer(part)) for part in self._maps]
         self.peers, self.own = torch.tensor(self.mappings, dtype=torch.int64), self.mappings[self.rank]
 
     def close(self) -> None:
-        """Release the memory. The system frees it with the last process that maps it."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Wait for this rank's kernels and release the memory. It is freed with the last process that maps it."""
+        self._release()
 
 
 create = SharedRegion

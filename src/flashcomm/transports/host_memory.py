@@ -19,8 +19,10 @@ import torch.distributed as dist
 
 from flashcomm.errors import UnavailableError
 from flashcomm.transports import cpu_shared
+from flashcomm.transports.symmetric import wait_for_kernels
 
 NAME = "host_memory"
+SELF_TEST = True
 _MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 
 
@@ -52,10 +54,7 @@ class HostRegion(cpu_shared.SharedRegion):
         UnavailableError: The memory cannot be allocated or pinned.
     """
 
-    mapped = True
-
     def __init__(self, device: torch.device, n_bytes: int, extra: int = 0) -> None:
-        self._pinned: list[int] = []
         with _on_local_cpus(device):
             super().__init__(device, n_bytes, extra)
         try:
@@ -75,26 +74,24 @@ class HostRegion(cpu_shared.SharedRegion):
                     f"{self.size} bytes of host memory cannot be pinned (CUDA error {code}): allow more locked "
                     "memory (`ulimit -l`, in containers --ulimit memlock=-1), or lower FLASHCOMM_WORKSPACE_BYTES"
                 )
-            self._pinned.append(address)
+            self._held.callback(_unpin, os.getpid(), self.device, address)
         addresses = [*self.mappings]
         addresses[self.rank] = self._local.data_ptr()
         self.peers = torch.tensor(addresses, dtype=torch.int64).to(self.device)
         torch.cuda.synchronize(self.device)  # the local memory is zeroed before a kernel writes to it
-
-    def close(self) -> None:
-        """Wait for this rank's kernels and release the memory. It is freed with the last process that maps it."""
-        torch.cuda.synchronize(self.device)
-        self._unpin()
-        super().close()
+        self._held.callback(
+            wait_for_kernels, os.getpid(), self.device
+        )  # the first to run: kernels may still use the memory
 
     def _pin(self, address: int) -> int:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         return int(runtime.cudaHostRegister(address, self.size, _MAPPED))
 
-    def _unpin(self) -> None:
-        for address in self._pinned:
+
+def _unpin(pid: int, device: torch.device, address: int) -> None:
+    if os.getpid() == pid:  # in a forked process CUDA does not work
+        with torch.cuda.device(device):  # another thread than the one that pinned it may have another current device
             torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
-        self._pinned = []
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Bytes over any torch.distributed process group: gloo on CPUs, NCCL on GPUs, across hosts.
 
 There are two exchanges, `all_to_all` and `all_gather`. Both are asynchronous and send the same number of bytes to every
-rank. They call the group's own methods rather than `torch.distributed` functions, so that a group without a registered
-name works, too. The inner group of our c10d backend is one.
+rank. They call the group's own methods rather than `torch.distributed` functions, so that a group that
+torch.distributed did not create works, too. The inner group of our c10d backend is one.
 
 On CPUs an exchange is W-1 matched steps: in step k every rank sends to rank+k and receives from rank-k. Each link then
 carries one stream in each direction at full rate. If all messages are posted at once, as in gloo's all-to-all, streams

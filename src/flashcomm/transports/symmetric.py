@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from flashcomm.compat import name_of
 from flashcomm.errors import UnavailableError
 from flashcomm.transports import cpu_shared
 
 NAME = "symmetric"
+SELF_TEST = True  # drivers may claim peer access that does not work (`setup.self_test`)
 
 
 def probe(device: torch.device) -> dict[str, Any]:
@@ -60,12 +63,12 @@ class SymmetricRegion:
         UnavailableError: The memory cannot be allocated, or torch cannot map that of the peers.
     """
 
-    mapped = False
-
     def __init__(self, device: torch.device, n_bytes: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
         self._symmetric, self.device, self.n_bytes, self.place = symmetric, device, n_bytes, ""
+        self._release = weakref.finalize(self, wait_for_kernels, os.getpid(), device)
+        self._release.atexit = False
         try:
             self._buffer = symmetric.empty(n_bytes, dtype=torch.uint8, device=device).zero_()
             self.status = torch.zeros(5, dtype=torch.int32).pin_memory()
@@ -79,7 +82,7 @@ class SymmetricRegion:
         self.rank, self.world_size = group.rank(), group.size()
         try:
             torch.cuda.synchronize(self.device)  # the region is zero before a peer sees it
-            self._handle = self._symmetric.rendezvous(self._buffer, group.group_name)
+            self._handle = self._symmetric.rendezvous(self._buffer, name_of(group) or "")  # type: ignore[arg-type]
             if getattr(self._handle, "offset", 0):
                 raise RuntimeError("the memory is part of a larger block, and its offset may differ between ranks")
             addresses = list(self._handle.buffer_ptrs)
@@ -90,7 +93,13 @@ class SymmetricRegion:
 
     def close(self) -> None:
         """Wait for this rank's kernels. torch frees the memory with the region."""
-        torch.cuda.synchronize(self.device)
+        self._release()
+
+
+def wait_for_kernels(pid: int, device: torch.device) -> None:
+    """Wait for the kernels of process `pid`, before the memory that they use is freed."""
+    if os.getpid() == pid:  # in a forked process CUDA does not work
+        torch.cuda.synchronize(device)
 
 
 create = SymmetricRegion
