@@ -179,9 +179,70 @@ def third() -> str:
     return table(["format, 3 ranks", "bits/value", "KL [95 %]", "rise, % [95 %]"], body)
 
 
+GPU_FORMATS = ("none", "int8", "int6-had/int7-had", "int4-had", "int4")
+
+
+def all_reduces(name: str, baselines: dict[str, tuple[str, ...]], least: int) -> str:
+    """Return times in graphs and, for flashcomm, how many times as fast as the backend, from `least` bytes on.
+
+    Args:
+        name: A CSV file of `bench all_reduce`.
+        baselines: The heads of columns, and the paths of which the fastest counts.
+        least: The smallest message to show, in bytes.
+    """
+    graph = [r for r in rows_of(name) if r["mode"] == "graph"]
+    body = []
+    for power in range(least.bit_length() - 1, 29, 2):
+        rows = [r for r in graph if int(r["size"]) == 1 << power]
+        line = [f"{1 << power - 20} MB" if power >= 20 else f"{1 << power - 10} KB"]
+        line += [f"{min(float(r['time_us']) for r in rows if r['path'] in paths):.1f}" for paths in baselines.values()]
+        for fmt in GPU_FORMATS:
+            ours = "one_shot" if fmt == "none" else "auto"
+            (row,) = (r for r in rows if r["format"] == fmt and r["path"] == ours)
+            line.append(f"{float(row['time_us']):.1f}, {float(row['over_backend']):.2f}x")
+        body.append(line)
+    labels = [f"{fmt} (the paper's)" if fmt == "int4" else fmt for fmt in GPU_FORMATS[1:]]
+    return table(["message", *baselines, "uncompressed", *labels], body)
+
+
+def nvlink() -> str:
+    symm = ("symm one-shot", "symm two-shot")
+    baselines = {"NCCL": (BACKEND,), "torch symm": symm, "FlashInfer FP8": ("flashinfer fp8",)}
+    return all_reduces("h200x2-nvlink.csv", baselines, 64 << 10)
+
+
+def host_memory() -> str:
+    return all_reduces("h200x2-host-memory.csv", {"NCCL": (BACKEND,)}, 64 << 10)
+
+
+def first_token() -> str:
+    """Return times to first token of the backend, and how many times as fast flashcomm is, by model and format."""
+    rows = rows_of("ttft-h200x2-no-peer-access.csv")
+    formats = ("int6-had/int7-had", "int4-had")
+    body = []
+    for case in dict.fromkeys((r["model"], r["layers"], r["all_layers"], r["batch"], r["tokens"]) for r in rows):
+        model, layers, all_layers, batch, tokens = case
+        mine = [r for r in rows if (r["model"], r["layers"], r["all_layers"], r["batch"], r["tokens"]) == case]
+        found = {(r["format"], r["path"], r["overlap"]): r for r in mine}
+        some = "" if layers == all_layers else f", {layers} of {all_layers} layers"
+        backend = found["none", BACKEND, "False"]
+        line = [f"{model}{some}, {batch} x {tokens}", f"{float(backend['ttft_s']) * 1e3:.0f} ms"]
+        for overlap in ("False", "True"):
+            for fmt in formats:
+                row = found.get((fmt, "auto", overlap))
+                line.append(f"{float(row['speedup']):.2f}x" if row else "")
+        body.append([*line, f"{float(backend['limit']):.2f}x"])
+    head = ["model, prompts x tokens", "NCCL", *formats, *(f"{fmt}, overlap" for fmt in formats), "no communication"]
+    return table(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
-    for f in (readme, accuracy, auto, nodes, nodes_times, real, predicted, needle, generation, families, tuned, third)
+    for f in (
+        *(readme, nvlink, host_memory, first_token, accuracy),
+        *(auto, nodes, nodes_times, real, predicted),
+        *(needle, generation, families, tuned, third),
+    )
 }
 
 

@@ -66,21 +66,6 @@ def test_figures_are_those_of_the_results() -> None:
         assert f"| {label} | {' | '.join(cells)} |" in README
 
 
-def test_gpu_figures_are_those_of_the_results() -> None:
-    with (ROOT / "results" / "h200x2-nvlink.csv").open(newline="") as file:
-        graph = {(r["size"], r["format"], r["path"]): r for r in csv.DictReader(file) if r["mode"] == "graph"}
-    labels = {16: "64 KB", 20: "1 MB", 22: "4 MB", 24: "16 MB", 26: "64 MB", 28: "256 MB"}
-    for size, label in ((1 << power, label) for power, label in labels.items()):
-        rows = [graph[str(size), "bf16", path] for path in ("native", "symm one-shot", "symm two-shot")]
-        us = [float(row["time_us"]) for row in rows] + [float(graph[str(size), "fp8", "flashinfer fp8"]["time_us"])]
-        cells = [f"{us[0]:.1f}", f"{min(us[1:3]):.1f}", f"{us[3]:.1f}"]
-        for fmt in ("bf16", "int8", "int6-had/int7-had", "int4-had", "int4"):
-            row = graph[str(size), fmt, "one_shot"]
-            cells.append(f"{float(row['time_us']):.1f}, {float(row['over_native']):.2f}x")
-        assert f"| {label} | {' | '.join(cells)} |" in README, " | ".join(cells)
-        assert row["machine"] == "2 x NVIDIA H200"
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/accuracy.md"])
 def test_tables_are_those_of_the_results(page: str) -> None:
     """What scripts/tables.py would write is what stands there; every table it knows stands on one of both pages."""
