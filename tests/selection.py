@@ -24,7 +24,8 @@ THOROUGH = (
     "cli/*test_real_ranks_give_the_rows_of_simulated_ones",  # 39
     "cli/*test_torchrun",  # 19
     "cli/*test_sweep_with_overlap",  # 18
-    "cli/*test_a_budget_no_format_meets",  # 15
+    "cli/*test_an_interrupted_eval_goes_on_where_it_was",  # 8
+    "cli/*test_eval_quick_ends_in_a_recommendation",  # 8
     "cli/*test_probe",  # 10
     "gpu/test_kernels.py::test_all_reduce_equals_the_reference[3]",  # 27
     "gpu/test_kernels.py::test_all_reduce_equals_the_reference[4]",  # 36

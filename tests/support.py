@@ -166,6 +166,28 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(((bits_a == bits_b) | (a.isnan() & b.isnan())).all())
 
 
+def massive(dtype: torch.dtype, world_size: int) -> list[torch.Tensor]:
+    """Return a message of shape (4, 256) per rank, as a large model has them: one channel and one row stand out.
+
+    Their partial sums are 300,000, of alternating sign, and add up to 75,000. In fp16 partial sums are 60,000 at most.
+    """
+    generator = torch.Generator().manual_seed(world_size)
+    messages = [torch.randn(4, 256, generator=generator) for _ in range(world_size)]
+    large, total = (300_000.0, 75_000.0) if dtype != torch.float16 else (60_000.0, 75_000.0)
+    for rank, message in enumerate(messages):
+        message[0, ::16] = large if rank % 2 == 0 else -large
+        message[1:, 5] = 40_000.0 / world_size
+    if world_size % 2:
+        messages[-1][0, ::16] = 0.0
+    left = total  # so that the sum is `total`, in steps that the dtype can hold
+    for message in messages[1::2]:
+        step = min(left, 2 * large)
+        message[0, ::16] += step
+        left -= step
+    assert left == 0
+    return [message.to(dtype) for message in messages]
+
+
 def tough(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Values of very different size from row to row, with outliers, constant rows, zeros and -0.0."""
     generator = torch.Generator().manual_seed(seed)

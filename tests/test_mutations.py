@@ -179,8 +179,16 @@ MUTATIONS = {
         "accuracy/test_sensitivity.py::test_it_is_half_the_square_of_gradient_times_error",
     ),
     "divergence the wrong way round": (
-        "accuracy/evaluate.py", "(b.exp() * (b - m)).sum()", "(m.exp() * (m - b)).sum()",
+        "accuracy/evaluate.py", "b.exp().mul(b.sub_(mine))", "mine.exp().mul(mine - b)",
         "accuracy/test_evaluate.py::test_rows_are_what_the_logits_say",
+    ),
+    "a budget is compared with the mean of an interval": (
+        "accuracy/tune.py", "max(self.kl.high, self.least_risen)", "max(self.kl.mean, self.least_risen)",
+        "accuracy/test_tune.py::test_a_plan_is_fitted_to_the_divergence_that_is_measured",
+    ),
+    "a noisy rise in perplexity steers": (
+        "accuracy/tune.py", "max(self.kl.high, self.least_risen)", "math.log1p(self.rise.mean)",
+        "accuracy/test_tune.py::test_a_rise_in_perplexity_that_is_pure_noise_steers_nothing",
     ),
     "timings are read in straight lines of sizes": (
         "routing/timings.py", "math.log(n_bytes / low) / math.log(high / low)", "(n_bytes - low) / (high - low)",

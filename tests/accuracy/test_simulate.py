@@ -11,6 +11,7 @@ from tiny_model import IDS, LAYERS, MODEL, needs_model, tiny, transformers
 from torch import Tensor
 
 from flashcomm import WireFormat, reference
+from flashcomm.accuracy import simulate
 from flashcomm.accuracy.simulate import TensorParallel
 from flashcomm.errors import InputError, PlanError
 from flashcomm.plan import LayerPlan, Plan
@@ -86,6 +87,26 @@ def test_one_inside_another_is_left_as_it_was() -> None:
             outer.plan = "int2"
             assert not torch.equal(model(IDS).logits, want)
         assert torch.equal(model(IDS).logits, plain)
+
+
+@pytest.mark.parametrize(("kv_heads", "world_size", "shards"), [(1, 4, 1), (2, 4, 2), (2, 2, 2), (4, 2, 2)])
+def test_ranks_that_share_a_kv_head_compute_all_of_it(
+    kv_heads: int, world_size: int, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM does: a rank never computes a part of a head."""
+    model = tiny(kv_heads)
+    key, seen = model.get_submodule("model.layers.0.self_attn.k_proj"), []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.untyped_storage().data_ptr() == key.weight.untyped_storage().data_ptr():
+            seen.append((weight.storage_offset() // 64, len(weight)))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(simulate, "linear", linear)
+    with TensorParallel(model, world_size), torch.no_grad():
+        model(IDS)
+    size = 16 * kv_heads // shards
+    assert seen == [(i * size, size) for i in range(shards)]
 
 
 def test_refusals() -> None:

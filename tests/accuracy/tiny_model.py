@@ -15,11 +15,11 @@ IDS = torch.arange(40).view(2, 20)
 LAYERS = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.o_proj", "mlp.down_proj")]
 
 
-def tiny() -> Any:
+def tiny(kv_heads: int = 2) -> Any:
     """A Llama with random weights and biases: 2 layers, 64 channels."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
         vocab_size=200, attention_bias=True, mlp_bias=True, initializer_range=0.2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
@@ -31,6 +31,8 @@ def tiny() -> Any:
 
 class Words:
     """A tokenizer whose tokens are words: ids are lengths of words."""
+
+    bos_token_id: int | None = None
 
     def __call__(self, text: str, return_tensors: str = "", add_special_tokens: bool = True) -> Any:
         ids = [len(word) for word in text.split()]

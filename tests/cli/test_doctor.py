@@ -15,7 +15,9 @@ from flashcomm.settings import Settings
 
 def test_json() -> None:
     got = as_json(flashcomm("doctor", "--world", 3, "--format", "int4", "--row", 576, "--json"))
-    assert set(got) == {"machine", "versions", "paths", "settings", "choices"}
+    assert set(got) == {"machine", "versions", "paths", "settings", "accuracy", "choices"}
+    assert got["accuracy"]["int4"].startswith("a plain format, as in the paper")
+    assert got["accuracy"]["int6-had/int7-had"] == "raised perplexity by less than 1 % on every model measured"
     paths = {c["size"]: c["path"] for c in got["choices"]}
     assert paths[4096] == "backend"
     assert paths[1 << 24] == "two_shot"

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from flashcomm import reference
+from flashcomm.accuracy.head import Head
 from flashcomm.accuracy.simulate import Progress, TensorParallel, no_progress, row_parallel_layers
 from flashcomm.codecs import codec_for
 from flashcomm.plan import LayerPlan, Plan
 from flashcomm.wire.format import UNCOMPRESSED, StepFormat, WireFormat
 
 NONE = WireFormat.parse(UNCOMPRESSED)
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # messages and gradients of all layers are kept for as many
 STEPS = ("reduce", "gather")
 
 
@@ -196,19 +197,26 @@ def _batches(model: Any, windows: Tensor, world_size: int, what: str, progress: 
         found[name] = [p.detach() for p in partials], total
 
     generator = torch.Generator(windows.device).manual_seed(0)
+    head, batch_size = Head(model), max(1, BATCH_TOKENS[windows.device.type] // windows.shape[1])
     frozen = [p for p in model.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
     try:
-        batches = torch.split(windows, max(1, BATCH_TOKENS[windows.device.type] // windows.shape[1]))
-        for i, batch in enumerate(batches):
-            progress(what, i, len(batches))
+        for i, batch in enumerate(torch.split(windows, batch_size)):
+            progress(what, i * batch_size, len(windows))
             found.clear()
             with TensorParallel(model, world_size, observer=observe), torch.enable_grad():
                 embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
-                logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).float()
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+                hidden = head.hidden(inputs_embeds=embedded).flatten(0, 1)
+                gradient = torch.empty_like(hidden)
+                for piece in head.pieces(len(hidden)):
+                    end = hidden[piece].detach().requires_grad_()
+                    logits = head.logits(end)
+                    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+                    assert end.grad is not None
+                    gradient[piece] = end.grad
+                hidden.backward(gradient)  # type: ignore[no-untyped-call]
             seen = {}
             for name, (partials, total) in found.items():
                 assert total.grad is not None
@@ -217,7 +225,8 @@ def _batches(model: Any, windows: Tensor, world_size: int, what: str, progress: 
                 seen[name] = _Seen(tensors[:-2], *tensors[-2:])
             with torch.no_grad():
                 yield seen
-        progress(what, len(batches), len(batches))
+            seen.clear()  # before the next batch is run
+        progress(what, len(windows), len(windows))
     finally:
         for p in frozen:
             p.requires_grad_(True)

@@ -5,9 +5,10 @@
         print(ranks.bits_per_value)
 
 Row-parallel weights are split along their input and column-parallel weights along their output, according to the
-model's own tensor-parallel plan. Each partial sum is encoded by the real codec, in the order of the real collective. If
-matrix products use the same kernels, results have the same bits as with real ranks. All-reduces by the backend are an
-exception: here they are summed in rank order.
+model's own tensor-parallel plan. If there are more ranks than KV heads, several ranks compute the same head, as in
+vLLM. Each partial sum is encoded by the real codec, in the order of the real collective. If matrix products use the
+same kernels, results have the same bits as with real ranks. All-reduces by the backend are an exception: here they are
+summed in rank order.
 """
 
 from __future__ import annotations
@@ -126,9 +127,10 @@ class TensorParallel:
         self._before = {module: vars(module).get("forward") for module in modules}
         for name, module in self.layers.items():
             vars(module)["forward"] = self._row_parallel(name, module)
-        for module in self._columns.values():
-            if module.out_features % self.world_size == 0:
-                vars(module)["forward"] = self._column_parallel(module)
+        for name, module in self._columns.items():
+            shards = self._shards(name)
+            if module.out_features % shards == 0:
+                vars(module)["forward"] = self._column_parallel(module, shards)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, why: BaseException | None, at: TracebackType | None) -> None:
@@ -150,13 +152,18 @@ class TensorParallel:
 
         return forward
 
-    def _column_parallel(self, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+    def _column_parallel(self, module: torch.nn.Linear, shards: int) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            weights = module.weight.chunk(self.world_size)
-            biases = [None] * self.world_size if module.bias is None else module.bias.chunk(self.world_size)
+            weights = module.weight.chunk(shards)
+            biases = [None] * shards if module.bias is None else module.bias.chunk(shards)
             return torch.cat([linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
 
         return forward
+
+    def _shards(self, name: str) -> int:
+        """The different parts of a column-parallel layer. Ranks that share a KV head all compute the whole head."""
+        kv_heads = getattr(getattr(self.model, "config", None), "num_key_value_heads", None) or self.world_size
+        return min(kv_heads, self.world_size) if name.endswith((".k_proj", ".v_proj")) else self.world_size
 
     def _all_reduce(self, name: str, partials: list[Tensor]) -> Tensor:
         fmt = self._plan.format_of(name, partials[0])

@@ -54,14 +54,20 @@ def environment() -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows`, and the columns of `environment()` after their own. Rows may have different columns."""
+    """Write `rows`, and the columns of `environment()` after their own. Rows may have different columns.
+
+    A row that has columns of `environment()` already, because it was read from a file, keeps them. An existing file is
+    replaced in one step, so that an interruption leaves the old rows or the new ones.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     where = environment()
-    columns = dict.fromkeys(key for row in rows for key in row)
-    with path.open("w", newline="") as file:
+    columns = dict.fromkeys(key for row in rows for key in row if key not in where)
+    unfinished = path.with_name(f".{path.name}.part")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*columns, *where])
         writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+        writer.writerows({**where, **row} for row in rows)
+    unfinished.replace(path)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

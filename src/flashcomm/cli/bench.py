@@ -52,7 +52,8 @@ def all_reduce(
     given = {"min_bytes": min_bytes, "algorithm": algorithm, "chunk_bytes": chunk_bytes}
     settings = options.settings_of(names[0], where, **given, local_world_size=local_world_size)
     args = (names, sizes, row, options.dtype_of(dtype), turns, _modes(mode, where), settings, only_auto)
-    ranks = {"device": where, "link": link, "local_world_size": local_world_size or 1, "timeout_s": timeout}
+    ranks: dict[str, Any] = {"device": where, "link": link, "timeout_s": timeout}
+    ranks["local_world_size"] = local_world_size or 1
     found = run_ranks(bench_all_reduce.all_reduce, world_size, args, quiet=json, **ranks)
     if found is None:
         return

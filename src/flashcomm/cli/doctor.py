@@ -13,6 +13,7 @@ import typer
 
 import flashcomm
 from flashcomm import Communicator
+from flashcomm.accuracy.recommend import evidence
 from flashcomm.bench.records import cpu_name
 from flashcomm.cli import options
 from flashcomm.cli.console import console, print_json, print_table, run_ranks
@@ -21,8 +22,9 @@ from flashcomm.ranks import link
 from flashcomm.ranks.launch import RankContext
 from flashcomm.routing import policy, timings
 from flashcomm.routing.route import Machine, Message
-from flashcomm.settings import Settings
+from flashcomm.settings import DEFAULT_FORMAT, Settings
 from flashcomm.setup import discovery
+from flashcomm.wire.format import WireFormat
 
 SIZES = tuple(1 << k for k in range(12, 28, 3))
 PACKAGES = ("torch", "numpy", "llvmlite", "transformers", "triton", "pyroute2", "vllm", "sglang")
@@ -43,7 +45,7 @@ def doctor(
     if json:
         print_json(found)
         return
-    for section in ("machine", "versions", "paths", "settings"):
+    for section in ("machine", "versions", "paths", "settings", "accuracy"):
         console.print(f"[bold]{section}[/bold]")
         for key, value in found[section].items():
             console.print(f"  {key:16} {value}", markup=False)
@@ -61,6 +63,9 @@ def examine(world_size: int, row: int, itemsize: int, settings: Settings, device
         "versions": {"flashcomm": flashcomm.__version__, "python": platform.python_version()} | _versions(),
         "paths": _paths(device, found),
         "settings": settings.as_dict(),
+        "accuracy": {
+            str(fmt): evidence(fmt) for fmt in dict.fromkeys((settings.format, WireFormat.parse(DEFAULT_FORMAT)))
+        },
         "choices": [_choice(size, row, itemsize, world_size, settings, device, found) for size in SIZES],
     }
 

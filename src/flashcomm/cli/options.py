@@ -16,6 +16,16 @@ from flashcomm.wire.format import WireFormat
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
 World = Annotated[int, typer.Option("--world", "-n", min=1, help="Number of ranks.")]
+SimulatedWorld = Annotated[
+    int | None,
+    typer.Option("--world", "-n", min=1, help="Number of ranks; by default the smallest that can share the model."),
+]
+Bos = Annotated[
+    str,
+    typer.Option(
+        help="Begin each window with the beginning-of-sequence token: yes, no, or auto: as the tokenizer does."
+    ),
+]
 Link = Annotated[
     str | None, typer.Option(help="Give every rank a network namespace and a link of this rate, e.g. 100mbit.")
 ]
@@ -114,6 +124,12 @@ def sizes_of(begin: str, end: str, factor: int) -> list[int]:
     if not sizes:
         raise SettingsError(f"no sizes from {begin} to {end}: give a --begin that is not above --end")
     return sizes
+
+
+def with_interval(row: dict[str, Any], key: str, low: str, high: str, spec: str) -> str:
+    """Format a row's value and, if it exists, its 95 % interval."""
+    text = f"{row[key]:{spec}}"
+    return text if row[low] is None else f"{text} [{row[low]:{spec}}, {row[high]:{spec}}]"
 
 
 def check_several_ranks(world_size: int) -> None:

@@ -79,7 +79,7 @@ class Timings:
 
 
 def own_directory() -> Path:
-    """Return the directory of the user's own timings: $XDG_CACHE_HOME/flashcomm, or ~/.cache/flashcomm."""
+    """Return the directory for the user's own timings and converted models: in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcomm"
 
 
