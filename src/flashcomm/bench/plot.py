@@ -76,7 +76,7 @@ def plot(sources: Sequence[Path], target: Path) -> None:
         )
     where = rows[0]
     source = f"{where['machine']}, torch {where['torch']}, {where['date']}"
-    figure.supxlabel(source, x=0.005, ha="left", fontsize=6, color="0.5")  # has a line of its own
+    figure.suptitle(source, x=0.995, ha="right", fontsize=6, color="0.5")  # a title has a line of its own
     figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None, dpi=150)
     pyplot.close(figure)
 
