@@ -129,7 +129,7 @@ def slow_reader(ctx: RankContext, delay: int) -> None:
 
 
 def test_a_slow_reader_reads_what_was_meant_for_it() -> None:
-    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 1500)
+    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 500)
 
 
 def a_rank_is_gone(ctx: RankContext, algorithm: str) -> None:
@@ -235,7 +235,7 @@ def test_words_of_workers_that_a_launch_does_not_have_follow_the_calls() -> None
     table = torch.tensor([memory.data_ptr()])
     counter = host_sync.Counter(Int64(0))
     outbox = host_sync.Outbox(table, Int64(0), Int64(state.data_ptr()), counter, counter, n_workers)
-    _publisher[(1,)](progress, where, outbox, sync.Ranks(2, False, False, 0))
+    _publisher[(1,)](progress, where, outbox, sync.Ranks(2, False, 0))
     assert (progress[:, :n_workers] == base + 3).all()
     assert (progress[:, n_workers:] == base).all()
     assert memory[[0, 32]].tolist() == [base + 3, base + 3]

@@ -210,7 +210,7 @@ def same_as_reference_by(
 
 @pytest.mark.parametrize("how", [tuning.FLAGS, tuning.LL], ids=["flags", "ll"])
 def test_a_slow_reader_reads_what_was_meant_for_it(how: tuning.Tuning) -> None:
-    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 800, how)
+    on_ranks(slow_reader, 2, 20_000 if ON_GPUS else 500, how)
 
 
 def _calls(comm: Communicator, x: torch.Tensor, out: torch.Tensor) -> None:

@@ -36,7 +36,6 @@ def stale(liar: int, to: int, part: str) -> type:
 
             super().rendezvous(group, places)
             if self.rank == liar:
-                self._maps[to].flush()
                 ll = 2 * KernelCollectives(self, 1).ll_epoch_bytes
                 begin, end = {
                     "LL": (sync.DATA // PAGE * PAGE, (sync.DATA + ll) // PAGE * PAGE),
