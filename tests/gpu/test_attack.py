@@ -327,10 +327,8 @@ def drops(ctx: RankContext, way: str, trials: int) -> Counter[str]:
         if trial in (1, trials - 1):
             held.append(what_is_held())
     assert not any(region() for region in regions)
-    if way.startswith(
-        "GPU memory"
-    ):  # torch keeps two arrays of addresses, of 512 bytes each, of every symmetric memory
-        held[1]["GPU bytes"] -= 1024 * (trials - 2) if ON_GPUS else 0
+    if ON_GPUS and way != WAVES:  # torch keeps two arrays, 512 bytes each, of every symmetric memory
+        held[1]["GPU bytes"] -= 1024 * (trials - 2)
     assert held[0] == held[1], f"after 2 and after {trials}: {held}"
     return seen + Counter(dropped=trials)
 
