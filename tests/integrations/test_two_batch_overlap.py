@@ -240,11 +240,12 @@ def real_text(ctx: RankContext) -> None:
     model, tokenizer = load_model(MODEL, ctx.world_size, CPU, torch.bfloat16)
     integration.overlap(model, mode="always")
     text = tokenizer(TEXT.read_text()[:4000], return_tensors="pt").input_ids[0, :512].view(2, 256)
-    seen = []
-    for model.base_model.forward.mode in ("never", "always"):
-        with torch.inference_mode():
-            seen.append(model(text).logits)
-    assert torch.equal(*seen)
+    with torch.inference_mode():
+        overlapped = model(text).logits
+        model.base_model.forward.mode = "never"
+        # One sequence at a time: a CPU may round a matrix product of 512 rows otherwise than one of 256.
+        alone = torch.cat([model(row[None]).logits for row in text])
+    assert torch.equal(overlapped, alone)
 
 
 def blocks(ctx: RankContext) -> None:
