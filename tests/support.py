@@ -18,6 +18,7 @@ import functools
 import importlib
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from flashcomm.routing.route import Executor
 from flashcomm.wire import torch_codec
 
 T = TypeVar("T")
+TIMEOUT_S = float(os.environ.get("RANKS_TIMEOUT_S", 30))  # mutations set less: some make a rank wait in vain
 
 
 def _patch_triton_once() -> None:
@@ -116,14 +118,14 @@ class _Body:
 
 
 def run_ranks(
-    world_size: int, body: Callable[[dist.ProcessGroup, int], T], timeout_s: float = 30
+    world_size: int, body: Callable[[dist.ProcessGroup, int], T], timeout_s: float = TIMEOUT_S
 ) -> list[T | BaseException]:
     """Run body(group, rank) on threads, each with a gloo group of its own; per rank its result or its exception."""
     return _on_threads(world_size, body, timeout_s)[0]
 
 
 def _on_threads(
-    world_size: int, body: Callable[[dist.ProcessGroup, int], Any], timeout_s: float = 30
+    world_size: int, body: Callable[[dist.ProcessGroup, int], Any], timeout_s: float = TIMEOUT_S
 ) -> tuple[list[Any], list[int]]:
     """The result or exception of each rank, and the ranks that raised, in the order of time."""
     store = dist.HashStore()
@@ -137,16 +139,17 @@ def _on_threads(
             results[rank] = why
             failed.append(rank)
 
-    threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(world_size)]
+    threads = [threading.Thread(target=thread, args=(rank,), daemon=True) for rank in range(world_size)]
     for t in threads:
         t.start()
+    deadline = time.monotonic() + 2 * timeout_s
     for rank, t in enumerate(threads):
-        t.join(timeout_s + 30)
+        t.join(max(0.0, deadline - time.monotonic()))
         assert not t.is_alive(), f"rank {rank} of {world_size} hangs"
     return results, failed
 
 
-def gloo_group(store: dist.Store, rank: int, world_size: int, timeout_s: float = 30) -> dist.ProcessGroup:
+def gloo_group(store: dist.Store, rank: int, world_size: int, timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup:
     """A process group over gloo that is not registered with torch.distributed, so that threads can have one each."""
     backend = dist.ProcessGroupGloo(store, rank, world_size, datetime.timedelta(seconds=timeout_s))
     backend._set_sequence_number_for_group()
