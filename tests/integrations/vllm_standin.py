@@ -1,4 +1,4 @@
-"""A stand-in for vLLM: the classes and modules that plugins use, with vLLM's names and signatures (0.26 to 0.32).
+"""A stand-in for vLLM: the classes and modules that plugins use, with vLLM's names and signatures (0.26 to 0.33).
 
 `install()` puts it into sys.modules. For plugins it behaves like vLLM: it chooses the platform, runs all-reduces
 through an op if the platform requests it, and sums in place on CPUs. test_vllm.py compares its signatures with those of
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_state: dict[str, Any] = {"config": None, "groups": {}, "platform": None, "tp": None}
+_state: dict[str, Any] = {"config": None, "groups": {}, "platform": None, "tp": None, "forward": None}
 own_sums: list[tuple[int, ...]] = []  # shapes of the messages of vLLM's own all-reduce
 op_registry_oot: dict[str, type] = {}
 envs = SimpleNamespace(VLLM_BATCH_INVARIANT=False)
@@ -68,6 +68,19 @@ class DeviceCommunicatorBase:
         dist.all_reduce(input_, group=self.device_group)
         return input_
 
+    def reduce_scatter(self, input_: Tensor, dim: int = -1) -> Tensor:
+        assert dim == 0
+        own_sums.append(tuple(input_.shape))
+        part = input_.new_empty(input_.shape[0] // self.world_size, *input_.shape[1:])
+        dist.reduce_scatter_tensor(part, input_.contiguous(), group=self.device_group)
+        return part
+
+    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
+        own_sums.append(tuple(input_.shape))
+        parts = [torch.empty_like(input_) for _ in range(self.world_size)]
+        dist.all_gather(parts, input_, group=self.device_group)
+        return torch.cat(parts, dim)
+
     def destroy(self) -> None:
         pass
 
@@ -111,6 +124,15 @@ class GroupCoordinator:
     def _all_reduce_out_place(self, input_: Tensor) -> Tensor:
         assert self.device_communicator is not None
         return self.device_communicator.all_reduce(input_)
+
+
+    def reduce_scatter(self, input_: Tensor, dim: int = -1) -> Tensor:
+        assert self.device_communicator is not None
+        return self.device_communicator.reduce_scatter(input_, dim)
+
+    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
+        assert self.device_communicator is not None
+        return self.device_communicator.all_gather(input_, dim)
 
 
 class PluggableLayer(torch.nn.Module):
@@ -193,9 +215,21 @@ def make_config(hidden: int, tokens: int = 512, dtype: torch.dtype = torch.bfloa
         model_config=model,
         parallel_config=SimpleNamespace(**parallel),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens),
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_allreduce_rms=None)),
+        compilation_config=SimpleNamespace(
+            pass_config=SimpleNamespace(fuse_allreduce_rms=None),
+            cudagraph_mode=SimpleNamespace(separate_routine=lambda: True),
+        ),
+        num_speculative_tokens=0,
         additional_config={},
     )
+
+
+@contextmanager
+def forward_context(metadata: Any, graphs: str = "NONE") -> Iterator[None]:
+    """Run a batch with this attention metadata, like the context manager `set_forward_context`."""
+    _state["forward"] = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=SimpleNamespace(name=graphs))
+    yield
+    _state["forward"] = None
 
 
 @contextmanager
@@ -235,6 +269,11 @@ def install(version: str = "0.32.0") -> None:
     module("vllm.platforms", builtin_platform_plugins=plugins, __path__=[])
     module("vllm.platforms.cpu", CpuPlatform=CpuPlatform)
     module("vllm.config", get_current_vllm_config_or_none=lambda: _state["config"])
+    module(
+        "vllm.forward_context",
+        get_forward_context=lambda: _state["forward"],
+        is_forward_context_available=lambda: _state["forward"] is not None,
+    )
     module(f"{path}.base_device_communicator", DeviceCommunicatorBase=DeviceCommunicatorBase)
     module(f"{path}.cpu_communicator", CpuCommunicator=CpuCommunicator)
     module("vllm.distributed.parallel_state", get_tp_group=lambda: _state["tp"], GroupCoordinator=GroupCoordinator)

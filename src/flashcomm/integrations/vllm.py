@@ -5,7 +5,7 @@
 vLLM finds two entry points of this package, both named "flashcomm". Both do nothing without that setting:
 
     platform_plugin   subclasses vLLM's CUDA or CPU platform, to add a parent class to its device communicators
-                      (`vllm_group`): all-reduces of hidden states are low-bit, everything else is vLLM's own
+                      (`vllm_group`): sums of hidden states are low-bit, everything else is vLLM's own
     layer_plugin      if the setting is a plan (`flashcomm.plan`): row-parallel layers pass on their names
 
 Importing this module does not import vLLM. Its functions do, when vLLM calls them. docs/vllm.md is the how-to.
@@ -26,7 +26,7 @@ from flashcomm.integrations import vllm_group
 from flashcomm.plan import Plan
 from flashcomm.settings import NAMES
 
-TESTED = ((0, 26), (0, 32))  # the first and last minor release in which the names used here were read
+TESTED = ((0, 26), (0, 33))  # the first and last minor release in which the names used here were read
 log = logging.getLogger("flashcomm")
 
 
@@ -135,7 +135,7 @@ def _layer_class(base: Any) -> Any:
 
 
 class Report:
-    """A worker extension that reports the all-reduces of each worker.
+    """A worker extension that reports the collectives of each worker.
 
     Example::
 
@@ -144,7 +144,7 @@ class Report:
     """
 
     def flashcomm_report(self) -> dict[str, Any]:
-        """Return this worker's all-reduces since start-up; {} if it uses vLLM's own.
+        """Return this worker's tensor-parallel collectives since start-up; {} if it uses vLLM's own.
 
         Calls that a CUDA graph captured are counted once. Its replays are not counted.
 
@@ -153,7 +153,7 @@ class Report:
             world_size: Ranks of that group.
             format: The wire format; for a plan, its default one.
             low_bit: For each route, such as "all_reduce/two_shot": calls, and sent_bytes to other ranks.
-            own: The calls of vLLM's own all-reduce, by reason.
+            own: The calls of vLLM's own all-reduce, by reason; of its reduce-scatter and all-gather after their names.
         """
         all_reduce = _tp_all_reduce()
         return {} if all_reduce is None else all_reduce.report()

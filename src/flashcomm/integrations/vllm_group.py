@@ -7,7 +7,10 @@ Afterwards these all-reduces run:
     hidden states    (tokens, hidden size) in bf16 or fp16, if low-bit is faster (`Communicator.explain`): low-bit
     all others       other widths and dtypes, single values, small messages: vLLM's own all-reduce, unchanged
 
-Every decision depends on shapes and settings alone, which are equal on all ranks.
+In batch-invariant mode the algorithm is fixed, and all hidden states are low-bit. `vllm_sequence.py` does the same for
+the reduce-scatters and all-gathers of sequence parallelism, and tells batches that only decode from others.
+
+Every decision depends on shapes, settings and the scheduled batch, which are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +31,12 @@ from flashcomm.compat import default_store, name_of
 from flashcomm.errors import PlanError, SettingsError
 from flashcomm.integrations.planned import PlannedAllReduce
 from flashcomm.integrations.rendezvous import rendezvous
+from flashcomm.integrations.vllm_sequence import DTYPES, SequenceParallel, only_decodes
 from flashcomm.plan import Plan
+from flashcomm.routing.policy import AUTO
 from flashcomm.settings import Settings
+from flashcomm.wire.format import WireFormat
 
-DTYPES = (torch.bfloat16, torch.float16)  # of hidden states
 WORKSPACE_BYTES = (4 << 20, 256 << 20)  # the least and the most; in between, as the largest batch needs
 TIMEOUT_S = 600.0  # ranks may be this far apart, for instance while one compiles the model
 log = logging.getLogger("flashcomm")
@@ -41,19 +47,34 @@ def format_setting() -> str:
     return os.environ.get("FLASHCOMM_FORMAT", "").strip()
 
 
-def why_not(config: Any) -> str:
-    """Return why vLLM keeps its own all-reduce under this VllmConfig, or "". Equal on all ranks."""
+def batch_invariant() -> bool:
+    """Return whether vLLM's batch-invariant mode is on: the bits of a token must not depend on its batch."""
     from vllm import envs
 
+    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))
+
+
+def why_not(config: Any, plan: Plan | None = None) -> str:
+    """Return why vLLM keeps its own all-reduce under this VllmConfig, or "". Equal on all ranks if the plan is."""
     if config is None or config.model_config is None:
         return "there is no model config"
-    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
-        return "batch-invariant mode is on, but the route of a message depends on its size"
     if getattr(config.parallel_config, "use_ubatching", False):
         return "dual-batch overlap (DBO) is on, but a Communicator works on one stream only"
     if config.model_config.dtype not in DTYPES:
         return f"the model runs in {config.model_config.dtype}; only bfloat16 and float16 can be low-bit"
+    if plan is not None and batch_invariant():
+        hidden_size = config.model_config.get_hidden_size()
+        for fmt in _formats(plan):
+            if not fmt.uncompressed and hidden_size % fmt.unit:
+                return (
+                    f"batch-invariant mode is on, but the hidden size {hidden_size} is no multiple of {fmt.unit}, the "
+                    f"group size of {fmt}"
+                )
     return ""
+
+
+def _formats(plan: Plan) -> list[WireFormat]:
+    return [plan.format, *([plan.decode] if plan.decode else []), *(part.format for part in plan.layers.values())]
 
 
 def configure(config: Any) -> None:
@@ -74,14 +95,23 @@ def configure(config: Any) -> None:
             f"additional_config={config.additional_config!r}: with flashcomm it must be a dict; pass one or none"
         )
     config.additional_config["flashcomm"] = plan.digest
-    formats = [plan.format, *([plan.decode] if plan.decode else []), *(part.format for part in plan.layers.values())]
     fusions = getattr(config.compilation_config, "pass_config", None)
-    if all(fmt.uncompressed for fmt in formats) or why_not(config) or fusions is None:
+    if all(fmt.uncompressed for fmt in _formats(plan)) or why_not(config, plan) or fusions is None:
         return
     if fusions.fuse_allreduce_rms is None:
         fusions.fuse_allreduce_rms = False
     elif fusions.fuse_allreduce_rms:
         log.warning("fuse_allreduce_rms is on: messages that FlashInfer fuses with RMSNorm are not low-bit")
+
+
+def fixed_route(world_size: int) -> dict[str, Any]:
+    """Return the settings of a Communicator that chooses the same algorithm for every message.
+
+    With two ranks, one-shot sends as many bytes as two-shot and rounds once. FLASHCOMM_ALGORITHM sets another.
+    """
+    if os.environ.get("FLASHCOMM_ALGORITHM", AUTO) != AUTO:
+        return {"min_bytes": 0}
+    return {"min_bytes": 0, "algorithm": "one_shot" if world_size == 2 else "two_shot"}
 
 
 class LowBitCommunicator:
@@ -104,6 +134,36 @@ class LowBitCommunicator:
         total: Tensor = super().all_reduce(x.clone() if x.device.type == "cpu" else x)  # type: ignore[misc]
         return total
 
+    def reduce_scatter(self, input_: Tensor, dim: int = -1) -> Tensor:
+        """Return this rank's part of the sum. `torch.ops.vllm.reduce_scatter` calls this."""
+        part = None if self.flashcomm is None else self.flashcomm.sequence.reduce_scatter(input_, dim)
+        return self._own("reduce_scatter", input_, dim) if part is None else part
+
+    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
+        """Return the concatenation of all ranks' tensors. `torch.ops.vllm.all_gather` calls this."""
+        whole = None if self.flashcomm is None else self.flashcomm.sequence.all_gather(input_, dim)
+        return self._own("all_gather", input_, dim) if whole is None else whole
+
+    def custom_reduce_scatter(self, input_: Tensor) -> Tensor | None:
+        """Return None if flashcomm is used. vLLM's models then call `reduce_scatter`, which may use this kernel."""
+        own = getattr(super(), "custom_reduce_scatter", None)
+        return None if own is None or self.flashcomm is not None else own(input_)
+
+    def custom_all_gather(self, input_: Tensor) -> Tensor | None:
+        """Return None if flashcomm is used. vLLM's models then call `all_gather`, which may use this kernel."""
+        own = getattr(super(), "custom_all_gather", None)
+        return None if own is None or self.flashcomm is not None else own(input_)
+
+    def _own(self, op: str, x: Tensor, dim: int) -> Tensor:
+        """Run vLLM's own collective, on dimension 0 by its custom kernel if it has one that takes x."""
+        custom = getattr(super(), f"custom_{op}", None)
+        if custom is not None and self.flashcomm is not None and dim == 0 and x.dim() == 2:
+            result: Tensor | None = custom(x)
+            if result is not None:
+                return result
+        own: Tensor = getattr(super(), op)(x, dim)
+        return own
+
     def destroy(self) -> None:
         """Close the Communicator. vLLM calls this when it exits."""
         if self.flashcomm is not None:
@@ -117,7 +177,7 @@ class TensorParallelAllReduce:
     Args:
         name: vLLM's name of the group. It must be the same in every run, because cached graphs contain it.
         planned: The group's all-reduce under a plan.
-        hidden_size: The hidden size of the model, in values.
+        config: The VllmConfig.
         own: vLLM's own all-reduce.
         check: Called once, with the names of registered layers, after the model was built. It raises PlanError if the
             plan is for another model.
@@ -127,13 +187,15 @@ class TensorParallelAllReduce:
         self,
         name: str,
         planned: PlannedAllReduce,
-        hidden_size: int,
+        config: Any,
         own: Callable[[Tensor], Tensor],
         check: Callable[[list[str]], None],
     ) -> None:
-        self.name, self.planned, self.hidden_size = name, planned, hidden_size
+        self.name, self.planned, self._config = name, planned, config
+        self.hidden_size: int = config.model_config.get_hidden_size()
         self.layers: list[str] = []
         self.own_calls: Counter[str] = Counter()  # of vLLM's own all-reduce, by reason
+        self.sequence = SequenceParallel(self, batch_invariant())
         self._own = own
         self._check: Callable[[list[str]], None] | None = check
 
@@ -150,12 +212,21 @@ class TensorParallelAllReduce:
         reason = "too small to pay"
         if x.dim() != 2 or x.shape[-1] != self.hidden_size or x.dtype not in DTYPES:
             reason = "not hidden states"
-        elif self.planned.is_low_bit(x, layer):
-            return self.planned(x, layer)
+        elif self.planned.is_low_bit(batch := self.phased(x), layer):
+            return self.planned(batch, layer).view(x.shape)
         self.own_calls[reason] += 1
         if self.own_calls[reason] == 1 and self.planned.comm.settings.debug == "info":
             log.info("vLLM's own all-reduce: first message %s: %s %s", reason, tuple(x.shape), x.dtype)
         return self._own(x)
+
+    def phased(self, x: Tensor) -> Tensor:
+        """Return hidden states (tokens, hidden) in the shape by which a plan knows the phase.
+
+        If all requests of the batch decode, that is (tokens, 1, hidden); see `plan.is_decode`.
+        """
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        decodes = self.planned.plan.decode is not None and only_decodes(self._config, captured)
+        return x.unsqueeze(1) if decodes else x
 
     def register(self, layer: str) -> str:
         """Register a layer. Return the name by which `torch.ops.flashcomm.all_reduce` reduces its output."""
@@ -168,14 +239,13 @@ class TensorParallelAllReduce:
         """Run every kind of call that batches of up to max_tokens need, so that nothing is compiled later."""
         comm, plan = self.planned.comm, self.planned.plan
         sizes = sorted({min(1 << i, max_tokens) for i in range(max_tokens.bit_length() + 1)})
-        calls = [(n, fmt) for fmt in (plan.format, *(part.format for part in plan.layers.values())) for n in sizes]
-        calls += [(1, plan.decode)] if plan.decode is not None else []
         done = set()
-        for n, fmt in calls:
+        for n, fmt in ((n, fmt) for fmt in _formats(plan) for n in sizes):
             route = comm.explain((n, self.hidden_size), dtype, fmt).route
             if route.low_bit and (route.algorithm, fmt) not in done:
                 done.add((route.algorithm, fmt))
                 comm.all_reduce(torch.zeros(n, self.hidden_size, dtype=dtype, device=comm.device), format=fmt)
+        self.sequence.warm_up(max_tokens, dtype)
         comm.synchronize()
         comm.calls.clear()
         comm.sent.clear()
@@ -224,8 +294,17 @@ def _create(device_comm: Any) -> TensorParallelAllReduce | None:
     rank = device_comm.ranks[device_comm.rank_in_group]
     rendezvous(default_store(), device_comm.unique_name, rank, device_comm.ranks, check_worker, advice)
     plan = Plan.of(format_setting())
+    if reason := why_not(config, plan):  # only now, when the plan is known to be equal on all ranks
+        if device_comm.rank_in_group == 0:
+            log.warning("vLLM's own all-reduce is used: %s", reason)
+        return None
     hidden_size, max_tokens = config.model_config.get_hidden_size(), config.scheduler_config.max_num_batched_tokens
     settings: dict[str, Any] = {"plan": plan.digest if plan.layers or plan.decode else ""}
+    if batch_invariant():
+        settings |= fixed_route(device_comm.world_size)
+        if plan.decode is not None and device_comm.rank_in_group == 0:
+            log.warning("batch-invariant mode is on: the plan's decode format is ignored")
+        plan = replace(plan, decode=None)
     if "FLASHCOMM_TIMEOUT_S" not in os.environ:
         settings["timeout_s"] = TIMEOUT_S
     if "FLASHCOMM_WORKSPACE_BYTES" not in os.environ:
@@ -244,7 +323,7 @@ def _create(device_comm: Any) -> TensorParallelAllReduce | None:
         Communicator(device_comm.device_group, plan.format, device=device_comm.device.type, **settings), plan
     )
     all_reduce = TensorParallelAllReduce(
-        device_comm.unique_name, planned, hidden_size, device_comm.own_all_reduce, check_layers
+        device_comm.unique_name, planned, config, device_comm.own_all_reduce, check_layers
     )
     all_reduce.warm_up(max_tokens, config.model_config.dtype)
     return all_reduce
