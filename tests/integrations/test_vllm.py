@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,7 +176,122 @@ def a_plan_by_layer(ctx: RankContext, path: str) -> None:
     given = all_inputs(ctx, (40, HIDDEN))
     assert torch.equal(group.all_reduce(given[ctx.rank]), reference.one_shot(given, INT6)), "a message without a layer"
     assert torch.equal(group.all_reduce(given[ctx.rank][:1]), reference.one_shot([x[:1] for x in given], INT4))
+    with torch.inference_mode(), standin.forward_context({"attn": SimpleNamespace(max_query_len=1)}):
+        for run_it in (model, compiled):
+            got = run_it(inputs[ctx.rank])
+            assert torch.equal(got[0], reference.one_shot(first, INT4)), (
+                "the batch decides, not the one it compiled for"
+            )
+            assert torch.equal(got[1], reference.one_shot(second, INT4)), "and so is its scaling"
     assert standin.own_sums == []
+
+
+def the_decode_format(ctx: RankContext, path: str) -> None:
+    _, config = start(format=path, min_bytes="0")
+    config.num_speculative_tokens = 2
+    group = standin.make_group(config, dist.group.WORLD)
+    given = all_inputs(ctx, (9, HIDDEN))
+    no, yes = reference.one_shot(given, INT6), reference.one_shot(given, INT4)
+    assert torch.equal(group.all_reduce(given[ctx.rank]), no), "outside of a batch"
+    for metadata, want in (
+        (None, no),  # vLLM's profiling run
+        ({}, no),
+        ({"a": SimpleNamespace(max_query_len=1)}, yes),
+        ({"a": SimpleNamespace(max_query_len=3)}, yes),  # speculative decoding of two tokens
+        ({"a": SimpleNamespace(max_query_len=4)}, no),
+        ({"a": SimpleNamespace(num_prefills=0), "b": SimpleNamespace(max_query_len=4)}, yes),
+        ({"a": SimpleNamespace(), "b": SimpleNamespace(num_prefills=1)}, no),
+        ([{"a": SimpleNamespace(max_query_len=1)}], no),  # dual-batch overlap
+    ):
+        with standin.forward_context(metadata):
+            assert torch.equal(group.all_reduce(given[ctx.rank]), want), metadata
+    with standin.forward_context({"a": SimpleNamespace(max_query_len=1)}):
+        part = group.reduce_scatter(given[ctx.rank][:8], 0)
+    assert torch.equal(part, reference.reduce_scatter([x[:8] for x in given], INT4)[ctx.rank])
+    assert torch.equal(group.all_gather(part, 0), reference.all_gather(list(yes[:8].chunk(2)), INT4))
+
+
+def sequence_parallelism(ctx: RankContext) -> None:
+    fmt = WireFormat.parse("int4/int8")
+    _, config = start(format="int4/int8")
+    group = standin.make_group(config, dist.group.WORLD)
+    flash = group.device_communicator.flashcomm
+    given, normed = all_inputs(ctx, (600, HIDDEN)), all_inputs(ctx, (200, HIDDEN))
+    x, mine, exact = given[ctx.rank], normed[ctx.rank], torch.cat(normed)
+    for _ in range(2):  # two layers
+        kept = x.clone()
+        assert torch.equal(group.reduce_scatter(x, 0), reference.reduce_scatter(given, fmt)[ctx.rank])
+        assert torch.equal(x, kept), "the op contract: inputs stay"
+        assert torch.equal(group.all_gather(mine, 0), reference.all_gather(normed, fmt))
+    assert not torch.equal(exact, reference.all_gather(normed, fmt))
+    assert standin.own_sums == [], "all were low-bit"
+    assert torch.equal(group.all_gather(mine, 0), exact), "it follows no reduce-scatter"
+    group.reduce_scatter(x, 0)
+    logits = torch.arange(600).view(200, 3) + ctx.rank  # on another dimension: not this reduce-scatter's
+    assert torch.equal(group.all_gather(logits, -1), torch.cat([logits + r - ctx.rank for r in range(3)], -1))
+    assert torch.equal(group.all_gather(mine[:100], 0), exact.view(3, 200, -1)[:, :100].reshape(300, -1))
+    assert torch.equal(group.all_gather(mine.float(), 0), exact.float()), "vLLM has quantized it itself, for instance"
+    assert torch.equal(group.all_gather(mine, 0), exact), "only one follows"
+    ones = torch.full((9, HIDDEN), ctx.rank + 1.0, dtype=torch.bfloat16)
+    assert group.reduce_scatter(ones, 0).unique().tolist() == [6]
+    assert torch.equal(
+        group.all_gather(ones[:3], 0), ones.new_tensor([1, 2, 3]).repeat_interleave(3)[:, None] + ones * 0
+    )
+    assert group.reduce_scatter(torch.ones(600, 2 * HIDDEN), 0).unique().tolist() == [3]
+    report = flash.report()
+    assert {op: n["calls"] for op, n in report["low_bit"].items()} == {
+        "reduce_scatter/pipelined": 3,
+        "all_gather/pipelined": 2,
+    }
+    assert all(
+        n["sent_bytes"] == n["calls"] * flash.planned.comm.explain(shape, x.dtype, op=op.split("/")[0]).route.wire_bytes
+        for (op, n), shape in zip(report["low_bit"].items(), (x.shape, mine.shape), strict=True)
+    )
+    assert report["own"] == {
+        "all_gather: not after a low-bit reduce_scatter": 4,
+        "all_gather: not hidden states": 2,
+        "reduce_scatter: too small to pay": 1,
+        "reduce_scatter: not hidden states": 1,
+    }
+
+
+def an_exact_gather(ctx: RankContext) -> None:
+    _, config = start(format="int4/none", min_bytes="0")
+    group = standin.make_group(config, dist.group.WORLD)
+    given = all_inputs(ctx, (8, HIDDEN))
+    part = group.reduce_scatter(given[ctx.rank], 0)
+    assert torch.equal(part, reference.reduce_scatter(given, INT4)[ctx.rank])
+    assert torch.equal(group.all_gather(part, 0), torch.cat(reference.reduce_scatter(given, INT4)))
+    assert standin.own_sums == [(4, HIDDEN)], "as int4/none says, the gather is vLLM's own"
+
+
+def rows_do_not_depend_on_their_batch(ctx: RankContext, path: str) -> None:
+    standin.envs.VLLM_BATCH_INVARIANT = True
+    _, config = start(format=path, min_bytes="1000000")
+    group = standin.make_group(config, dist.group.WORLD)
+    way = reference.one_shot if ctx.world_size == 2 else reference.two_shot
+    given = all_inputs(ctx, (504, HIDDEN))
+    x, want = given[ctx.rank], way(given, INT6)
+    for begin, end in ((7, 8), (7, 9), (0, 8), (5, 70), (3, 504), (0, 504)):
+        with standin.forward_context({"a": SimpleNamespace(max_query_len=1 if end < 9 else 500)}):
+            got = group.all_reduce(x[begin:end])
+        assert torch.equal(got[7 - begin], want[7]), (begin, end)
+        assert torch.equal(got, want[begin:end])
+    part = group.reduce_scatter(x, 0)
+    assert torch.equal(part, want.chunk(ctx.world_size)[ctx.rank]), "as in batches without sequence parallelism"
+    assert part.untyped_storage().nbytes() == part.nbytes, "the rest of the sum is not kept"
+    assert standin.own_sums == []
+    assert torch.equal(group.all_gather(part, 0), want), "exact"
+    config.model_config.get_hidden_size = lambda: 200
+    ragged = standin.make_group(config, dist.new_group(list(range(ctx.world_size))))
+    assert ragged.device_communicator.flashcomm is None
+
+
+def batch_invariance_on_one_rank_only(ctx: RankContext) -> None:
+    _, config = start(format="int4")
+    standin.envs.VLLM_BATCH_INVARIANT = ctx.rank == 1
+    with pytest.raises(SettingsError, match=r"algorithm: rank 0 'auto', rank 1 'one_shot'"):
+        standin.make_group(config, dist.group.WORLD)
 
 
 def a_plan_for_other_layers(ctx: RankContext, path: str) -> None:
@@ -261,6 +377,24 @@ class TestInRanks:
         Plan(INT6, INT4, {"*.1.mlp.down_proj": LayerPlan(WireFormat.parse("int8"), *vectors)}).save(tmp_path / "p.json")
         run(a_plan_by_layer, 2, (str(tmp_path / "p.json"),))
 
+    def test_the_decode_format_is_for_batches_that_only_decode(self, tmp_path: Path) -> None:
+        Plan(INT6, INT4).save(tmp_path / "p.json")
+        run(the_decode_format, 2, (str(tmp_path / "p.json"),))
+
+    def test_sequence_parallelism(self) -> None:
+        run(sequence_parallelism, 3)
+
+    def test_sequence_parallelism_with_an_exact_gather(self) -> None:
+        run(an_exact_gather, 2)
+
+    @pytest.mark.parametrize("world_size", [2, 3])
+    def test_batch_invariance(self, tmp_path: Path, world_size: int) -> None:
+        Plan(INT6, INT4).save(tmp_path / "p.json")
+        run(rows_do_not_depend_on_their_batch, world_size, (str(tmp_path / "p.json"),))
+
+    def test_batch_invariance_on_one_rank_only(self) -> None:
+        run(batch_invariance_on_one_rank_only, 2)
+
     def test_plans_that_cannot_be_followed(self, tmp_path: Path) -> None:
         Plan(INT6, None, {"h.*": LayerPlan(INT4)}).save(tmp_path / "p.json")
         run(a_plan_for_other_layers, 2, (str(tmp_path / "p.json"),))
@@ -332,7 +466,7 @@ class TestStartUp:
         with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
             integration.Nonsense  # noqa: B018
 
-    @pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0"])
+    @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0"])
     def test_versions_not_tested(
         self, integration: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str
     ) -> None:
@@ -342,7 +476,7 @@ class TestStartUp:
         assert integration.platform_plugin() is None
         integration.layer_plugin()
         assert [r.message for r in caplog.records] == [
-            f"FLASHCOMM_FORMAT is set, but vLLM {version} is not one of those it was tested with (0.26 to 0.32): "
+            f"FLASHCOMM_FORMAT is set, but vLLM {version} is not one of those it was tested with (0.26 to 0.33): "
             "vLLM's own all-reduce is used"
         ]
 
@@ -412,7 +546,55 @@ class TestStartUp:
         assert "DBO" in why_not(standin.make_config(HIDDEN, use_ubatching=True))
         assert "no model config" in why_not(None)
         standin.envs.VLLM_BATCH_INVARIANT = True
-        assert "batch-invariant mode is on" in why_not(standin.make_config(HIDDEN))
+        assert why_not(standin.make_config(HIDDEN), Plan(INT4, INT6, {"*": LayerPlan(INT6)})) == ""
+        ragged, plain = standin.make_config(200), WireFormat.parse("none")
+        for plan in (Plan(INT4), Plan(plain, INT4), Plan(plain, None, {"*.down_proj": LayerPlan(INT4)})):
+            assert why_not(ragged, plan) == (
+                "batch-invariant mode is on, but the hidden size 200 is no multiple of 64, the group size of int4"
+            )
+        assert why_not(ragged, Plan(plain)) == ""
+        standin.envs.VLLM_BATCH_INVARIANT = False
+        assert why_not(ragged, Plan(INT4)) == ""
+
+    def test_the_route_is_fixed_in_batch_invariant_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from flashcomm.integrations.vllm_group import fixed_route
+
+        assert fixed_route(2) == {"min_bytes": 0, "algorithm": "one_shot"}
+        assert fixed_route(8) == {"min_bytes": 0, "algorithm": "two_shot"}
+        monkeypatch.setenv("FLASHCOMM_ALGORITHM", "hierarchical")
+        assert fixed_route(8) == {"min_bytes": 0}, "the user's choice"
+
+    @pytest.mark.parametrize("op", ["reduce_scatter", "all_gather"])
+    def test_models_that_ask_for_a_custom_kernel_first(self, op: str) -> None:
+        from flashcomm.integrations.vllm_group import LowBitCommunicator
+
+        takes: list[Any] = [None, "custom"]
+        own = type("Own", (), {f"custom_{op}": lambda self, x: takes[-1], op: lambda self, x, dim: ("own", dim)})
+        made: Any = object.__new__(type("Made", (LowBitCommunicator, own), {}))
+        plain: Any = object.__new__(type("Plain", (LowBitCommunicator, type("Old", (), {})), {}))
+        x, made.flashcomm, plain.flashcomm = torch.zeros(4, 4), None, None
+        assert getattr(made, f"custom_{op}")(x) == "custom", "as without flashcomm"
+        assert getattr(plain, f"custom_{op}")(x) is None, "older releases have no such kernel"
+        assert getattr(made, op)(x, 0) == ("own", 0)
+        answers: list[Any] = [None, "low-bit"]
+        made.flashcomm = SimpleNamespace(sequence=SimpleNamespace(**{op: lambda x, dim: answers[-1]}))
+        assert getattr(made, f"custom_{op}")(x) is None, "the model then calls the op, also when it is compiled"
+        assert getattr(made, op)(x, 0) == "low-bit"
+        answers.pop()
+        assert getattr(made, op)(x, 0) == "custom", "a message that is not low-bit takes the kernel as before"
+        assert getattr(made, op)(x, 1) == ("own", 1)
+        takes.pop()
+        assert getattr(made, op)(x, 0) == ("own", 0), "the kernel did not take it"
+
+    def test_cuda_graphs_with_the_decode_format(self, integration: Any) -> None:
+        from flashcomm.integrations.vllm_sequence import only_decodes
+
+        config, decoding = standin.make_config(HIDDEN), {"a": SimpleNamespace(max_query_len=1)}
+        for graphs, separate, want in (("FULL", True, True), ("FULL", False, False), ("PIECEWISE", True, False)):
+            config.compilation_config.cudagraph_mode.separate_routine = lambda separate=separate: separate
+            with standin.forward_context(decoding, graphs):
+                assert only_decodes(config, captured=True) == want
+                assert only_decodes(config, captured=False)
 
     def test_two_plugins_for_the_layers(
         self, integration: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -74,19 +74,16 @@ class SequenceParallel:
         return None
 
     def warm_up(self, max_tokens: int, dtype: torch.dtype) -> None:
-        """Run both ops once in every format that vLLM's batches may need, so that nothing is compiled later."""
+        """Run both ops once in every format that batches of up to max_tokens need: nothing is compiled later."""
         planned, hidden_size = self._all_reduce.planned, self._all_reduce.hidden_size
         comm, plan = planned.comm, planned.plan
-        tokens = max_tokens // comm.world_size
-        for fmt in dict.fromkeys((plan.format, plan.decode or plan.format)):
-            shape = tokens * comm.world_size, hidden_size
-            if self._batch_invariant or not tokens or not comm.explain(shape, dtype, fmt).route.low_bit:
-                continue
-            x = torch.zeros(shape, dtype=dtype, device=comm.device)
-            if not fmt.reduce.uncompressed:
-                comm.reduce_scatter(x, format=fmt)
+        for fmt in dict.fromkeys((plan.format, plan.decode or plan.format)):  # in the same order on all ranks
+            low_bit = comm.explain((max_tokens, hidden_size), dtype, fmt).route.low_bit
+            if low_bit and not fmt.reduce.uncompressed and not self._batch_invariant:
+                x = torch.zeros(comm.world_size, hidden_size, dtype=dtype, device=comm.device)
+                part = comm.reduce_scatter(x, format=fmt)
                 if not fmt.gather.uncompressed:
-                    comm.all_gather(x[:tokens], format=fmt)
+                    comm.all_gather(part, format=fmt)
 
     def _is_hidden_states(self, x: Tensor, dim: int) -> bool:
         return dim == 0 and x.dim() == 2 and x.shape[-1] == self._all_reduce.hidden_size and x.dtype in DTYPES
