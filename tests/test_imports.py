@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "ops": {"errors", "wire.format", "communicator"},
     "plan": {"errors", "wire.format"},
     "integrations": {"errors", "routing", "settings", "transports", "wire", "communicator", "ops", "plan", ""},
+    "integrations.sglang": {"contrib"},
+    "contrib": {"errors", "routing", "communicator", "integrations", "plan"},
     "ranks": {"errors"},
     "testing": {"ranks"},
     "accuracy": {"errors", "routing", "reference", "codecs", "plan", "wire", "integrations", "ranks"},

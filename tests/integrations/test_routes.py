@@ -95,7 +95,7 @@ def by_dtensor(group: Any) -> dict[str, Sum]:
 
 
 def by_engines(group: Any) -> dict[str, Sum]:
-    from flashcomm.integrations.sglang import QuickReduce
+    from flashcomm.contrib.sglang import QuickReduce
     from flashcomm.integrations.vllm_group import TensorParallelAllReduce
 
     planned = PlannedAllReduce(Communicator(group, "int4"))

@@ -125,7 +125,6 @@ class GroupCoordinator:
         assert self.device_communicator is not None
         return self.device_communicator.all_reduce(input_)
 
-
     def reduce_scatter(self, input_: Tensor, dim: int = -1) -> Tensor:
         assert self.device_communicator is not None
         return self.device_communicator.reduce_scatter(input_, dim)

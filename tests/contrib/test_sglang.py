@@ -86,7 +86,7 @@ def exact(inputs: list[torch.Tensor]) -> torch.Tensor:
 def takes_large_sums(ctx: RankContext) -> None:
     from sglang.srt.layers.add_norm import flashinfer_ar_fusion_applies
 
-    from flashcomm.integrations import sglang as integration
+    from flashcomm.contrib import sglang as integration
 
     group = start(ctx)
     inputs = [big(r) for r in range(ctx.world_size)]
@@ -287,7 +287,7 @@ class TestVersions:
         assert output.endswith("0 hooks\n")
 
     def test_the_check_people_run(self, site: Path) -> None:
-        code = "import runpy; runpy.run_module('flashcomm.integrations.sglang', run_name='__main__')"
+        code = "import runpy; runpy.run_module('flashcomm.contrib.sglang', run_name='__main__')"
         assert python(code, FLASHCOMM_FORMAT="int8") == ("sglang 0.5.23: the hooks fit\nformat int8\n", 0)
         page = (ROOT / "docs" / "sglang.md").read_text()
         assert "```text\nsglang 0.5.23: the hooks fit\nformat int8\n```" in page
@@ -300,19 +300,26 @@ class TestVersions:
         assert status == 1
 
     def test_without_sglang(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        integration = importlib.import_module("flashcomm.integrations.sglang")
+        integration = importlib.import_module("flashcomm.contrib.sglang")
         monkeypatch.setattr(
             integration, "version", lambda name: (_ for _ in ()).throw(integration.PackageNotFoundError(name))
         )
         assert integration.why_not() == "sglang is not installed here: pip install sglang"
 
     def test_importing_the_plugin_imports_no_engine(self) -> None:
-        output, status = python("import sys, flashcomm.integrations.sglang; assert 'sglang' not in sys.modules")
+        output, status = python("import sys, flashcomm.contrib.sglang; assert 'sglang' not in sys.modules")
         assert status == 0, output
+
+    def test_the_old_import_still_works(self) -> None:
+        sys.modules.pop("flashcomm.integrations.sglang", None)
+        with pytest.warns(DeprecationWarning, match=r"flashcomm.integrations.sglang is now flashcomm.contrib.sglang"):
+            old = importlib.import_module("flashcomm.integrations.sglang")
+        new = importlib.import_module("flashcomm.contrib.sglang")
+        assert [getattr(old, name) is getattr(new, name) for name in old.__all__] == [True] * 6
 
 
 def test_plans_give_their_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    integration = importlib.import_module("flashcomm.integrations.sglang")
+    integration = importlib.import_module("flashcomm.contrib.sglang")
     (tmp_path / "plan.json").write_text('{"flashcomm_plan": 1, "format": "int6-had", "layers": {"*": "int2"}}')
     monkeypatch.setenv("FLASHCOMM_FORMAT", str(tmp_path / "plan.json"))
     assert integration._format() == "int6-had"
