@@ -1,6 +1,6 @@
 """Generate text greedily with SmolLM2-135M in an unmodified vLLM on two ranks, once for each format.
 
-    .venv-vllm/bin/python scripts/vllm_run.py [--formats none,int8] [--compiled] [--tokens 32] [--json]
+    .venv-vllm/bin/python scripts/vllm_run.py [--formats none,int8] [--compiled] [--together] [--tokens 32] [--json]
 
 Each format runs in its own vLLM process. Only FLASHCOMM_FORMAT differs. SmolLM2 has 9 heads, which two ranks cannot
 share, so the script adds 3 heads of zeros. They do not change the output. `scripts/test-vllm` creates .venv-vllm.
@@ -28,17 +28,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--formats", default="none,int8,int4-had", help="wire formats, or plans as .json files")
     parser.add_argument("--compiled", action="store_true", help="use torch.compile; the default is eager")
+    parser.add_argument("--together", action="store_true", help="both prompts in one batch; the default is one by one")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # the model; set in the process of one format
     asked = parser.parse_args()
     if asked.one:
-        print("RESULT", json.dumps(generate(asked.one, asked.tokens, asked.compiled)))
+        print("RESULT", json.dumps(generate(asked.one, asked.tokens, asked.compiled, asked.together)))
         return
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "smollm2-12-heads"
         widen(ASSETS / "smollm2-135m-instruct", model)
-        results = [run(model, fmt, asked.tokens, asked.compiled) for fmt in ["", *asked.formats.split(",")]]
+        options = ["--compiled"] * asked.compiled + ["--together"] * asked.together
+        results = [run(model, fmt, asked.tokens, options) for fmt in ["", *asked.formats.split(",")]]
     if asked.json:
         print(json.dumps(results))
         return
@@ -59,7 +61,7 @@ def first_difference(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def run(model: Path, fmt: str, tokens: int, compiled: bool) -> dict[str, Any]:
+def run(model: Path, fmt: str, tokens: int, options: list[str]) -> dict[str, Any]:
     """Run vLLM with one format in a process of its own."""
     env = {name: value for name, value in os.environ.items() if name != "FLASHCOMM_FORMAT"}
     env |= {"FLASHCOMM_FORMAT": fmt} if fmt else {}
@@ -68,8 +70,7 @@ def run(model: Path, fmt: str, tokens: int, compiled: bool) -> dict[str, Any]:
     openmp = sorted(Path(sys.prefix).glob("lib/libiomp5.so"))
     if openmp and platform.machine() == "x86_64":
         env.setdefault("LD_PRELOAD", str(openmp[0]))
-    command = [sys.executable, __file__, "--one", str(model), "--tokens", str(tokens)]
-    command += ["--compiled"] if compiled else []
+    command = [sys.executable, __file__, "--one", str(model), "--tokens", str(tokens), *options]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not found:
@@ -77,7 +78,7 @@ def run(model: Path, fmt: str, tokens: int, compiled: bool) -> dict[str, Any]:
     return {"format": fmt, **json.loads(found[0].removeprefix("RESULT "))}
 
 
-def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
+def generate(model: Path, tokens: int, compiled: bool, together: bool) -> dict[str, Any]:
     """Return vLLM's tokens and text for the prompts, and the all-reduces of rank 0."""
     import vllm
 
@@ -95,7 +96,9 @@ def generate(model: Path, tokens: int, compiled: bool) -> dict[str, Any]:
     before = llm.collective_rpc("flashcomm_report")[0]  # vLLM's own warm-up
     text = (ASSETS / "wikipedia-test.txt").read_text()
     how = vllm.SamplingParams(temperature=0, max_tokens=tokens)
-    outputs = [llm.generate([text[:n]], how)[0] for n in PROMPTS]  # one by one, so that batches are always the same
+    prompts = [text[:n] for n in PROMPTS]
+    batches = [prompts] if together else [[prompt] for prompt in prompts]  # the latter are the same in every run
+    outputs = [output for batch in batches for output in llm.generate(batch, how)]
     after = llm.collective_rpc("flashcomm_report")[0]
     for route, counts in before.get("low_bit", {}).items():
         for key, n in counts.items():

@@ -25,6 +25,7 @@ from flashcomm import WireFormat, reference
 from flashcomm.errors import FlashcommError, FormatError, PlanError, SettingsError, UnavailableError
 from flashcomm.plan import LayerPlan, Plan
 from flashcomm.ranks.launch import RankContext, run
+from flashcomm.wire.format import Layout
 
 ROOT = Path(__file__).parent.parent.parent
 HIDDEN = 192
@@ -680,3 +681,21 @@ def test_vllm_generates_with_low_bit_all_reduces(how: str) -> None:
     print("tokens as without flashcomm:", agree)
     assert min(agree) >= 1, "greedy texts part at a near tie, but not at once"
     assert max(agree) == 32
+
+
+@only_asked
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_vllm_decodes_in_the_decode_format(how: str, tmp_path: Path) -> None:
+    Plan(WireFormat.parse("none"), WireFormat.parse("int8")).save(tmp_path / "p.json")
+    command = [PYTHON, str(ROOT / "scripts" / "vllm_run.py"), "--json", "--together", "--formats"]
+    command += [str(tmp_path / "p.json")] + ["--compiled"] * (how == "compiled")
+    env = {**os.environ, "FLASHCOMM_MIN_BYTES": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1400, env=env)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.strip().splitlines()[-1])[1]["report"]
+    low_bit = report["low_bit"]["all_reduce/one_shot"]
+    assert low_bit["calls"] == 31 * 61, "every step after the prompts"
+    n_bytes = Layout(WireFormat.parse("int8").reduce, 576, 2).nbytes(0, 2 * 576)
+    assert low_bit["sent_bytes"] == 31 * 61 * n_bytes, "of two sequences"
+    assert report["own"]["too small to pay"] == 61, "the prompts"
