@@ -50,7 +50,8 @@ def main() -> None:
     for result in results:
         low_bit = (result["report"] or {}).get("low_bit", {}).values()
         calls, sent_mb = sum(n["calls"] for n in low_bit), sum(n["sent_bytes"] for n in low_bit) / 1e6
-        own = sum((result["report"] or {}).get("own", {}).values())
+        reasons = (result["report"] or {}).get("own", {}).items()
+        own = sum(n for reason, n in reasons if ": " not in reason)  # of all-reduces
         same = [first_difference(a, b) for a, b in zip(result["tokens"], results[0]["tokens"], strict=True)]
         equal = ", ".join(f"first {n} of {len(t)}" for n, t in zip(same, results[0]["tokens"], strict=True))
         print(f"{result['format'] or '(not set)':20} {calls:7} {own or '?':>6} {sent_mb:8.1f}  {equal}")

@@ -152,6 +152,14 @@ MUTATIONS = {
         "integrations/process_group.py", "options.reduceOp != _SUM or", "",
         "integrations/test_c10d_backend.py::TestProcessGroup::test_everything_else_is_passed_through",
     ),
+    "any all-gather of vLLM is low-bit": (
+        "integrations/vllm_sequence.py", "elif scattered is None or not follows:", "elif scattered is None:",
+        "integrations/test_vllm.py::TestInRanks::test_sequence_parallelism",
+    ),
+    "vLLM's graphs of mixed batches count as decoding": (
+        "integrations/vllm_sequence.py", "if not own_graphs or context", "if context",
+        "integrations/test_vllm.py::TestStartUp::test_cuda_graphs_with_the_decode_format",
+    ),
     "add the bias before the sum": (
         "integrations/transformers.py", "total = self.all_reduce(output, mesh, ",
         "total = self.all_reduce(output + 1, mesh, ",
