@@ -481,6 +481,19 @@ class TestStartUp:
             "vLLM's own all-reduce is used"
         ]
 
+    def test_a_platform_without_flashcomm(
+        self, integration: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        standin.start({"flashcomm": integration.platform_plugin})
+        monkeypatch.setenv("FLASHCOMM_FORMAT", "int4")  # as Ray does, after its workers know their platform
+        integration.layer_plugin()
+        assert "vLLM chose its platform without flashcomm: vLLM's own all-reduce is used." in caplog.text
+        caplog.clear()
+        integration._warned.clear()
+        standin.start({"flashcomm": integration.platform_plugin})
+        integration.layer_plugin()
+        assert not caplog.records
+
     def test_neither_cuda_nor_cpu(
         self, integration: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -255,6 +255,11 @@ def install(version: str = "0.32.0") -> None:
         made.__dict__.update(names)
         sys.modules[name] = made
 
+    def platform_module(name: str) -> Any:  # its names that are found only when asked for
+        if name != "current_platform":
+            raise AttributeError(name)
+        return _state["platform"]
+
     def no_gpu() -> None:
         raise RuntimeError("NVML: no driver")  # what vLLM's own plugin may raise
 
@@ -265,7 +270,12 @@ def install(version: str = "0.32.0") -> None:
     numbers = tuple(int(part) for part in version.split("."))
     module("vllm.version", __version__=version, __version_tuple__=numbers)
     plugins = {"cuda": no_gpu, "rocm": lambda: None, "cpu": lambda: "vllm.platforms.cpu.CpuPlatform"}
-    module("vllm.platforms", builtin_platform_plugins=plugins, __path__=[])
+    module(
+        "vllm.platforms",
+        builtin_platform_plugins=plugins,
+        __path__=[],
+        __getattr__=platform_module,
+    )
     module("vllm.platforms.cpu", CpuPlatform=CpuPlatform)
     module("vllm.config", get_current_vllm_config_or_none=lambda: _state["config"])
     module(

@@ -44,7 +44,7 @@ def platform_plugin() -> str | None:
 
 
 def layer_plugin() -> None:
-    """Make row-parallel layers follow the plan, if there is one.
+    """Make row-parallel layers follow the plan, if there is one. Warn if vLLM runs without `platform_plugin`.
 
     It is the entry point of group `vllm.general_plugins`.
 
@@ -53,7 +53,16 @@ def layer_plugin() -> None:
         SettingsError: Another plugin has replaced the class of the layers.
     """
     text = vllm_group.format_setting()
-    if not text.lower().endswith(".json") or not _is_tested() or not Plan.of(text).layers:
+    if not text or not _is_tested():
+        return
+    from vllm.platforms import current_platform
+
+    if _base_platform() is not None and type(current_platform).__name__ != "FlashPlatform":
+        _warn(
+            "vLLM chose its platform without flashcomm: vLLM's own all-reduce is used. Set FLASHCOMM_FORMAT before "
+            "vLLM starts, with Ray where `ray start` runs"
+        )
+    if not text.lower().endswith(".json") or not Plan.of(text).layers:
         return
     from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.layers.linear import RowParallelLinear
