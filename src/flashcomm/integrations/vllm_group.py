@@ -288,7 +288,7 @@ def _create(device_comm: Any) -> TensorParallelAllReduce | None:
                 f"this worker's FLASHCOMM_FORMAT={format_setting()!r} differs from that of vLLM's front end, which has "
                 f"{'another one' if front_end else 'none, or no flashcomm'}: set and install it for both"
             )
-        return f", plan {digest}"
+        return f", plan {digest}" + (", batch-invariant" if batch_invariant() else "")
 
     advice = "all workers need the package, FLASHCOMM_FORMAT and the same VLLM_* variables, on every machine"
     rank = device_comm.ranks[device_comm.rank_in_group]
