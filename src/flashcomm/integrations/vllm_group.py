@@ -177,26 +177,29 @@ class TensorParallelAllReduce:
     Args:
         name: vLLM's name of the group. It must be the same in every run, because cached graphs contain it.
         planned: The group's all-reduce under a plan.
-        config: The VllmConfig.
+        hidden_size: The hidden size of the model, in values.
         own: vLLM's own all-reduce.
         check: Called once, with the names of registered layers, after the model was built. It raises PlanError if the
             plan is for another model.
+        config: The VllmConfig; a plan with a format for decoding needs it.
+        batch_invariant: Whether vLLM's batch-invariant mode is on.
     """
 
     def __init__(
         self,
         name: str,
         planned: PlannedAllReduce,
-        config: Any,
+        hidden_size: int,
         own: Callable[[Tensor], Tensor],
         check: Callable[[list[str]], None],
+        config: Any = None,
+        batch_invariant: bool = False,
     ) -> None:
-        self.name, self.planned, self._config = name, planned, config
-        self.hidden_size: int = config.model_config.get_hidden_size()
+        self.name, self.planned, self.hidden_size = name, planned, hidden_size
         self.layers: list[str] = []
         self.own_calls: Counter[str] = Counter()  # of vLLM's own all-reduce, by reason
-        self.sequence = SequenceParallel(self, batch_invariant())
-        self._own = own
+        self.sequence = SequenceParallel(self, batch_invariant)
+        self._own, self._config = own, config
         self._check: Callable[[list[str]], None] | None = check
 
     def __call__(self, x: Tensor, layer: str = "") -> Tensor:
@@ -322,8 +325,9 @@ def _create(device_comm: Any) -> TensorParallelAllReduce | None:
     planned = PlannedAllReduce(
         Communicator(device_comm.device_group, plan.format, device=device_comm.device.type, **settings), plan
     )
+    name, own = device_comm.unique_name, device_comm.own_all_reduce
     all_reduce = TensorParallelAllReduce(
-        device_comm.unique_name, planned, config, device_comm.own_all_reduce, check_layers
+        name, planned, hidden_size, own, check_layers, config=config, batch_invariant=batch_invariant()
     )
     all_reduce.warm_up(max_tokens, config.model_config.dtype)
     return all_reduce
