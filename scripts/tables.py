@@ -1,4 +1,4 @@
-"""Write tables into README.md and docs/accuracy.md, between `<!-- table NAME -->` and `<!-- end -->`.
+"""Write tables into README.md and pages of docs/, between `<!-- table NAME -->` and `<!-- end -->`.
 
 The data come from the CSV files in results/. A test checks that the pages are up to date.
 """
@@ -14,7 +14,7 @@ from flashcomm.bench.records import BACKEND, read_csv
 from flashcomm.wire.format import UNCOMPRESSED
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/formats.md", "docs/performance.md")
 Row = dict[str, str]
 
 
@@ -130,7 +130,7 @@ def generation() -> str:
     return table(["format", "first difference, median token", "mean", "never within 64"], body)
 
 
-def readme() -> str:
+def formats() -> str:
     """Return the plans and a few formats, from wide to narrow: bits, reduction relative to bf16, rises."""
     rows = rows_of("accuracy-smollm2.csv")
     worlds = list(dict.fromkeys(r["world"] for r in rows))
@@ -236,10 +236,68 @@ def first_token() -> str:
     return table(head, body)
 
 
+def rise(name: str, fmt: str, ranks: str = "simulated") -> str:
+    """Return the rise in perplexity of a format, in percent, as a cell of a table."""
+    row = next(r for r in rows_of(name) if r["format"] == fmt and r["ranks"] == ranks)
+    return f"{float(row['rise_pct']):+.2f} %"
+
+
+def links() -> str:
+    """Return, by link, what formats gain in an all-reduce of 16 MB and in time to first token, and what they cost.
+
+    With two ranks the default format is sent in one step, as int6-had.
+    """
+    body = []
+    auto = "accuracy-smollm2-2ranks-auto.csv"
+    gpus = {
+        "NVLink (two H200)": ("h200x2-nvlink.csv", nvlink_first_token_rows(), "int8"),
+        "no peer access (two H200)": ("h200x2-host-memory.csv", rows_of("ttft-h200x2-no-peer-access.csv"), "int4-had"),
+    }
+    for link, (name, first, second) in gpus.items():
+        times = [
+            r for r in rows_of(name) if r["mode"] == "graph" and r["size"] == str(16 << 20) and r["path"] == "auto"
+        ]
+        first = [r for r in first if r["model"] == "llama-3-8b" and (r["batch"], r["tokens"]) == ("8", "1024")]
+        first = [r for r in first if r["overlap"] == "False"]
+        before = next(float(r["ttft_s"]) for r in first if r["path"] == BACKEND)
+        for fmt, once in (("int6-had/int7-had", "int6-had"), (second, second)):
+            (time,) = (float(r["over_backend"]) for r in times if r["format"] == fmt)
+            (after,) = (float(r["ttft_s"]) for r in first if r["format"] == fmt)
+            faster = f"{before * 1e3:.0f} → {after * 1e3:.0f} ms, {before / after:.2f}x"
+            body.append([link, f"`{fmt}`", f"{time:.2f}x", faster, rise(auto, once)])
+    for fmt in ("int6-had", "int4-had"):
+        rows = [r for r in rows_of("allreduce-2ranks-1gbit.csv") if r["size"] == str(16 << 20)]
+        (time,) = (float(r["speedup"]) for r in rows if r["format"] == fmt)
+        body.append(["1 Gbit/s, emulated, 2 ranks", f"`{fmt}`", f"{time:.2f}x", "not measured", rise(auto, fmt)])
+    real_ranks = "accuracy-smollm2-3ranks-real.csv"
+    slow = rows_of("ttft-smollm2-3ranks-100mbit.csv")
+    named = {"int6-had/int7-had": "int6-had/int7-had", "results/plans/smollm2-4.6.json": "smollm2-4.6.json"}
+    for fmt, short in named.items():
+        row = next(r for r in slow if r["format"] == fmt)
+        faster = f"{float(slow[0]['ttft_s']):.2f} → {float(row['ttft_s']):.2f} s, {float(row['speedup']):.2f}x"
+        name = "a plan of 4.6 bits" if fmt.endswith(".json") else f"`{fmt}`"
+        body.append(["100 Mbit/s, emulated, 3 ranks", name, "not measured", faster, rise(real_ranks, short, "real")])
+    for line in body:
+        line[1] = line[1].replace("`int6-had/int7-had`", "`int6-had/int7-had`, the default")
+    return table(["your links", "format", "all-reduce of 16 MB", "time to first token", "perplexity"], body)
+
+
+def nvlink_first_token_rows() -> list[Row]:
+    return [r for r in rows_of("ttft-h200x2-nvlink-before-after.csv") if r["tree"] == "after, run 1"]
+
+
+def first_token_nvlink() -> str:
+    body = []
+    for r in nvlink_first_token_rows():
+        name = "bf16, NCCL" if r["path"] == BACKEND else f"`{r['format']}`"
+        body.append([name, f"{float(r['ttft_s']) * 1e3:.1f} ms", f"{float(r['speedup']):.2f}x"])
+    return table(["all-reduces in", "time to first token", "speed-up"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(readme, nvlink, host_memory, first_token, accuracy),
+        *(links, formats, nvlink, host_memory, first_token, first_token_nvlink, accuracy),
         *(auto, nodes, nodes_times, real, predicted),
         *(needle, generation, families, tuned, third),
     )
