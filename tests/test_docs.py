@@ -27,7 +27,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 
 def links() -> list[tuple[Path, str]]:
     """Each page with each of its links to other pages and files."""
-    return [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text())]
+    pattern = r"(?:\]\(|\b(?:src|srcset)=\")(?!https?:)([^)\"\s]+)[)\"]"
+    return [(page, link) for page in PAGES for link in re.findall(pattern, page.read_text())]
 
 
 def anchors(page: Path) -> set[str]:
