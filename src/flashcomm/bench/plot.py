@@ -53,6 +53,7 @@ def plot(sources: Sequence[Path], target: Path, where: Mapping[str, str] | None 
 def _draw(rows: Rows, sources: Sequence[Path], target: Path) -> None:
     """Draw the kind of plot that the columns of the rows allow, into a file."""
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     if rows and "time_us" in rows[0]:
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
@@ -66,12 +67,19 @@ def _draw(rows: Rows, sources: Sequence[Path], target: Path) -> None:
         columns = min(2, len(cases))
         lines = -(-len(cases) // columns)
         most = max(len(mine) for mine in cases.values())
-        size = (7.0 if columns == 1 else 6.0 * columns, lines * max(2.5, 0.3 * most + 1.2))
+        size = (7.0 if columns == 1 else 6.0 * columns, lines * max(2.5, 0.3 * most + 1.2) + 0.3)
         figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
         for spare in axes.flat[len(cases) :]:
             spare.set_axis_off()
         for mine, axis in zip(cases.values(), axes.flat, strict=False):
             _ttft(mine, axis)
+        colors = {
+            "compute": _gray(0.7),
+            f"all-reduces by {_backend(rows)}": _gray(0.4),
+            "all-reduces by flashcomm": "C0",
+        }
+        patches = [Patch(color=color, label=label) for label, color in colors.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8)
     elif rows and "rise_pct" in rows[0]:
         worlds = list(dict.fromkeys(row["world"] for row in rows))
         size = (4.5 * len(worlds) + 0.5, 4.5)
@@ -178,8 +186,6 @@ _PANEL = ("model", "layers", "link", "batch", "tokens", "compiled")
 
 def _ttft(rows: Rows, axis: Any) -> None:
     """Draw a bar for each row: the time to compute, and the rest, the time of all-reduces."""
-    from matplotlib.patches import Patch
-
     is_baseline = [r.get("path", BACKEND) == BACKEND and r["format"] == UNCOMPRESSED for r in rows]
     formats = [Path(r["format"]).name if r["format"].endswith(".json") else r["format"] for r in rows]
     formats = [f"bf16, {_backend(rows)}" if b else fmt for b, fmt in zip(is_baseline, formats, strict=True)]
@@ -208,10 +214,6 @@ def _ttft(rows: Rows, axis: Any) -> None:
     compiled = ", compiled" if first.get("compiled") == "True" else ""
     title = f"{first['model']}{cut}, {batch}{first['tokens']} tokens,\n{first['world']} ranks{link}{compiled}"
     axis.set_title(title, loc="left", fontsize=10)
-    if axis.get_subplotspec().num1 == 0:
-        by = {"compute": _gray(0.7), f"all-reduces by {_backend(rows)}": _gray(0.4), "all-reduces by flashcomm": "C0"}
-        patches = [Patch(color=color, label=label) for label, color in by.items()]
-        axis.legend(handles=patches, loc="lower right", fontsize=8)
 
 
 def _pareto(rows: Rows, axis: Any) -> None:
