@@ -1,7 +1,7 @@
 """A hook of mkdocs: links out of docs/ keep working, in the repository and on the site.
 
-Pages link to `../results/x.svg` and `../LOG.md`, which GitHub follows. On the site, pictures are copied into it, and all
-other files are links to the repository.
+Pages link to `../results/x.svg` and `../LOG.md`, which GitHub follows. The site gets copies of pictures, and links to
+the repository for all other files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
-    """Rewrite links that leave docs/. Lists may follow a paragraph without an empty line, as on GitHub."""
+    """Rewrite links that leave docs/."""
 
     def target(match: re.Match[str]) -> str:
         path = match[1]
