@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from flashcomm import __version__
 from flashcomm.cli import bench, calibrate, doctor, eval, generate, plot, probe, ttft, tune
 
 app = typer.Typer(
     name="flashcomm",
-    help="The `flashcomm` command. Each subcommand accepts `--json`. The exit code is 0 only on success.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,3 +27,18 @@ app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plot")(plot.plot)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"flashcomm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The `flashcomm` command. Each subcommand accepts `--json`. The exit code is 0 only on success."""
