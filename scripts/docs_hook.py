@@ -29,6 +29,7 @@ def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
         path = match[1]
         if path.endswith(".svg"):
             return f"]({path})"
-        return f"]({config.repo_url}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}{match[2] or ''})"
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"]({config.extra['repository']}/{kind}/main/{path}{match[2] or ''})"
 
     return re.sub(r"\]\(\.\./([^)#\s]+)(#[^)]*)?\)", target, markdown)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import flashcomm
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -104,3 +106,17 @@ def test_results_say_where_they_come_from() -> None:
         assert rows, file
         for row in rows:
             assert all(row[key] for key in ("machine", "torch", "python", "flashcomm", "date", "command")), file
+
+
+def test_ci_runs_the_scripts_of_the_workflows() -> None:
+    called = r"\b(scripts/[\w-]+(?: build)?)$"
+    ours, theirs = (
+        set(re.findall(called, (ROOT / name).read_text(), re.MULTILINE))
+        for name in (".ci/run", ".github/workflows/ci.yml")
+    )
+    assert len(ours) == 5
+    assert ours == theirs
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"\nversion: {flashcomm.__version__}\n" in (ROOT / "CITATION.cff").read_text()
