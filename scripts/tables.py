@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 from flashcomm.bench.records import BACKEND, read_csv
-from flashcomm.wire.format import UNCOMPRESSED
+from flashcomm.predict import fit, machines, report
+from flashcomm.predict import model as predict
+from flashcomm.wire.format import UNCOMPRESSED, WireFormat
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md", "docs/formats.md", "docs/performance.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/formats.md", "docs/performance.md", "docs/predict.md")
 Row = dict[str, str]
 
 
@@ -294,12 +297,92 @@ def first_token_nvlink() -> str:
     return table(["all-reduces in", "time to first token", "speed-up"], body)
 
 
+def predict_check() -> str:
+    """Return the errors of the predictions of every measurement, by file."""
+    found = list(fit.check(ROOT / "results"))
+    body = []
+    for file in [*dict.fromkeys(m.file for m in found), "all"]:
+        errors = [abs(m.error) for m in found if file in (m.file, "all")]
+        off = sum(error > 0.25 for error in errors)
+        name = file if file == "all" else f"`{file}`"
+        body.append([name, str(len(errors)), f"{statistics.median(errors):.1%}", f"{max(errors):.0%}", str(off)])
+    return table(["measured in", "rows", "median error", "largest error", "off by more than 25 %"], body)
+
+
+PREDICTED_FORMATS = ("int8", "int6-had/int7-had", "int4-had")
+
+
+def gains(machine: predict.Machine, shape: str, formats: tuple[str, ...] = PREDICTED_FORMATS) -> list[str]:
+    """Return predicted gains in time to first token, 8 x 1024 tokens, without and with overlap, by format."""
+    rows = report.rows_of(machine, report.shape_of(shape), list(formats), 8, 1024)
+    return [f"{row['gain']:.2f}x, {row['overlap_gain']:.2f}x" for row in rows[1:]]
+
+
+def gpu(name: str, link: str, ranks: int, shared: int = 1) -> predict.Machine:
+    found = machines.gpu_of(name)
+    return predict.Machine(found, machines.link_of(link, found, ranks), ranks, shared=shared)
+
+
+def predict_ranks() -> str:
+    cases = [
+        ("H100, NVLink", "h100", "nvlink", False),
+        ("H100, PCIe 5, no peer access", "h100", "host-memory", False),
+        ("L40S, PCIe 4, no peer access", "l40s", "host-memory", False),
+        ("RTX 4090, PCIe 4, no peer access", "rtx-4090", "host-memory", False),
+        ("RTX 4090, two behind one PCIe 4 switch", "rtx-4090", "host-memory", True),
+    ]
+    body = []
+    for what, name, link, shared in cases:
+        for ranks in (2, 4, 8):
+            machine = gpu(name, link, ranks, 2 if shared else 1)
+            body.append([what, str(ranks), *gains(machine, "llama-3-8b")])
+    return table(["llama-3-8b", "ranks", *(f"`{f}`" for f in PREDICTED_FORMATS)], body)
+
+
+def predict_hosts() -> str:
+    body = []
+    for rate in ("25gbit", "100gbit"):
+        for hosts in (2, 4, 8):
+            between, ranks = machines.ethernet(rate), 4 * hosts
+            machine = gpu("h100", "nvlink", ranks)._replace(hosts=hosts, host_link=between)
+            times = [predict.all_reduce_us(machine, "backend", WireFormat.parse("none"), 64 << 20, 4096)]
+            fmt = WireFormat.parse("int6-had/int7-had")
+            times += [predict.all_reduce_us(machine, a, fmt, 64 << 20, 4096) for a in ("two_shot", "hierarchical")]
+            body.append([rate, f"{hosts} x 4", *(f"{us / 1e3:.1f} ms" for us in times), f"{times[0] / times[2]:.2f}x"])
+    head = ["a host's link", "GPUs", "backend", "two-shot", "hierarchical", "hierarchical over backend"]
+    return table(head, body)
+
+
+def predict_claims() -> str:
+    claims = [
+        ("Flash Communication, 4 x L40, time to first token", "2.06x", "l40", "host-memory", 4, "ttft"),
+        ("Flash Communication, 4 x A100, time to first token", "1.19x", "a100", "nvlink", 4, "ttft"),
+        ("Flash Communication, 4 x L40, all-reduce of 64 MB", "3.18x", "l40", "host-memory", 4, "sum"),
+        ("QuickReduce, 2 x MI300X, time to first token, 70B", "3.7 to 4.1x", "mi300x", "nvlink", 2, "ttft"),
+        ("QuickReduce, 4 x MI300X, time to first token, 70B", "1.4x", "mi300x", "nvlink", 4, "ttft"),
+        ("QuickReduce, 8 x MI300X, time to first token, 70B", "1.2 to 1.3x", "mi300x", "nvlink", 8, "ttft"),
+        ("QuickReduce, 2 x MI300X, all-reduce of 64 MB", "3.1x", "mi300x", "nvlink", 2, "sum"),
+    ]
+    body = []
+    for what, claim, name, link, ranks, kind in claims:
+        machine = gpu(name, link, ranks)
+        if kind == "ttft":
+            row = report.rows_of(machine, report.shape_of("llama-3-70b"), ["int4"], 8, 1024)[1]
+            got = f"{row['gain']:.2f}x (limit {row['limit']:.2f}x)"
+        else:
+            plain = predict.all_reduce_us(machine, BACKEND, WireFormat.parse("none"), 64 << 20, 8192)
+            got = f"{plain / predict.best(machine, WireFormat.parse('int4'), 64 << 20, 8192)[1]:.2f}x"
+        body.append([what, claim, got])
+    return table(["published", "claim", "predicted for `int4`"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         *(links, formats, nvlink, host_memory, first_token, first_token_nvlink, accuracy),
         *(auto, nodes, nodes_times, real, predicted),
         *(needle, generation, families, tuned, third),
+        *(predict_check, predict_ranks, predict_hosts, predict_claims),
     )
 }
 

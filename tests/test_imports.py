@@ -43,9 +43,10 @@ MAY_IMPORT = {
         *("errors", "routing", "setup", "reference", "codecs", "communicator", "integrations", "wire", ""),
         *("ranks", "accuracy.models", "transports"),
     },
+    "predict": {"errors", "routing", "wire", "bench"},
     "cli": {
         *("errors", "settings", "routing", "setup", "plan", "wire", ""),
-        *("accuracy", "bench", "ranks"),
+        *("accuracy", "bench", "predict", "ranks"),
     },
     "": {"communicator", "errors", "ops", "wire.format"},
 }

@@ -30,15 +30,9 @@ def plot(sources: Sequence[Path], target: Path, where: Mapping[str, str] | None 
         InputError: The files have no rows to draw, or cannot be drawn together.
         UnavailableError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as why:
-        raise UnavailableError("plotting needs matplotlib: pip install 'flashcomm[plot]'") from why
-    matplotlib.use("Agg")
+    import_pyplot(target)
     rows = [row for source in sources for row in read_csv(source)]
     rows = [row for row in rows if all(row.get(key) == value for key, value in (where or {}).items())]
-    if target.suffix not in (".svg", ".png"):
-        raise InputError(f"{target}: give a name that ends in .svg or .png")
     if len(sources) > 1 and not all("ttft_s" in row for row in rows):
         raise InputError(
             f"{len(sources)} files: several files can be drawn together only if all are of `flashcomm ttft`"
@@ -46,8 +40,37 @@ def plot(sources: Sequence[Path], target: Path, where: Mapping[str, str] | None 
     from matplotlib import style
 
     with style.context("dark_background" if dark else "default"):
-        matplotlib.rcParams["svg.hashsalt"] = "flashcomm"  # the same rows give the same file
         _draw(rows, sources, target)
+
+
+def import_pyplot(target: Path) -> Any:
+    """Import matplotlib's pyplot to draw into a file, without a display.
+
+    Raises:
+        InputError: The file's name ends in neither .svg nor .png.
+        UnavailableError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as why:
+        raise UnavailableError("plotting needs matplotlib: pip install 'flashcomm[plot]'") from why
+    if target.suffix not in (".svg", ".png"):
+        raise InputError(f"{target}: give a name that ends in .svg or .png")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, target: Path) -> None:
+    """Write a figure to a file and close it. The same figure gives the same file."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "flashcomm"
+    metadata = {"Date": None} if target.suffix == ".svg" else None
+    figure.savefig(target, metadata=metadata, dpi=150, transparent=_is_dark())
+    pyplot.close(figure)
 
 
 def _draw(rows: Rows, sources: Sequence[Path], target: Path) -> None:
@@ -96,9 +119,7 @@ def _draw(rows: Rows, sources: Sequence[Path], target: Path) -> None:
     where = rows[0]
     source = f"{where['machine']}, torch {where['torch']}, {where['date']}"
     figure.suptitle(source, x=0.995, ha="right", fontsize=6, color="0.5")  # a title has a line of its own
-    metadata = {"Date": None} if target.suffix == ".svg" else None
-    figure.savefig(target, metadata=metadata, dpi=150, transparent=_is_dark())
-    pyplot.close(figure)
+    save(figure, target)
 
 
 def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:

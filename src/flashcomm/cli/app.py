@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flashcomm import __version__
-from flashcomm.cli import bench, calibrate, doctor, eval, generate, plot, probe, ttft, tune
+from flashcomm.cli import bench, calibrate, doctor, eval, generate, plot, predict, probe, ttft, tune
 
 app = typer.Typer(
     name="flashcomm",
@@ -27,6 +27,7 @@ app.command("doctor")(doctor.doctor)
 app.command("generate")(generate.generate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("plot")(plot.plot)
+app.command("predict")(predict.predict)
 
 
 def _show_version(asked: bool) -> None:
