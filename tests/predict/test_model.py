@@ -100,7 +100,7 @@ def test_rows_are_near_what_two_gpus_measured() -> None:
     assert ours["wire_bytes"] == int(there["wire_bytes"])
     assert backend["gain"] == 1
     assert backend["limit"] == pytest.approx(float(there["limit"]), rel=0.1)
-    assert ours["rise_pct"] == model.constants()["rise_pct"]["int4-had"]
+    assert ours["rise_pct"] == model.constants()["rise_pct"]["2"]["int4-had"]
 
 
 def test_models(tmp_path: Path) -> None:

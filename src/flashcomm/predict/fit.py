@@ -141,10 +141,14 @@ def _same(a: dict[str, str], b: dict[str, str]) -> bool:
     return all(a[key] == b[key] for key in ("model", "format", "path", "batch", "tokens"))
 
 
-def _rises(results: Path) -> dict[str, float]:
-    """The rise in perplexity of SmolLM2-135M on two ranks by format, in percent."""
-    rows = read_csv(results / "accuracy-smollm2.csv")
-    return {r["format"]: float(r["rise_pct"]) for r in rows if r["world"] == "2" and not r["format"].endswith(".json")}
+def _rises(results: Path) -> dict[str, dict[str, float]]:
+    """The rise in perplexity of SmolLM2-135M in percent, by ranks and format: two are one-shot, more are two-shot."""
+    rows = [r for r in read_csv(results / "accuracy-smollm2.csv") if r["world"] != "2"]
+    found: dict[str, dict[str, float]] = {}
+    for r in read_csv(results / "accuracy-smollm2-2ranks-auto.csv") + rows:
+        if not r["format"].endswith(".json"):
+            found.setdefault(r["world"], {})[r["format"]] = float(r["rise_pct"])
+    return found
 
 
 def shape_of(name: str) -> model.Shape:

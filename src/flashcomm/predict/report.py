@@ -55,7 +55,7 @@ def rows_of(
     Returns:
         A row for the backend, then one for each format: times in us and s, bytes a rank and a first token, the gain
         over the backend, the gain if all-reduces took no time, and the rise in perplexity that was measured with
-        SmolLM2-135M on two ranks (None: not measured).
+        SmolLM2-135M on as many ranks (None: not measured).
 
     Raises:
         InputError: The ranks cannot share the model.
@@ -86,7 +86,7 @@ def rows_of(
         row |= {"compute_s": round(compute, 6), "limit": round(backend / compute, 3)}
         row |= {"wire_bytes": model.sent_bytes(flat, n_bytes, shape.hidden, fmt, w) * sums}
         row |= {"memory_bytes": shape.memory_bytes(w, batch, tokens)}
-        row |= {"rise_pct": model.constants()["rise_pct"].get(name)}
+        row |= {"rise_pct": model.constants()["rise_pct"].get(str(w), {}).get(name)}
         rows.append(row)
     return rows
 
