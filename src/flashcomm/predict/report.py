@@ -86,7 +86,8 @@ def rows_of(
         row |= {"compute_s": round(compute, 6), "limit": round(backend / compute, 3)}
         row |= {"wire_bytes": model.sent_bytes(flat, n_bytes, shape.hidden, fmt, w) * sums}
         row |= {"memory_bytes": shape.memory_bytes(w, batch, tokens)}
-        row |= {"rise_pct": model.constants()["rise_pct"].get(str(w), {}).get(name)}
+        sent = str(fmt.reduce) if algorithm == "one_shot" else name  # one-shot has no second step
+        row |= {"rise_pct": model.constants()["rise_pct"].get(str(w), {}).get(sent)}
         rows.append(row)
     return rows
 
