@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "reference": {"errors", "wire"},
     "transports": {"errors"},
     "collectives": {"errors", "wire", "gpu", "transports", "reference", "routing"},
-    "routing": {"errors", "wire.format"},
+    "routing": {"errors", "wire.format", "wire.split"},
     "settings": {"errors", "wire.format", "routing"},
     "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "reference", "wire", ""},
     "communicator": {

@@ -76,6 +76,28 @@ def test_reduce_scatter_and_all_gather_as_functions_and_as_ops(ctx: RankContext)
         torch.ops.flashcomm.all_gather(x, name, 2)
 
 
+@ranks(2)
+def test_pieces_of_any_size_as_functions_and_in_one_graph(ctx: RankContext) -> None:
+    fmt, counting = WireFormat.parse("int4/int8"), Counting()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
+    def block(x: torch.Tensor, a: int) -> torch.Tensor:
+        sizes = [a, x.shape[0] - a]
+        return flashcomm.all_gather(flashcomm.reduce_scatter(x * 2, fmt_text, sizes=sizes), fmt_text, sizes=sizes)
+
+    fmt_text = "int4/int8"
+    for seed, (rows, a) in enumerate(((64, 7), (66, 50), (101, 3))):
+        per_rank = inputs(rows, ctx.world_size, seed)
+        shards = reference.reduce_scatter([t * 2 for t in per_rank], fmt, (a, rows - a))
+        want = reference.all_gather(shards, fmt)
+        assert torch.equal(block(per_rank[ctx.rank], a), want)
+        shard = flashcomm.reduce_scatter(per_rank[ctx.rank] * 2, fmt, sizes=(a, rows - a))
+        assert torch.equal(flashcomm.all_gather(shard, fmt, sizes=(a, rows - a)), want)
+    assert counting.graphs == 1
+    with pytest.raises(SettingsError, match="pass that"):
+        torch.ops.flashcomm.reduce_scatter_v(per_rank[0], ops.op_name(fmt), (3, rows - 3), 1 - ctx.rank)
+
+
 @pytest.mark.thorough
 @ranks(2)
 def test_opcheck_of_reduce_scatter_and_all_gather(ctx: RankContext) -> None:

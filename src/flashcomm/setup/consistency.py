@@ -24,6 +24,7 @@ from flashcomm.collectives.recent import PLAIN
 from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError, UnavailableError
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import CHECK_TAG, ProcessGroupTransport, has_nccl
+from flashcomm.wire.split import Split
 from flashcomm.wire.torch_codec import DTYPES
 
 CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "creating a Communicator")
@@ -52,6 +53,7 @@ class Problem(enum.IntEnum):
     EPS = 13
     OVERLAP = 14
     WHOLE = 15
+    SIZES = 16
 
     def text(self, x: Any, device: torch.device, world_size: int) -> str:
         """Return the message for the rank itself: what was given, what is allowed, what to do."""
@@ -73,6 +75,8 @@ class Problem(enum.IntEnum):
             Problem.OUT: "out= must be contiguous, writable and of the result's shape, dtype and device; leave it out",
             Problem.OVERLAP: "out= must not share memory with x, except that all_reduce accepts x itself; leave it out",
             Problem.WHOLE: "whole= must be a number of values, at least x.numel(); leave it out",
+            Problem.SIZES: f"sizes= must be {world_size} numbers of rows, at least 0 and below 2 GiB a piece: for "
+            "reduce_scatter they add up to x.shape[0], for all_gather each is the x.shape[0] of its rank",
             Problem.FORMAT: "format= is not a wire format; give one such as 'int4-had', or leave it out",
             Problem.MEMORY: "the tensor must have memory of its own; of a DTensor give .to_local()",
             Problem.RESIDUAL: "residual must have x's shape, dtype and device, be dense and need no gradient",
@@ -101,15 +105,26 @@ def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def result_shape(op: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
-    """Return the shape of a collective's result, given that of one rank's input."""
+def result_shape(
+    op: str, shape: tuple[int, ...], world_size: int, split: Split | None = None, rank: int = 0
+) -> tuple[int, ...]:
+    """Return the shape of a collective's result, given that of this rank's input and the rows of each rank's piece."""
+    if split is not None:
+        return (split.rows if op == "all_gather" else split.sizes[rank], *shape[1:])
     if op == "all_gather":
         return (shape[0] * world_size, *shape[1:])
     return (shape[0] // world_size, *shape[1:]) if op == "reduce_scatter" else shape
 
 
 def problem_with(
-    name: str, x: Any, device: torch.device, world_size: int, out: Any = None, whole: object = None
+    name: str,
+    x: Any,
+    device: torch.device,
+    world_size: int,
+    out: Any = None,
+    whole: object = None,
+    split: Split | None = None,
+    rank: int = 0,
 ) -> Problem:
     """Return what is wrong with this rank's arguments, or `Problem.NONE`.
 
@@ -120,6 +135,8 @@ def problem_with(
         world_size: Ranks of the group.
         out: The output, or None.
         whole: See `Communicator.all_reduce`.
+        split: The sizes of the call, not checked yet.
+        rank: This rank.
     """
     if not isinstance(x, Tensor):
         return Problem.NO_TENSOR
@@ -136,12 +153,17 @@ def problem_with(
     if x.dim() > _MAX_DIMS:
         return Problem.DIMS
     if name in ("reduce_scatter", "all_gather") and (
-        x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world_size)
+        x.dim() == 0 or (name == "reduce_scatter" and split is None and x.shape[0] % world_size)
     ):
         return Problem.DIVIDE
+    if split is not None and not (
+        split.fits(world_size, math.prod(x.shape[1:]) * x.element_size())
+        and x.shape[0] == (split.sizes[rank] if name == "all_gather" else split.rows)
+    ):
+        return Problem.SIZES
     if out is not None and not (
         isinstance(out, Tensor)
-        and out.shape == result_shape(name, tuple(x.shape), world_size)
+        and out.shape == result_shape(name, tuple(x.shape), world_size, split, rank)
         and (out.dtype, out.device) == (x.dtype, x.device)
         and out.layout == torch.strided
         and out.is_contiguous()
@@ -191,7 +213,13 @@ def problem_with_add_rms_norm(
 
 
 def check_call(
-    transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int, settings: object
+    transport: ProcessGroupTransport,
+    name: str,
+    x: Any,
+    problem: Problem,
+    number: int,
+    settings: object,
+    rows: int | None = None,
 ) -> None:
     """Compare this call with those of all ranks. Collective.
 
@@ -203,6 +231,7 @@ def check_call(
         number: The number of the call.
         settings: Other values that must be equal, such as the settings of the Communicator and the format of the call.
             Their `repr` is compared.
+        rows: What is compared in place of dimension 0, if that may differ between ranks.
 
     Raises:
         InputError: On all ranks, if calls differ or any rank has a problem.
@@ -210,10 +239,11 @@ def check_call(
     words = [CALLS.index(name), number, int(problem), _digest(settings)]
     if problem == Problem.NONE and isinstance(x, Tensor):  # otherwise the shape may be missing or too long
         words += [DTYPES.index(x.dtype), x.dim(), *x.shape]
-    rows = _exchange_words(transport, transport.tags.communicator, words, f"the consistency check of {name}")
-    if all(row == rows[0] for row in rows) and not rows[0][4]:
+        words[6:7] = words[6:7] if rows is None else [rows]
+    everyone = _exchange_words(transport, transport.tags.communicator, words, f"the consistency check of {name}")
+    if all(row == everyone[0] for row in everyone) and not everyone[0][4]:
         return
-    raise InputError(_differences(rows, transport))
+    raise InputError(_differences(everyone, transport))
 
 
 def check_settings(transport: ProcessGroupTransport, n_made: int, mine: Settings | FlashcommError) -> Settings:
