@@ -116,7 +116,7 @@ def test_transports_know_bytes_and_no_formats() -> None:
 
 def test_public_names() -> None:
     classes = ["Communicator", "FlashcommError", "WireFormat", "__version__"]
-    ops = ["all_gather", "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter"]
+    ops = ["all_gather", "all_reduce", "all_reduce_add_rms_norm", "all_to_all_single", "reduce_scatter"]
     assert flashcomm.__all__ == classes + ops
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -26,7 +27,7 @@ from flashcomm.routing.route import Choice, Message
 from flashcomm.settings import Arguments
 from flashcomm.setup import consistency, startup
 from flashcomm.wire.format import WireFormat
-from flashcomm.wire.split import Split
+from flashcomm.wire.split import Exchange, Split
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,6 +135,33 @@ class Communicator:
         """
         return self._collective("all_gather", x, out, format, Split.of(sizes))
 
+    def all_to_all_single(
+        self,
+        x: Tensor,
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+        *,
+        out: Tensor | None = None,
+        format: Format = None,
+    ) -> Tensor:
+        """Send piece j of x along dimension 0 to rank j. Piece i of the result comes from rank i.
+
+        Values are quantized once, as `format.gather`, but for the piece that stays on its rank. They are sent as they
+        are if that would save no bytes (vectors, short rows), and if they are integers, bool, float64 or 8-bit floats.
+
+        Args:
+            x: (rows, ...). Ranks may have different numbers of rows; everything else is equal.
+            output_split_sizes: Rows that come from each rank; may be 0. None: equal pieces.
+            input_split_sizes: Rows that each rank gets; may be 0. None: equal pieces.
+            out: (sum(output_split_sizes), ...), else as in `all_reduce`; must not overlap x.
+            format: As in `all_reduce`.
+
+        Raises:
+            InputError: As in `all_reduce`, or a rank expects other rows than its peer sends.
+        """
+        exchange = consistency.exchange_of(x, out, output_split_sizes, input_split_sizes, self.world_size)
+        return self._collective("all_to_all_single", x, out, format, exchange)
+
     def all_reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: Format = None
     ) -> tuple[Tensor, Tensor]:
@@ -167,9 +195,9 @@ class Communicator:
             shape: The shape of one rank's input.
             dtype: The dtype of the input.
             format: As in `all_reduce`.
-            op: "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter" or "all_gather".
+            op: "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather" or "all_to_all_single".
             whole: As in `all_reduce`.
-            sizes: As in `reduce_scatter` and `all_gather`.
+            sizes: As in `reduce_scatter` and `all_gather`; for an all-to-all the input_split_sizes.
         """
         group, split = (self.world_size, self.device.type, self.machine.local_world_size), Split.of(sizes)
         if split is not None and not split.fits(self.world_size, 0):
@@ -225,20 +253,30 @@ class Communicator:
     ) -> Tensor:
         """Validate, route, run and count a call. `same` (whole, eps or sizes) must be equal on all ranks, too."""
         whole = same if op == "all_reduce" else None
-        split = same if isinstance(same, Split) else None
+        split = same if isinstance(same, (Split, Exchange)) else None
         with self._guard.call(op):
             if problem is None:
                 problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole, split, self.rank)
-            if split is not None and not problem and split.is_even:
-                same = split = None
-            rows = split.rows if split is not None and not problem else None
+            rows = None  # that ranks compare
+            if isinstance(split, Exchange):
+                same, rows = None, -1
+            elif split is not None and not problem:
+                same = split = None if split.is_even else split
+                rows = split.rows if split else None
             fmt = self._validate(op, x, format, problem, same, rows)
             if out is None:
                 shape = consistency.result_shape(op, tuple(x.shape), self.world_size, split, self.rank)
                 out = torch.empty(shape, dtype=x.dtype, device=x.device)
-            if x.numel() == out.numel() == 0:
+            if isinstance(split, Exchange):
+                if self.settings.check and self.world_size > 1:
+                    consistency.check_exchange(self.transport, split)
+                route = self.explain(x.shape, x.dtype, fmt, op=op, sizes=split.sent.sizes).route
+                route = replace(route, exchange=split)
+            elif x.numel() == out.numel() == 0:
                 return out
-            route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole, sizes=split.sizes if split else None).route
+            else:
+                sizes = split.sizes if split else None
+                route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole, sizes=sizes).route
             launch = self._executors[route.executor].run(route, x, out)
             name, n_bytes = f"{op}/{route.label}", route.wire_bytes * x.numel() // whole if whole else route.wire_bytes
             self._counts.add(name, n_bytes, x)

@@ -9,6 +9,8 @@ process group and the wire format. Without a format, FLASHCOMM_FORMAT or the def
     torch.ops.flashcomm.all_gather(Tensor x, str group, int world_size) -> Tensor      (n, ...) to (world_size * n, ...)
     torch.ops.flashcomm.reduce_scatter_v(Tensor x, str group, SymInt[] sizes, int rank) -> Tensor
     torch.ops.flashcomm.all_gather_v(Tensor x, str group, SymInt[] sizes) -> Tensor
+    torch.ops.flashcomm.all_to_all_single(Tensor x, SymInt[]? output_split_sizes, SymInt[]? input_split_sizes,
+        str group) -> Tensor
     torch.ops.flashcomm.all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group)
         -> (Tensor, Tensor)
 
@@ -102,6 +104,31 @@ def all_gather(
             return torch.ops.flashcomm.all_gather_v(x, name, sizes)  # type: ignore[no-any-return]
         return _communicator_for(name, x).all_gather(x, sizes=sizes)
     return all_gather_by_name(x, op_name(format, group), _size(group))
+
+
+def all_to_all_single(
+    x: Tensor,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    format: str | WireFormat | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Send piece j of x to rank j, and concatenate what comes from all ranks; see `Communicator.all_to_all_single`.
+
+    Args:
+        x: (rows, ...).
+        output_split_sizes: Rows that come from each rank. None: equal pieces.
+        input_split_sizes: Rows that each rank gets. None: equal pieces.
+        format: As in `all_reduce`. Pieces of any size are quantized, in the format of the gather step.
+        group: As in `all_reduce`.
+
+    Returns:
+        A contiguous tensor (sum(output_split_sizes), ...).
+    """
+    name = op_name(format, group)
+    if torch.compiler.is_compiling():
+        return torch.ops.flashcomm.all_to_all_single(x, output_split_sizes, input_split_sizes, name)  # type: ignore[no-any-return]
+    return _communicator_for(name, x).all_to_all_single(x, output_split_sizes, input_split_sizes)
 
 
 def all_reduce_add_rms_norm(
@@ -247,6 +274,12 @@ def _run_all_gather_v(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     return _communicator_for(group, x).all_gather(x, sizes=sizes)
 
 
+def _run_all_to_all_single(
+    x: Tensor, output_split_sizes: Sequence[int] | None, input_split_sizes: Sequence[int] | None, group: str
+) -> Tensor:
+    return _communicator_for(group, x).all_to_all_single(x, output_split_sizes, input_split_sizes)
+
+
 def _run_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
     return _communicator_for(group, x).all_reduce_add_rms_norm(x, residual, weight, eps)
 
@@ -280,6 +313,12 @@ def _fake_all_gather_v(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     return x.new_empty((sum(sizes), *x.shape[1:]))
 
 
+def _fake_all_to_all_single(
+    x: Tensor, output_split_sizes: Sequence[int] | None, input_split_sizes: Sequence[int] | None, group: str
+) -> Tensor:
+    return x.new_empty((x.shape[0] if output_split_sizes is None else sum(output_split_sizes), *x.shape[1:]))
+
+
 def _fake_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
     return _fake_all_reduce(x, group), _fake_all_reduce(x, group)
 
@@ -295,6 +334,11 @@ for _signature, _run, _fake in (
         _fake_reduce_scatter_v,
     ),
     ("all_gather_v(Tensor x, str group, SymInt[] sizes) -> Tensor", _run_all_gather_v, _fake_all_gather_v),
+    (
+        "all_to_all_single(Tensor x, SymInt[]? output_split_sizes, SymInt[]? input_split_sizes, str group) -> Tensor",
+        _run_all_to_all_single,
+        _fake_all_to_all_single,
+    ),
     (
         "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group) -> (Tensor, Tensor)",
         _run_add_rms_norm,

@@ -138,6 +138,31 @@ def all_gather(tensors: Sequence[Tensor], fmt: WireFormat) -> Tensor:
     return torch.cat([quantized_sum([t], fmt.gather).to(t.dtype).view(t.shape) for t in tensors])
 
 
+def all_to_all_single(
+    tensors: Sequence[Tensor], fmt: WireFormat, splits: Sequence[Sequence[int]] | None = None
+) -> list[Tensor]:
+    """Return what each rank receives: its piece of every rank's tensor, concatenated along dimension 0 in rank order.
+
+    Each piece is a message of its own, quantized as `fmt.gather`. The piece that stays on its rank is not quantized.
+
+    Args:
+        tensors: One tensor per rank, of equal dtype and shape, but for dimension 0.
+        fmt: The format; only `fmt.gather` is used.
+        splits: For each rank the rows of the piece that each rank receives from it. None: equal pieces.
+    """
+    n = len(tensors)
+    splits = [[len(t) // n] * n for t in tensors] if splits is None else splits
+    pieces = [t.split_with_sizes(list(sizes)) for t, sizes in zip(tensors, splits, strict=True)]
+
+    def received(source: int, target: int) -> Tensor:
+        piece = pieces[source][target]
+        if source == target or fmt.gather.uncompressed:
+            return piece
+        return quantized_sum([piece], fmt.gather).to(piece.dtype).view(piece.shape)
+
+    return [torch.cat([received(source, target) for source in range(n)]) for target in range(n)]
+
+
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return the RMS norm of total + residual, and that sum, as they follow an all-reduce in a layer.
 

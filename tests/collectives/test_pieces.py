@@ -1,4 +1,4 @@
-"""Pieces of any size: `sizes=` of reduce_scatter and all_gather, on every executor."""
+"""Pieces of any size: `sizes=` of reduce_scatter and all_gather, on every executor, and all-to-all."""
 
 from __future__ import annotations
 
@@ -131,3 +131,93 @@ def test_a_rank_that_does_not_come_is_named(group: dist.ProcessGroup, rank: int)
     if rank != 1:
         with pytest.raises(CommunicationError, match=r"rank [012] did not answer|was lost"):
             comm.all_gather(torch.ones((3, 2, 1)[rank], 64), sizes=(3, 2, 1))
+
+
+SPLITS = [  # for each rank the rows that it sends to each
+    ((3, 0, 5), (1, 2, 0), (0, 7, 1)),
+    ((0, 0, 0), (0, 0, 0), (4, 4, 0)),
+    ((2, 2, 2), (2, 2, 2), (2, 2, 2)),
+    ((0, 0, 0), (0, 0, 0), (0, 0, 0)),
+]
+
+
+@pytest.mark.contract(2)
+@pytest.mark.parametrize(("fmt", "chunk_bytes"), [("int4/int8", 1 << 20), ("int5-g32-had", 400), ("none", 300)])
+@ranks(3)
+def test_all_to_all_equals_the_reference(group: dist.ProcessGroup, rank: int, fmt: str, chunk_bytes: int) -> None:
+    with Communicator(group, fmt, chunk_bytes=chunk_bytes) as comm:
+        for splits in SPLITS:
+            sent, received = splits[rank], [s[rank] for s in splits]
+            for rest in ((600,), (2, 130), (), (0,), (3,)):
+                xs = [tough((sum(s), *rest), torch.bfloat16, r) for r, s in enumerate(splits)]
+                route_format = comm.explain(xs[0].shape, torch.bfloat16, op="all_to_all_single").route.format
+                want = reference.all_to_all_single(xs, route_format, splits)[rank]
+                before = comm.transport.n_bytes_sent
+                got = comm.all_to_all_single(xs[rank], received, sent)
+                assert same_bits(got, want), (splits, rest)
+                assert comm.transport.n_bytes_sent - before <= max(1.1 * xs[rank].nbytes, 48 * 3 * len(xs[rank]))
+                out = torch.empty_like(want)
+                assert comm.all_to_all_single(xs[rank], received, sent, out=out) is out
+                assert same_bits(out, want)
+        x = tough((6, 96), torch.float16, rank)
+        even = reference.all_to_all_single([tough((6, 96), torch.float16, r) for r in range(3)], comm.format)
+        assert same_bits(comm.all_to_all_single(x.t().contiguous().t()), even[rank])
+
+
+def test_the_reference_of_all_to_all_keeps_what_stays() -> None:
+    fmt, xs = WireFormat.parse("int8/int2"), [tough((4, 64), torch.float32, r) for r in range(2)]
+    first, second = reference.all_to_all_single(xs, fmt, ((1, 3), (2, 2)))
+    assert same_bits(first[:1], xs[0][:1])
+    assert same_bits(first[1:], reference.all_gather([xs[1][:2], xs[1][:0]], fmt))
+    assert not same_bits(first[1:], xs[1][:2])
+    assert same_bits(second[3:], xs[1][2:])
+
+
+@ranks(2)
+def test_all_to_all_passes_on_other_dtypes(group: dist.ProcessGroup, rank: int) -> None:
+    comm = Communicator(group, "int4")
+    for dtype in (torch.int64, torch.bool, torch.uint8, torch.float64, torch.float8_e4m3fn):
+        xs = [(torch.arange(4 * 64).view(4, 64) * (r + 1) % 7).to(dtype) for r in range(2)]
+        got = comm.all_to_all_single(xs[rank], [2, 2], [2, 2])
+        assert got.dtype == dtype
+        want = torch.cat([x.view(torch.uint8).view(4, -1)[2 * rank :][:2] for x in xs])
+        assert torch.equal(got.view(torch.uint8).view(4, -1), want)
+    route = comm.explain((4, 64), torch.int64, op="all_to_all_single").route
+    assert (route.wire_bytes, str(route.format)) == (2 * 64 * 8, "none")
+    assert comm.calls == {"all_to_all_single/pipelined": 5}
+
+
+def test_routes_of_all_to_all() -> None:
+    fmt = WireFormat.parse("int8/int4")
+
+    def text(shape: tuple[int, ...], sizes: tuple[int, ...] | None = None) -> str:
+        split = None if sizes is None else Split(sizes)
+        message = Message.of("all_to_all_single", shape, torch.bfloat16, (2, "cuda", 0), split=split)
+        return str(policy.choose(message, fmt, machine=Machine("symmetric")))
+
+    assert "all_to_all_single as int8/int4 over process_group: 144 bytes a rank; the only" in text((4, 128))
+    assert "not symmetric: it has no kernel for an all-to-all" in text((4, 128))
+    assert f"{3 * 64 + 16} bytes a rank" in text((4, 128), (1, 3)), "if it keeps the smaller piece"
+    assert "as none over process_group: 400 bytes a rank; int4 would not send fewer" in text((400,))
+    assert ": 0 bytes a rank" in text((0, 128))
+
+
+@pytest.mark.contract(6)
+@ranks(3)
+def test_bad_splits_on_one_rank_are_an_error_on_all(group: dist.ProcessGroup, rank: int) -> None:
+    comm, x, ones = Communicator(group, "none"), torch.ones(3, 64), [1, 1, 1]
+    bad = [([1, 1], ones), (ones, [1, 1, 2]), ([1, -1, 3], ones), ([0, 2, 1], [2, 0, 1]), (None, ones), (ones, "abc")]
+    for received, sent in bad:
+        with pytest.raises(InputError, match=r"rank 1: .*input_split_sizes and output_split_sizes must each be 3"):
+            comm.all_to_all_single(x, *((received, sent) if rank == 1 else (ones, ones)))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="rank 0 sends 1 rows to rank 1, which expects 2"):
+        comm.all_to_all_single(x, [2, 1, 1] if rank == 1 else ones, ones)
+    with pytest.raises(InputError, match=r"rank 1: .* of \(rows, 32\) float32"):
+        comm.all_to_all_single(x.view(6, 32) if rank == 1 else x, *([[2] * 3] * 2 if rank == 1 else [ones] * 2))
+    with pytest.raises(InputError, match=r"rank 1: .* of \(rows, 64\) int32"):
+        comm.all_to_all_single(x.int() if rank == 1 else x)
+    with pytest.raises(InputError, match=r"rank 1: .*input_split_sizes"):
+        comm.all_to_all_single(x if rank != 1 else x[:2])
+    with pytest.raises(InputError, match="out= must be"):
+        comm.all_to_all_single(x, out=torch.empty(4 if rank == 1 else 3, 64))
+    assert comm.all_to_all_single(x * rank)[:, 0].tolist() == [0, 1, 2]

@@ -29,6 +29,7 @@ ALGORITHMS = {
     "two_shot": pipelined.two_shot,
     "reduce_scatter": pieces.reduce_scatter,
     "all_gather": pieces.all_gather,
+    "all_to_all_single": pieces.all_to_all_single,
     "hierarchical": hierarchical,
 }
 
@@ -79,6 +80,7 @@ class Pipelined(Base):
 
     def run(self, route: Route, x: Tensor, out: Tensor) -> None:
         context = replace(self.context, fmt=route.format, chunk_bytes=route.chunk_bytes, split=route.split)
+        context.exchange = route.exchange
         with on_device(x):
             ALGORITHMS[route.algorithm](x.resolve_neg().contiguous(), out, context)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.wire.format import Layout, StepFormat, WireFormat, bounds
-from flashcomm.wire.split import Split
+from flashcomm.wire.split import Exchange, Split
 
 SLOTS = 3
 
@@ -76,6 +76,7 @@ class Context:
 
     Attributes:
         split: For collectives of pieces: the rows of each rank's piece. None: equal pieces.
+        exchange: For all-to-all: the rows that this rank sends and receives.
         nodes: For `hierarchical`, two transports: among the ranks of this node, and among the ranks that have the same
             place in their nodes.
     """
@@ -86,6 +87,7 @@ class Context:
     workspace: Workspace
     chunk_bytes: int
     split: Split | None = None
+    exchange: Exchange | None = None
     nodes: tuple[Transport, Transport] | None = None
 
     @property

@@ -57,14 +57,17 @@ def wire_bytes(algorithm: str, message: Message, fmt: WireFormat) -> int:
         local = w // message.nodes
         within, across = sum(_shard_bytes(message, fmt, local)), _shard_bytes(message, fmt, local)[0]
         return (local - 1) * within + (message.nodes - 1) * across
-    if message.split is not None and algorithm == "reduce_scatter":
+    if message.split is not None and algorithm != "all_gather":
         values = message.numel // max(1, message.split.rows)  # of a row along dimension 0
         sizes = [values * rows for rows in message.split.sizes]
-        layouts = [Layout(fmt.reduce, message.row if message.row > 1 else max(1, n), message.itemsize) for n in sizes]
+        step = fmt.reduce if algorithm == "reduce_scatter" else fmt.gather
+        layouts = [Layout(step, message.row if message.row > 1 else max(1, n), message.itemsize) for n in sizes]
         pieces = [layout.nbytes(0, n) for layout, n in zip(layouts, sizes, strict=True)]
         return sum(pieces) - min(pieces)
-    step = fmt.gather if algorithm == "all_gather" else fmt.reduce
-    numel = message.numel // w if algorithm == "reduce_scatter" else message.numel
+    if message.numel == 0:
+        return 0
+    step = fmt.gather if algorithm in ("all_gather", "all_to_all_single") else fmt.reduce
+    numel = message.numel // w if algorithm in ("reduce_scatter", "all_to_all_single") else message.numel
     return (w - 1) * Layout(step, message.row, message.itemsize).nbytes(0, numel)
 
 
@@ -106,9 +109,11 @@ def choose(
         The route, and why the alternatives were rejected.
     """
     w, op = message.world_size, message.op
-    if w == 1 or message.numel == 0:
+    if w == 1 or (message.numel == 0 and op != "all_to_all_single"):
         why = "one rank" if w == 1 else "no values"
         return _choice(message, fmt, machine, "copy", f"{why}: nothing to send")
+    if op == "all_to_all_single":
+        return _all_to_all(message, fmt, machine)
     if message.row % fmt.unit and machine.transport != "process_group":
         # Rows that end in a short group are rare, and the kernels do not support them.
         tails = (machine.transport, f"rows of {message.row} values are not a multiple of {fmt.unit}")
@@ -158,6 +163,20 @@ def _padded(message: Message, split: Split, machine: Machine) -> tuple[Machine, 
     why = f"{rows}: padded to the largest, they would be more than {MOST_PADDING} times the rows"
     rejected = (*machine.rejected, (machine.transport, why))
     return replace(machine, transport="process_group", timings=None, rejected=rejected), ""
+
+
+def _all_to_all(message: Message, fmt: WireFormat, machine: Machine) -> Choice:
+    """Choose by rows and dtype alone, which are equal on all ranks. Sizes are not."""
+    why, n = "", 64 * message.row  # values of some rows: padding counts little
+    if not message.quantizable:
+        why = "values of this dtype are not quantized"
+    elif Layout(fmt.gather, max(1, message.row), message.itemsize).nbytes(0, n) >= n * message.itemsize:
+        why = f"{fmt.gather} would not send fewer bytes for rows of {message.row} values"
+    if machine.transport != "process_group":
+        rejected = (*machine.rejected, (machine.transport, "it has no kernel for an all-to-all"))
+        machine = replace(machine, transport="process_group", timings=None, rejected=rejected)
+    reason = why or "the only algorithm of this collective"
+    return _choice(message, _PLAIN if why else fmt, machine, message.op, reason)
 
 
 def _explicit(message: Message, fmt: WireFormat, machine: Machine, algorithm: str, min_bytes: int | str) -> Choice:

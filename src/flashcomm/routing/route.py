@@ -15,9 +15,9 @@ import torch
 
 from flashcomm.routing.timings import Timings
 from flashcomm.wire.format import WireFormat
-from flashcomm.wire.split import Split
+from flashcomm.wire.split import Exchange, Split
 
-OPS = ("all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather")
+OPS = ("all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather", "all_to_all_single")
 
 
 class Executor(enum.Enum):
@@ -41,7 +41,9 @@ class Message:
         device_type: "cpu" or "cuda".
         local_world_size: Ranks of a node; 0 if not known or if ranks are not ordered by node.
         op: One of `OPS`.
-        split: Rows of each rank's piece in reduce_scatter and all_gather. None: equal pieces.
+        split: Rows of each rank's piece in reduce_scatter and all_gather, or that this rank sends in an all-to-all.
+            None: equal pieces. In an all-to-all neither numel nor split need be equal on all ranks.
+        quantizable: Whether the dtype can be quantized.
     """
 
     numel: int
@@ -52,6 +54,7 @@ class Message:
     local_world_size: int = 0
     op: str = "all_reduce"
     split: Split | None = None
+    quantizable: bool = True
 
     @classmethod
     def of(
@@ -74,10 +77,11 @@ class Message:
             split: As in `Message`.
         """
         row = shape[-1] if shape else 1
-        if split is not None:
+        if split is not None or op == "all_to_all_single":
             row = row if len(shape) > 1 else 1  # the pieces of a vector are rows of different lengths
-            rows = split.largest if op == "all_gather" else split.rows
-            return cls(rows * math.prod(shape[1:]), row, dtype.itemsize, *group, op, split)
+            rows = split.largest if split is not None and op == "all_gather" else shape[0]
+            quantizable = dtype in (torch.bfloat16, torch.float16, torch.float32)
+            return cls(rows * math.prod(shape[1:]), row, dtype.itemsize, *group, op, split, quantizable)
         if op == "reduce_scatter" and len(shape) == 1:  # its row is one rank's shard
             row //= group[0]
         return cls(math.prod(shape) if whole is None else whole, row, dtype.itemsize, *group, op)
@@ -124,6 +128,7 @@ class Route:
         wire_bytes: Payload bytes that one rank sends to others; the busiest one if they differ.
         reason: Why this route was chosen, as text.
         split: As in `Message`.
+        exchange: For an all-to-all, the rows that this rank sends and receives. `explain` leaves it out.
     """
 
     op: str
@@ -135,6 +140,7 @@ class Route:
     wire_bytes: int
     reason: str
     split: Split | None = None
+    exchange: Exchange | None = None
 
     @property
     def low_bit(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 MOST_BYTES = (1 << 31) - 1  # of a piece with explicit sizes
 
@@ -34,11 +33,6 @@ class Split:
         return cls((rows // world_size,) * world_size)
 
     @property
-    def offsets(self) -> tuple[int, ...]:
-        """The first row of each piece, and at the end the number of all rows."""
-        return tuple(accumulate(self.sizes, initial=0))
-
-    @property
     def rows(self) -> int:
         """The rows of all pieces."""
         return sum(self.sizes)
@@ -57,3 +51,21 @@ class Split:
         """Return whether there is a valid piece for each rank, with rows of so many bytes."""
         valid = len(self.sizes) == world_size and min(self.sizes, default=-1) >= 0
         return valid and self.largest * row_bytes <= MOST_BYTES
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The two splits of a rank's all-to-all.
+
+    Args:
+        sent: Rows that this rank sends to each rank.
+        received: Rows that it receives from each rank.
+    """
+
+    sent: Split
+    received: Split
+
+    def fits(self, rows: int, rank: int, world_size: int, row_bytes: int) -> bool:
+        """Return whether the splits are valid for an input of this shape, as far as one rank can tell."""
+        valid = self.sent.fits(world_size, row_bytes) and self.received.fits(world_size, row_bytes)
+        return valid and self.sent.rows == rows and self.sent.sizes[rank] == self.received.sizes[rank]
