@@ -65,6 +65,24 @@ def test_a_link_limits_the_rate() -> None:
     assert by["int4", "one_shot"]["speedup"] > 2.2
 
 
+def test_all_to_all() -> None:
+    sizes = ("-b", 30000, "-e", 30000, "--row", 250, "--turns", 1)
+    got = as_json(flashcomm("bench", "all_to_all", "-n", 3, "--formats", "int8,int4", *sizes, "--json"))["rows"]
+    assert [(r["split"], r["format"], r["path"]) for r in got] == [
+        (split, fmt, "backend" if fmt == "none" else "all_to_all")
+        for split in ("equal", "skewed")
+        for fmt in ("none", "int8", "int4")
+    ]
+    assert [r["size"] for r in got] == [60 * 500] * 6
+    assert [r["wire_bytes"] for r in got if r["format"] == "none"] == [40 * 500, 45 * 500], "15 rows stay at most"
+    assert all(
+        r["over_backend"] == pytest.approx(got[i // 3 * 3]["time_us"] / r["time_us"], rel=0.01)
+        for i, r in enumerate(got)
+    )
+    by_error = [r["error"] for r in got]
+    assert by_error[0] == by_error[3] == 0 < by_error[1] < by_error[2]
+
+
 def test_codec() -> None:
     sizes = ("-b", "100K", "-e", "400K", "--row", 576, "--turns", 2)
     rows = as_json(flashcomm("bench", "codec", "--formats", "int4,int5", *sizes, "--json"))["rows"]
@@ -101,5 +119,6 @@ def test_refusals() -> None:
     refused(flashcomm(*BENCH, "--mode", "slow"), "allowed are eager, graph, both")
     refused(flashcomm(*BENCH, "--mode", "graph", "--device", "cpu"), "CUDA graphs need --device cuda")
     refused(flashcomm(*BENCH, "--chunk-bytes", "0"), "chunk_bytes='0'")
+    refused(flashcomm("bench", "all_to_all", "-n", 1), "needs --world 2")
     refused(flashcomm("bench", "codec", "--device", "cuda"), "no CUDA device")
     refused(flashcomm("calibrate", "-n", 1), "needs --world 2")

@@ -18,6 +18,7 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure collectives, each verified before it is timed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 bench_app.command("all_reduce")(bench.all_reduce)
+bench_app.command("all_to_all")(bench.all_to_all)
 bench_app.command("codec")(bench.codec)
 app.command("eval")(eval.evaluate)
 app.command("tune")(tune.tune)
