@@ -68,19 +68,17 @@ def test_a_link_limits_the_rate() -> None:
 def test_all_to_all() -> None:
     sizes = ("-b", 30000, "-e", 30000, "--row", 250, "--turns", 1)
     got = as_json(flashcomm("bench", "all_to_all", "-n", 3, "--formats", "int8,int4", *sizes, "--json"))["rows"]
+    cases = [("none", "backend"), ("none", "all_to_all"), ("int8", "all_to_all"), ("int4", "all_to_all")]
     assert [(r["split"], r["format"], r["path"]) for r in got] == [
-        (split, fmt, "backend" if fmt == "none" else "all_to_all")
-        for split in ("equal", "skewed")
-        for fmt in ("none", "int8", "int4")
+        (split, *case) for split in ("equal", "skewed") for case in cases
     ]
-    assert [r["size"] for r in got] == [60 * 500] * 6
-    assert [r["wire_bytes"] for r in got if r["format"] == "none"] == [40 * 500, 45 * 500], "15 rows stay at most"
-    assert all(
-        r["over_backend"] == pytest.approx(got[i // 3 * 3]["time_us"] / r["time_us"], rel=0.01)
-        for i, r in enumerate(got)
-    )
-    by_error = [r["error"] for r in got]
-    assert by_error[0] == by_error[3] == 0 < by_error[1] < by_error[2]
+    assert [r["size"] for r in got] == [60 * 500] * 8
+    assert [r["wire_bytes"] for r in got if r["format"] == "none"] == [40 * 500] * 2 + [45 * 500] * 2, "15 rows stay"
+    for rows in (got[:4], got[4:]):
+        backend, *rest = (r["time_us"] for r in rows)
+        assert [r["over_backend"] for r in rows[1:]] == pytest.approx([backend / t for t in rest], rel=0.01)
+        assert [r["speedup"] for r in rows[1:]] == pytest.approx([min(backend, rest[0]) / t for t in rest], rel=0.01)
+        assert rows[0]["error"] == rows[1]["error"] == 0 < rows[2]["error"] < rows[3]["error"]
 
 
 def test_codec() -> None:

@@ -1,4 +1,6 @@
-"""`flashcomm bench all_to_all`: the backend's exchange and the low-bit one, by size, for equal and for skewed pieces.
+"""`flashcomm bench all_to_all`: the backend's exchange and flashcomm's by size, for equal and for skewed pieces.
+
+flashcomm's own is measured uncompressed, too. `speedup` is relative to the faster of both uncompressed exchanges.
 
 Each rank sends `size` bytes, its own piece included. Every case is verified before it is timed: on all ranks, bit for
 bit, against the backend's exchange or `flashcomm.reference`. Skewed pieces are those of a busy expert: rank 0 receives
@@ -79,7 +81,7 @@ def all_to_all(
 
     Args:
         ctx: This rank. It emits progress as (what, done, total).
-        formats: Wire formats. The backend is always measured.
+        formats: Wire formats. Uncompressed exchanges are always measured.
         sizes: Bytes that each rank sends, rounded down to rows.
         row: Values per row.
         dtype: The dtype of the messages.
@@ -88,13 +90,14 @@ def all_to_all(
         settings: Arguments of the Communicators.
 
     Returns:
-        A row for each size, kind, mode and case.
+        A row for each size, kind of pieces, mode and case.
 
     Raises:
         FlashcommError: On every rank, if a result is wrong.
     """
     device, n = ctx.device.type, ctx.world_size
-    comms = [Communicator(None, f, device=device, **settings) for f in formats if f != UNCOMPRESSED]
+    names = dict.fromkeys((UNCOMPRESSED, *formats))
+    comms = [Communicator(None, f, device=device, **settings) for f in names]
     rows: list[dict[str, Any]] = []
     for done, size in enumerate(sizes):
         shape = (max(n, size // dtype.itemsize // row), row)
@@ -114,12 +117,14 @@ def all_to_all(
             most = calls_for(size, n_sets) if device == "cuda" else MOST_HOST_CALLS
             timings = timing.measure(ctx, cases, modes, n_sets, most, turns)
             for mode in modes:
-                backend = timings[0].seconds.get(mode)
+                backend, ours = (timings[i].seconds.get(mode) for i in (0, 1))  # both uncompressed
+                best = min(filter(None, (backend, ours)), default=None)
                 for case, error, taken in zip(cases, errors, timings, strict=True):
                     if mode in taken.seconds:
-                        row_of_case = _row(case, taken.seconds[mode], shape, dtype, error)
-                        over = round(backend / taken.seconds[mode], 3) if backend else None
-                        rows.append({"split": kind, "mode": mode, "world": n, "over_backend": over, **row_of_case})
+                        columns = _row(case, taken.seconds[mode], shape, dtype, error)
+                        columns["speedup"] = round(best / taken.seconds[mode], 3) if best else None
+                        columns["over_backend"] = round(backend / taken.seconds[mode], 3) if backend else None
+                        rows.append({"split": kind, "mode": mode, "world": n, **columns})
     return rows
 
 

@@ -76,7 +76,7 @@ def all_reduce(
 def all_to_all(
     world_size: options.World = 2,
     formats: Annotated[
-        str, typer.Option(help="Wire formats, separated by commas; the backend is always measured.")
+        str, typer.Option(help="Wire formats, separated by commas; uncompressed exchanges are always measured.")
     ] = "int8,int6-had,int4-had,int4",
     begin: options.Begin = "64K",
     end: options.End = "64M",
@@ -94,7 +94,7 @@ def all_to_all(
     csv: options.Csv = None,
     json: options.Json = False,
 ) -> None:
-    """All-to-all by size and format, for equal and for skewed pieces, compared with the backend's."""
+    """All-to-all by size and format, for equal and for skewed pieces, beside the backend's."""
     options.check_several_ranks(world_size)
     names, sizes = options.formats_of(formats), options.sizes_of(begin, end, factor)
     where = options.device_of(device, world_size)
@@ -110,7 +110,7 @@ def all_to_all(
     columns = ("size", "split", "format", "path", "mode", "time_us", "busbw", "wire_bytes", "error")
     over = f" over {link}" if link else ""
     title = f"all_to_all of {dtype}, {world_size} ranks on {where}{over} (GB/s of uncompressed bytes)"
-    print_table(title, {c: c for c in columns} | {"over_backend": "x backend"}, rows)
+    print_table(title, {c: c for c in columns} | {"speedup": "x best", "over_backend": "x backend"}, rows)
 
 
 def _modes(asked: str | None, device: str) -> tuple[str, ...]:

@@ -57,6 +57,9 @@ def wire_bytes(algorithm: str, message: Message, fmt: WireFormat) -> int:
         local = w // message.nodes
         within, across = sum(_shard_bytes(message, fmt, local)), _shard_bytes(message, fmt, local)[0]
         return (local - 1) * within + (message.nodes - 1) * across
+    if algorithm == "all_to_all_single" and fmt.gather.uncompressed:  # without padding
+        sizes = (1,) * w if message.split is None else message.split.sizes
+        return message.n_bytes * (sum(sizes) - min(sizes)) // max(1, sum(sizes))
     if message.split is not None and algorithm != "all_gather":
         values = message.numel // max(1, message.split.rows)  # of a row along dimension 0
         sizes = [values * rows for rows in message.split.sizes]
