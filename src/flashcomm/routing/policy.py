@@ -58,8 +58,8 @@ def wire_bytes(algorithm: str, message: Message, fmt: WireFormat) -> int:
         within, across = sum(_shard_bytes(message, fmt, local)), _shard_bytes(message, fmt, local)[0]
         return (local - 1) * within + (message.nodes - 1) * across
     if algorithm == "all_to_all_single" and fmt.gather.uncompressed:  # without padding
-        sizes = (1,) * w if message.split is None else message.split.sizes
-        return message.n_bytes * (sum(sizes) - min(sizes)) // max(1, sum(sizes))
+        split = message.split or Split((1,) * w)
+        return message.n_bytes * (split.rows - min(split.sizes)) // max(1, split.rows)
     if message.split is not None and algorithm != "all_gather":
         values = message.numel // max(1, message.split.rows)  # of a row along dimension 0
         sizes = [values * rows for rows in message.split.sizes]
