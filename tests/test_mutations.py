@@ -298,6 +298,31 @@ MUTATIONS = {
         "gpu/host_sync.py", "tl.store(progress1 + at, at * 0 + base1, mask=at >= outbox.n_workers)", "pass",
         "gpu/test_host_kernel.py::test_words_of_workers_that_a_launch_does_not_have_follow_the_calls",
     ),
+    "the piece of another rank": (
+        "collectives/pieces.py", "(mine,) = cut(out, Split(out.shape[:1])", "(mine,) = cut(x[: len(out)], Split(out.shape[:1])",
+        "collectives/test_pieces.py::test_pieces_equal_the_reference[none-300]",
+    ),
+    "what stays is not copied": (
+        "collectives/pieces.py", "received[rank].values.copy_(sent[rank].values)", "received[rank].values.zero_()",
+        "collectives/test_pieces.py::test_all_to_all_equals_the_reference[int5-g32-had-400]",
+    ),
+    "padding that is kept": (
+        "collectives/pieces.py", "out.copy_(self.out[: out.shape[0]])", "out.copy_(self.out[-out.shape[0] :])",
+        "collectives/test_pieces.py::test_kernels_take_padded_pieces",
+    ),
+    "splits that ranks do not compare": (
+        "setup/consistency.py", "in (sent != received).nonzero().tolist()", "in (sent < 0).nonzero().tolist()",
+        "collectives/test_pieces.py::test_bad_splits_on_one_rank_are_an_error_on_all",
+    ),
+    "router weights are low-bit": (
+        "integrations/vllm_experts.py", "x.shape[1] == self.hidden_size and x.dtype in", "x.dtype in",
+        "integrations/test_vllm.py::TestInRanks::test_experts_exchange_hidden_states_low_bit_and_nothing_else",
+    ),
+    "all-to-alls of float32 are low-bit": (
+        "integrations/process_group.py", "hidden = input.dtype in (torch.bfloat16, torch.float16)",
+        "hidden = input.dtype in (torch.bfloat16, torch.float32)",
+        "integrations/test_c10d_backend.py::TestProcessGroup::test_exchanges_of_hidden_states_are_low_bit",
+    ),
     "nodes' sums rounded early": (
         "collectives/hierarchical.py", "dtype = x.dtype if sent.step.uncompressed else torch.float32", "dtype = x.dtype",
         "collectives/test_hierarchical.py::test_ranks_give_the_bits_of_the_reference[int4-dtype0-4-2]",
