@@ -93,8 +93,8 @@ MUTATIONS = {
         "contract/test_01_same_bits_on_every_rank.py::test_every_rank_returns_the_same_bits[int4-two_shot]",
     ),
     "send each peer its neighbor's piece": (
-        "transports/process_group.py", "lambda rank: inp[rank]", "lambda rank: inp[(rank + 1) % self.world_size]",
-        "contract/test_02_same_bits_as_the_reference.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",
+        "transports/process_group.py", "out.unbind(), inp.unbind()", "out.unbind(), inp.roll(1, 0).unbind()",
+        "contract/test_02_same_bits_as_the_reference.py::test_the_size_of_chunks_changes_no_bit[300]",
     ),
     "drop a wait": (
         "collectives/pipelined.py", "        pending, wires = received.pop(c)\n        pending.wait()\n        ctx.codec",
@@ -306,22 +306,9 @@ MUTATIONS = {
         "collectives/pieces.py", "received[rank].values.copy_(sent[rank].values)", "received[rank].values.zero_()",
         "collectives/test_pieces.py::test_all_to_all_equals_the_reference[int5-g32-had-400]",
     ),
-    "padding that is kept": (
-        "collectives/pieces.py", "out.copy_(self.out[: out.shape[0]])", "out.copy_(self.out[-out.shape[0] :])",
-        "collectives/test_pieces.py::test_kernels_take_padded_pieces",
-    ),
     "splits that ranks do not compare": (
         "setup/consistency.py", "in (sent != received).nonzero().tolist()", "in (sent < 0).nonzero().tolist()",
         "collectives/test_pieces.py::test_bad_splits_on_one_rank_are_an_error_on_all",
-    ),
-    "router weights are low-bit": (
-        "integrations/vllm_experts.py", "x.shape[1] == self.hidden_size and x.dtype in", "x.dtype in",
-        "integrations/test_vllm.py::TestInRanks::test_experts_exchange_hidden_states_low_bit_and_nothing_else",
-    ),
-    "all-to-alls of float32 are low-bit": (
-        "integrations/process_group.py", "hidden = input.dtype in (torch.bfloat16, torch.float16)",
-        "hidden = input.dtype in (torch.bfloat16, torch.float32)",
-        "integrations/test_c10d_backend.py::TestProcessGroup::test_exchanges_of_hidden_states_are_low_bit",
     ),
     "nodes' sums rounded early": (
         "collectives/hierarchical.py", "dtype = x.dtype if sent.step.uncompressed else torch.float32", "dtype = x.dtype",

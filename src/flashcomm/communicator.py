@@ -268,7 +268,7 @@ class Communicator:
                 shape = consistency.result_shape(op, tuple(x.shape), self.world_size, split, self.rank)
                 out = torch.empty(shape, dtype=x.dtype, device=x.device)
             if isinstance(split, Exchange):
-                if self.settings.check and self.world_size > 1:
+                if self.world_size > 1 and self.settings.check:
                     consistency.check_exchange(self.transport, split)
                 route = self.explain(x.shape, x.dtype, fmt, op=op, sizes=split.sent.sizes).route
                 route = replace(route, exchange=split)
