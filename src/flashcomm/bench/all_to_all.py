@@ -159,6 +159,7 @@ def _row(
         sent = route.wire_bytes
     algbw = size / seconds / 1e9
     return {
+        "op": "all_to_all",
         "size": size,
         "type": str(dtype).removeprefix("torch."),
         "format": case.format,
