@@ -28,6 +28,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_eval_of_expert_parallelism(pages: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(

@@ -301,6 +301,7 @@ class TestInRanks:
     def test_experts_exchange_hidden_states_low_bit_and_nothing_else(self) -> None:
         run(experts, 3)
 
+    @pytest.mark.thorough
     def test_experts_of_small_batches_and_of_other_settings(self) -> None:
         run(experts_of_small_batches, 2)
 
