@@ -1,4 +1,4 @@
-"""Write tables into README.md and docs/accuracy.md, between `<!-- table NAME -->` and `<!-- end -->`.
+"""Write tables into README.md and pages of docs/, between `<!-- table NAME -->` and `<!-- end -->`.
 
 The data come from the CSV files in results/. A test checks that the pages are up to date.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 from flashcomm.bench.records import BACKEND, read_csv
-from flashcomm.wire.format import UNCOMPRESSED
+from flashcomm.predict import fit, machines, report
+from flashcomm.predict import model as predict
+from flashcomm.wire.format import UNCOMPRESSED, WireFormat
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/formats.md", "docs/performance.md", "docs/predict.md")
 Row = dict[str, str]
 
 
@@ -130,7 +133,7 @@ def generation() -> str:
     return table(["format", "first difference, median token", "mean", "never within 64"], body)
 
 
-def readme() -> str:
+def formats() -> str:
     """Return the plans and a few formats, from wide to narrow: bits, reduction relative to bf16, rises."""
     rows = rows_of("accuracy-smollm2.csv")
     worlds = list(dict.fromkeys(r["world"] for r in rows))
@@ -236,12 +239,150 @@ def first_token() -> str:
     return table(head, body)
 
 
+def rise(name: str, fmt: str, ranks: str = "simulated") -> str:
+    """Return the rise in perplexity of a format, in percent, as a cell of a table."""
+    row = next(r for r in rows_of(name) if r["format"] == fmt and r["ranks"] == ranks)
+    return f"{float(row['rise_pct']):+.2f} %"
+
+
+def links() -> str:
+    """Return, by link, what formats gain in an all-reduce of 16 MB and in time to first token, and what they cost.
+
+    With two ranks the default format is sent in one step, as int6-had.
+    """
+    body = []
+    auto = "accuracy-smollm2-2ranks-auto.csv"
+    gpus = {
+        "NVLink (two H200)": ("h200x2-nvlink.csv", nvlink_first_token_rows(), "int8"),
+        "no peer access (two H200)": ("h200x2-host-memory.csv", rows_of("ttft-h200x2-no-peer-access.csv"), "int4-had"),
+    }
+    for link, (name, first, second) in gpus.items():
+        times = [
+            r for r in rows_of(name) if r["mode"] == "graph" and r["size"] == str(16 << 20) and r["path"] == "auto"
+        ]
+        first = [r for r in first if r["model"] == "llama-3-8b" and (r["batch"], r["tokens"]) == ("8", "1024")]
+        first = [r for r in first if r["overlap"] == "False"]
+        before = next(float(r["ttft_s"]) for r in first if r["path"] == BACKEND)
+        for fmt, once in (("int6-had/int7-had", "int6-had"), (second, second)):
+            (time,) = (float(r["over_backend"]) for r in times if r["format"] == fmt)
+            (after,) = (float(r["ttft_s"]) for r in first if r["format"] == fmt)
+            faster = f"{before * 1e3:.0f} → {after * 1e3:.0f} ms, {before / after:.2f}x"
+            body.append([link, f"`{fmt}`", f"{time:.2f}x", faster, rise(auto, once)])
+    for fmt in ("int6-had", "int4-had"):
+        rows = [r for r in rows_of("allreduce-2ranks-1gbit.csv") if r["size"] == str(16 << 20)]
+        (time,) = (float(r["speedup"]) for r in rows if r["format"] == fmt)
+        body.append(["1 Gbit/s, emulated, 2 ranks", f"`{fmt}`", f"{time:.2f}x", "not measured", rise(auto, fmt)])
+    real_ranks = "accuracy-smollm2-3ranks-real.csv"
+    slow = rows_of("ttft-smollm2-3ranks-100mbit.csv")
+    named = {"int6-had/int7-had": "int6-had/int7-had", "results/plans/smollm2-4.6.json": "smollm2-4.6.json"}
+    for fmt, short in named.items():
+        row = next(r for r in slow if r["format"] == fmt)
+        faster = f"{float(slow[0]['ttft_s']):.2f} → {float(row['ttft_s']):.2f} s, {float(row['speedup']):.2f}x"
+        name = "a plan of 4.6 bits" if fmt.endswith(".json") else f"`{fmt}`"
+        body.append(["100 Mbit/s, emulated, 3 ranks", name, "not measured", faster, rise(real_ranks, short, "real")])
+    for line in body:
+        line[1] = line[1].replace("`int6-had/int7-had`", "`int6-had/int7-had`, the default")
+    return table(["your links", "format", "all-reduce of 16 MB", "time to first token", "perplexity"], body)
+
+
+def nvlink_first_token_rows() -> list[Row]:
+    return [r for r in rows_of("ttft-h200x2-nvlink-before-after.csv") if r["tree"] == "after, run 1"]
+
+
+def first_token_nvlink() -> str:
+    body = []
+    for r in nvlink_first_token_rows():
+        name = "bf16, NCCL" if r["path"] == BACKEND else f"`{r['format']}`"
+        body.append([name, f"{float(r['ttft_s']) * 1e3:.1f} ms", f"{float(r['speedup']):.2f}x"])
+    return table(["all-reduces in", "time to first token", "speed-up"], body)
+
+
+def predict_check() -> str:
+    """Return the errors of the predictions of every measurement, by file."""
+    found = list(fit.check(ROOT / "results"))
+    body = []
+    for file in [*dict.fromkeys(m.file for m in found), "all"]:
+        errors = [abs(m.error) for m in found if file in (m.file, "all")]
+        off = sum(error > 0.25 for error in errors)
+        name = file if file == "all" else f"`{file}`"
+        body.append([name, str(len(errors)), f"{statistics.median(errors):.1%}", f"{max(errors):.0%}", str(off)])
+    return table(["measured in", "rows", "median error", "largest error", "off by more than 25 %"], body)
+
+
+PREDICTED_FORMATS = ("int8", "int6-had/int7-had", "int4-had")
+
+
+def gains(machine: predict.Machine, shape: str, formats: tuple[str, ...] = PREDICTED_FORMATS) -> list[str]:
+    """Return predicted gains in time to first token, 8 x 1024 tokens, without and with overlap, by format."""
+    rows = report.rows_of(machine, report.shape_of(shape), list(formats), 8, 1024)
+    return [f"{row['gain']:.2f}x, {row['overlap_gain']:.2f}x" for row in rows[1:]]
+
+
+def gpu(name: str, link: str, ranks: int, shared: int = 1) -> predict.Machine:
+    found = machines.gpu_of(name)
+    return predict.Machine(found, machines.link_of(link, found, ranks), ranks, shared=shared)
+
+
+def predict_ranks() -> str:
+    cases = [
+        ("H100, NVLink", "h100", "nvlink", False),
+        ("H100, PCIe 5, no peer access", "h100", "host-memory", False),
+        ("L40S, PCIe 4, no peer access", "l40s", "host-memory", False),
+        ("RTX 4090, PCIe 4, no peer access", "rtx-4090", "host-memory", False),
+        ("RTX 4090, two behind one PCIe 4 switch", "rtx-4090", "host-memory", True),
+    ]
+    body = []
+    for what, name, link, shared in cases:
+        for ranks in (2, 4, 8):
+            machine = gpu(name, link, ranks, 2 if shared else 1)
+            body.append([what, str(ranks), *gains(machine, "llama-3-8b")])
+    return table(["llama-3-8b", "ranks", *(f"`{f}`" for f in PREDICTED_FORMATS)], body)
+
+
+def predict_hosts() -> str:
+    body = []
+    for rate in ("25gbit", "100gbit"):
+        for hosts in (2, 4, 8):
+            between, ranks = machines.ethernet(rate), 4 * hosts
+            machine = gpu("h100", "nvlink", ranks)._replace(hosts=hosts, host_link=between)
+            times = [predict.all_reduce_us(machine, "backend", WireFormat.parse("none"), 64 << 20, 4096)]
+            fmt = WireFormat.parse("int6-had/int7-had")
+            times += [predict.all_reduce_us(machine, a, fmt, 64 << 20, 4096) for a in ("two_shot", "hierarchical")]
+            body.append([rate, f"{hosts} x 4", *(f"{us / 1e3:.1f} ms" for us in times), f"{times[0] / times[2]:.2f}x"])
+    head = ["a host's link", "GPUs", "backend", "two-shot", "hierarchical", "hierarchical over backend"]
+    return table(head, body)
+
+
+def predict_claims() -> str:
+    claims = [
+        ("Flash Communication, 4 x L40, time to first token", "2.06x", "l40", "host-memory", 4, "ttft"),
+        ("Flash Communication, 4 x A100, time to first token", "1.19x", "a100", "nvlink", 4, "ttft"),
+        ("Flash Communication, 4 x L40, all-reduce of 64 MB", "3.18x", "l40", "host-memory", 4, "sum"),
+        ("QuickReduce, 2 x MI300X, time to first token, 70B", "3.7 to 4.1x", "mi300x", "nvlink", 2, "ttft"),
+        ("QuickReduce, 4 x MI300X, time to first token, 70B", "1.4x", "mi300x", "nvlink", 4, "ttft"),
+        ("QuickReduce, 8 x MI300X, time to first token, 70B", "1.2 to 1.3x", "mi300x", "nvlink", 8, "ttft"),
+        ("QuickReduce, 2 x MI300X, all-reduce of 64 MB", "3.1x", "mi300x", "nvlink", 2, "sum"),
+    ]
+    body = []
+    for what, claim, name, link, ranks, kind in claims:
+        machine = gpu(name, link, ranks)
+        if kind == "ttft":
+            row = report.rows_of(machine, report.shape_of("llama-3-70b"), ["int4"], 8, 1024)[1]
+            got = f"{row['gain']:.2f}x (limit {row['limit']:.2f}x)"
+        else:
+            plain = predict.all_reduce_us(machine, BACKEND, WireFormat.parse("none"), 64 << 20, 8192)
+            got = f"{plain / predict.best(machine, WireFormat.parse('int4'), 64 << 20, 8192)[1]:.2f}x"
+        body.append([what, claim, got])
+    return table(["published", "claim", "predicted for `int4`"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(readme, nvlink, host_memory, first_token, accuracy),
+        *(links, formats, nvlink, host_memory, first_token, first_token_nvlink, accuracy),
         *(auto, nodes, nodes_times, real, predicted),
         *(needle, generation, families, tuned, third),
+        *(predict_check, predict_ranks, predict_hosts, predict_claims),
     )
 }
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "reference": {"errors", "wire"},
     "transports": {"errors"},
     "collectives": {"errors", "wire", "gpu", "transports", "reference", "routing"},
-    "routing": {"errors", "wire.format"},
+    "routing": {"errors", "wire.format", "wire.split"},
     "settings": {"errors", "wire.format", "routing"},
     "setup": {"errors", "settings", "routing", "transports", "collectives", "codecs", "gpu", "reference", "wire", ""},
     "communicator": {
@@ -45,9 +45,10 @@ MAY_IMPORT = {
         *("errors", "routing", "setup", "reference", "codecs", "communicator", "integrations", "wire", ""),
         *("ranks", "accuracy.models", "transports"),
     },
+    "predict": {"errors", "routing", "wire", "bench"},
     "cli": {
         *("errors", "settings", "routing", "setup", "plan", "wire", ""),
-        *("accuracy", "bench", "ranks"),
+        *("accuracy", "bench", "predict", "ranks"),
     },
     "": {"communicator", "errors", "ops", "wire.format"},
 }
@@ -117,7 +118,7 @@ def test_transports_know_bytes_and_no_formats() -> None:
 
 def test_public_names() -> None:
     classes = ["Communicator", "FlashcommError", "WireFormat", "__version__"]
-    ops = ["all_gather", "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter"]
+    ops = ["all_gather", "all_reduce", "all_reduce_add_rms_norm", "all_to_all_single", "reduce_scatter"]
     assert flashcomm.__all__ == classes + ops
 
 

@@ -76,6 +76,47 @@ def test_reduce_scatter_and_all_gather_as_functions_and_as_ops(ctx: RankContext)
         torch.ops.flashcomm.all_gather(x, name, 2)
 
 
+@ranks(2)
+def test_pieces_of_any_size_as_functions_and_in_one_graph(ctx: RankContext) -> None:
+    fmt, counting = WireFormat.parse("int4/int8"), Counting()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
+    def block(x: torch.Tensor, a: int) -> torch.Tensor:
+        sizes = [a, x.shape[0] - a]
+        return flashcomm.all_gather(flashcomm.reduce_scatter(x * 2, fmt_text, sizes=sizes), fmt_text, sizes=sizes)
+
+    fmt_text = "int4/int8"
+    for seed, (rows, a) in enumerate(((64, 7), (66, 50), (101, 3))):
+        per_rank = inputs(rows, ctx.world_size, seed)
+        shards = reference.reduce_scatter([t * 2 for t in per_rank], fmt, (a, rows - a))
+        want = reference.all_gather(shards, fmt)
+        assert torch.equal(block(per_rank[ctx.rank], a), want)
+        shard = flashcomm.reduce_scatter(per_rank[ctx.rank] * 2, fmt, sizes=(a, rows - a))
+        assert torch.equal(flashcomm.all_gather(shard, fmt, sizes=(a, rows - a)), want)
+    assert counting.graphs == 1
+    with pytest.raises(SettingsError, match="pass that"):
+        torch.ops.flashcomm.reduce_scatter_v(per_rank[0], ops.op_name(fmt), (3, rows - 3), 1 - ctx.rank)
+
+
+@ranks(2)
+def test_all_to_all_as_a_function_and_in_one_graph(ctx: RankContext) -> None:
+    fmt, counting = WireFormat.parse("int4/int8"), Counting()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counting)
+    def block(x: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
+        return flashcomm.all_to_all_single(x * 2, received, sent, "int4/int8") + 1
+
+    for seed, splits in enumerate((((5, 9), (3, 7)), ((1, 2), (30, 4)))):
+        per_rank = [inputs(sum(splits[r]), 2, seed)[r] for r in range(2)]
+        want = reference.all_to_all_single([x * 2 for x in per_rank], fmt, splits)[ctx.rank]
+        x, sent, received = per_rank[ctx.rank], list(splits[ctx.rank]), [s[ctx.rank] for s in splits]
+        assert torch.equal(flashcomm.all_to_all_single(x * 2, received, sent, fmt), want)
+        assert torch.equal(block(x, received, sent), want + 1)
+    assert counting.graphs == 1
+    ids = torch.arange(4) + 10 * ctx.rank
+    assert flashcomm.all_to_all_single(ids).tolist() == [[0, 1, 10, 11], [2, 3, 12, 13]][ctx.rank]
+
+
 @pytest.mark.thorough
 @ranks(2)
 def test_opcheck_of_reduce_scatter_and_all_gather(ctx: RankContext) -> None:
@@ -83,6 +124,11 @@ def test_opcheck_of_reduce_scatter_and_all_gather(ctx: RankContext) -> None:
     for x in (inputs(64, ctx.world_size)[ctx.rank], torch.randn(6, 4).t(), torch.empty(0, 8), torch.randn(4, 3, 64)):
         torch.library.opcheck(torch.ops.flashcomm.reduce_scatter.default, (x, name, ctx.world_size))
         torch.library.opcheck(torch.ops.flashcomm.all_gather.default, (x, name, ctx.world_size))
+    x, splits = torch.randn(6, 64), [[1, 5], [5, 1]][ctx.rank]
+    for given in (None, splits):
+        torch.library.opcheck(torch.ops.flashcomm.all_to_all_single.default, (x, given, given, name))
+    torch.library.opcheck(torch.ops.flashcomm.all_gather_v.default, (x[: 3 + ctx.rank], name, [3, 4]))
+    torch.library.opcheck(torch.ops.flashcomm.reduce_scatter_v.default, (x, name, [2, 4], ctx.rank))
 
 
 class Counting:

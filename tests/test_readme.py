@@ -1,4 +1,4 @@
-"""The README's examples run, and print what it says they print; its figures are those of a CSV in results/."""
+"""The README shows lines of examples that run, and what they print. Figures are those of a CSV in results/."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import flashcomm
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -19,13 +21,30 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_example_prints_what_it_says(tmp_path: Path) -> None:
-    code, output = blocks("python")[0], blocks("text")[0]
-    file = tmp_path / "example.py"
-    file.write_text(code)
-    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == output.strip()
+def statements(code: str) -> list[str]:
+    """The lines of code without comments."""
+    return [line for raw in code.splitlines() if (line := raw.partition("#")[0].strip())]
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(README.splitlines()) <= 120
+
+
+def test_snippets_are_lines_of_examples_that_run() -> None:
+    """Except for `from_pretrained`, which is as on the page of transformers. tests/test_docs.py runs the examples."""
+    transformers, all_reduce = (statements(block) for block in blocks("python"))
+    example = statements((ROOT / "examples" / "all_reduce.py").read_text())
+    assert all_reduce
+    assert all(line in example for line in all_reduce)
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    assert all(line in page for line in transformers)
+    printed = re.findall(r"^# (calls .*)$", README, re.MULTILINE)
+    assert printed == re.findall(r"^(calls .*)$", page, re.MULTILINE)
+    (printed,) = blocks("text")
+    assert printed in (ROOT / "docs" / "quickstart.md").read_text()
+    logged = re.search(r"^# (Communicator\(.*)$", blocks("bash")[1], re.MULTILINE)
+    assert logged is not None
+    assert logged[1] in (ROOT / "docs" / "vllm.md").read_text()
 
 
 def test_commands_exist() -> None:
@@ -49,13 +68,14 @@ def rows_of(name: str) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def test_figures_are_those_of_the_results() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
     ttft = rows_of("ttft-smollm2-3ranks-100mbit.csv")
     named = {"bf16": "bf16, gloo", "int8": "int8", "int6-had/int7-had": "int6-had/int7-had, the default"}
     named |= {"results/plans/smollm2-4.6.json": "a plan of 4.6 bits", "int4-had": "int4-had"}
     for fmt, label in named.items():
         row = ttft["100mbit", fmt]
         seconds, speedup, sent = float(row["ttft_s"]), float(row["speedup"]), int(row["wire_bytes"]) / 1e6
-        assert f"| {label} | {seconds:.2f} s | {speedup:.2f}x | {sent:.1f} MB |" in README
+        assert f"| {label} | {seconds:.2f} s | {speedup:.2f}x | {sent:.1f} MB |" in page
     for rate, label in (("200mbit", "200 Mbit/s"), ("1gbit", "1 Gbit/s")):
         rows = rows_of(f"allreduce-2ranks-{rate}.csv")
         cells = []
@@ -63,19 +83,19 @@ def test_figures_are_those_of_the_results() -> None:
             row = rows[str(16 << 20), fmt]
             times = "" if fmt == "bf16" else f", {float(row['speedup']):.2f}x"
             cells.append(f"{float(row['time_us']) / 1e3:.0f} ms{times}")
-        assert f"| {label} | {' | '.join(cells)} |" in README
+        assert f"| {label} | {' | '.join(cells)} |" in page
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/accuracy.md"])
-def test_tables_are_those_of_the_results(page: str) -> None:
-    """What scripts/tables.py would write is what stands there; every table it knows stands on one of both pages."""
-    sys.path.insert(0, str(ROOT / "scripts"))
+def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scripts/tables.py would write is what stands there; every table it knows stands on one page."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import tables
 
-    text = (ROOT / page).read_text()
-    assert tables.rendered(text) == text, "run scripts/tables.py"
-    assert set(re.findall(r"<!-- table (\w+) -->", text)) <= set(tables.TABLES)
-    assert sum((ROOT / p).read_text().count("<!-- table ") for p in tables.PAGES) == len(tables.TABLES)
+    texts = [(ROOT / page).read_text() for page in tables.PAGES]
+    for page, text in zip(tables.PAGES, texts, strict=True):
+        assert tables.rendered(text) == text, f"{page}: run scripts/tables.py"
+    shown = [name for text in texts for name in re.findall(r"<!-- table (\w+) -->", text)]
+    assert sorted(shown) == sorted(tables.TABLES)
 
 
 def test_results_say_where_they_come_from() -> None:
@@ -86,3 +106,17 @@ def test_results_say_where_they_come_from() -> None:
         assert rows, file
         for row in rows:
             assert all(row[key] for key in ("machine", "torch", "python", "flashcomm", "date", "command")), file
+
+
+def test_ci_runs_the_scripts_of_the_workflows() -> None:
+    called = r"\b(scripts/[\w-]+(?: build)?)$"
+    ours, theirs = (
+        set(re.findall(called, (ROOT / name).read_text(), re.MULTILINE))
+        for name in (".ci/run", ".github/workflows/ci.yml")
+    )
+    assert len(ours) == 5
+    assert ours == theirs
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"\nversion: {flashcomm.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -6,7 +6,7 @@ engine or command line.
 
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError
-from flashcomm.ops import all_gather, all_reduce, all_reduce_add_rms_norm, reduce_scatter
+from flashcomm.ops import all_gather, all_reduce, all_reduce_add_rms_norm, all_to_all_single, reduce_scatter
 from flashcomm.wire.format import WireFormat
 
 __version__ = "0.1.0"
@@ -18,5 +18,6 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_add_rms_norm",
+    "all_to_all_single",
     "reduce_scatter",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -26,6 +27,7 @@ from flashcomm.routing.route import Choice, Message
 from flashcomm.settings import Arguments
 from flashcomm.setup import consistency, startup
 from flashcomm.wire.format import WireFormat
+from flashcomm.wire.split import Exchange, Split
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -99,28 +101,66 @@ class Communicator:
             return result
         return self._collective("all_reduce", x, out, format, whole)
 
-    def reduce_scatter(self, x: Tensor, out: Tensor | None = None, *, format: Format = None) -> Tensor:
+    def reduce_scatter(
+        self, x: Tensor, out: Tensor | None = None, *, format: Format = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         """Sum x over all ranks and return this rank's shard along dimension 0. Quantizes once, as `format.reduce`.
 
         Args:
             x: (world_size * n, ...), else as in `all_reduce`.
             out: (n, ...), else as in `all_reduce`; must not overlap x.
             format: As in `all_reduce`.
+            sizes: Rows of each rank's shard, equal on all ranks; may be 0. x is then (sum(sizes), ...), and the result
+                (sizes[rank], ...). None: equal shards.
 
         Raises:
-            InputError: As in `all_reduce`, or dimension 0 is not divisible by world_size.
+            InputError: As in `all_reduce`, or dimension 0 is not divisible by world_size, or not sum(sizes).
         """
-        return self._collective("reduce_scatter", x, out, format)
+        return self._collective("reduce_scatter", x, out, format, Split.of(sizes))
 
-    def all_gather(self, x: Tensor, out: Tensor | None = None, *, format: Format = None) -> Tensor:
+    def all_gather(
+        self, x: Tensor, out: Tensor | None = None, *, format: Format = None, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         """Concatenate every rank's x along dimension 0. All are quantized as `format.gather`, this rank's own, too.
 
         Args:
             x: (n, ...), else as in `all_reduce`.
             out: (world_size * n, ...), else as in `all_reduce`; must not overlap x.
             format: As in `all_reduce`.
+            sizes: Rows of each rank's x, equal on all ranks; may be 0. x is then (sizes[rank], ...), and the result
+                (sum(sizes), ...). None: all ranks have n.
+
+        Raises:
+            InputError: As in `all_reduce`, or this rank's rows are not sizes[rank].
         """
-        return self._collective("all_gather", x, out, format)
+        return self._collective("all_gather", x, out, format, Split.of(sizes))
+
+    def all_to_all_single(
+        self,
+        x: Tensor,
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+        *,
+        out: Tensor | None = None,
+        format: Format = None,
+    ) -> Tensor:
+        """Send piece j of x along dimension 0 to rank j. Piece i of the result comes from rank i.
+
+        Values are quantized once, as `format.gather`, but for the piece that stays on its rank. They are sent as they
+        are if that would save no bytes (vectors, short rows), and if they are integers, bool, float64 or 8-bit floats.
+
+        Args:
+            x: (rows, ...). Ranks may have different numbers of rows; everything else is equal.
+            output_split_sizes: Rows that come from each rank; may be 0. None: equal pieces.
+            input_split_sizes: Rows that each rank gets; may be 0. None: equal pieces.
+            out: (sum(output_split_sizes), ...), else as in `all_reduce`; must not overlap x.
+            format: As in `all_reduce`.
+
+        Raises:
+            InputError: As in `all_reduce`, or a rank expects other rows than its peer sends.
+        """
+        exchange = consistency.exchange_of(x, out, output_split_sizes, input_split_sizes, self.world_size)
+        return self._collective("all_to_all_single", x, out, format, exchange)
 
     def all_reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: Format = None
@@ -147,6 +187,7 @@ class Communicator:
         *,
         op: str = "all_reduce",
         whole: int | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Choice:
         """Return the route of a call with its reason and bytes, and why the alternatives were rejected.
 
@@ -154,11 +195,14 @@ class Communicator:
             shape: The shape of one rank's input.
             dtype: The dtype of the input.
             format: As in `all_reduce`.
-            op: "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter" or "all_gather".
+            op: "all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather" or "all_to_all_single".
             whole: As in `all_reduce`.
+            sizes: As in `reduce_scatter` and `all_gather`; for an all-to-all the input_split_sizes.
         """
-        group = self.world_size, self.device.type, self.machine.local_world_size
-        message = Message.of(op, shape, dtype, group, whole)
+        group, split = (self.world_size, self.device.type, self.machine.local_world_size), Split.of(sizes)
+        if split is not None and not split.fits(self.world_size, 0):
+            raise InputError(f"explain: {consistency.Problem.SIZES.advice(self.device, self.world_size)}")
+        message = Message.of(op, shape, dtype, group, whole, split if split and not split.is_even else None)
         fmt = self.format if format is None else WireFormat.parse(format)
         return policy.choose(message, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine)
 
@@ -207,26 +251,42 @@ class Communicator:
         same: Any = None,
         problem: consistency.Problem | None = None,
     ) -> Tensor:
-        """Validate, route, run and count a call. `same` (whole or eps) must be equal on all ranks, too."""
+        """Validate, route, run and count a call. `same` (whole, eps or sizes) must be equal on all ranks, too."""
         whole = same if op == "all_reduce" else None
+        split = same if isinstance(same, (Split, Exchange)) else None
         with self._guard.call(op):
             if problem is None:
-                problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole)
-            fmt = self._validate(op, x, format, problem, same)
+                problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole, split, self.rank)
+            rows = None  # that ranks compare
+            if isinstance(split, Exchange):
+                same, rows = None, -1
+            elif split is not None and not problem:
+                same = split = None if split.is_even else split
+                rows = split.rows if split else None
+            fmt = self._validate(op, x, format, problem, same, rows)
             if out is None:
-                shape = consistency.result_shape(op, tuple(x.shape), self.world_size)
+                shape = consistency.result_shape(op, tuple(x.shape), self.world_size, split, self.rank)
                 out = torch.empty(shape, dtype=x.dtype, device=x.device)
-            if x.numel() == 0:
+            if isinstance(split, Exchange):
+                if self.world_size > 1 and self.settings.check:
+                    consistency.check_exchange(self.transport, split)
+                route = self.explain(x.shape, x.dtype, fmt, op=op, sizes=split.sent.sizes).route
+                route = replace(route, exchange=split)
+            elif x.numel() == out.numel() == 0:
                 return out
-            route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole).route
+            else:
+                sizes = split.sizes if split else None
+                route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole, sizes=sizes).route
             launch = self._executors[route.executor].run(route, x, out)
-            name, n_bytes = f"{op}/{route.label}", route.wire_bytes * x.numel() // (whole or x.numel())
+            name, n_bytes = f"{op}/{route.label}", route.wire_bytes * x.numel() // whole if whole else route.wire_bytes
             self._counts.add(name, n_bytes, x)
             if launch and op == "all_reduce" and x.is_cuda and self.settings.debug == "off" and not self.settings.check:
                 self._recent.keep(x, format, whole, name, n_bytes, launch)
             return out
 
-    def _validate(self, op: str, x: Tensor, format: Format, problem: consistency.Problem, same: object) -> WireFormat:
+    def _validate(
+        self, op: str, x: Tensor, format: Format, problem: consistency.Problem, same: object, rows: int | None
+    ) -> WireFormat:
         """Return the format of a call. Raise if this rank's input is wrong or, with check=True, if ranks differ."""
         if self.closed:
             raise ClosedError(f"{op} on a closed Communicator: create a new one")
@@ -237,7 +297,7 @@ class Communicator:
             unknown = why  # raised below, after all ranks exchanged it
             problem = problem or consistency.Problem.FORMAT
         if self.settings.check and self.world_size > 1:
-            consistency.check_call(self.transport, op, x, problem, self._n_calls + 1, (self.settings, fmt, same))
+            consistency.check_call(self.transport, op, x, problem, self._n_calls + 1, (self.settings, fmt, same), rows)
         elif problem == consistency.Problem.FORMAT and unknown:
             raise unknown
         elif problem:

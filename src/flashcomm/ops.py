@@ -7,17 +7,22 @@ process group and the wire format. Without a format, FLASHCOMM_FORMAT or the def
     torch.ops.flashcomm.all_reduce(Tensor x, str group) -> Tensor
     torch.ops.flashcomm.reduce_scatter(Tensor x, str group, int world_size) -> Tensor  (world_size * n, ...) to (n, ...)
     torch.ops.flashcomm.all_gather(Tensor x, str group, int world_size) -> Tensor      (n, ...) to (world_size * n, ...)
+    torch.ops.flashcomm.reduce_scatter_v(Tensor x, str group, SymInt[] sizes, int rank) -> Tensor
+    torch.ops.flashcomm.all_gather_v(Tensor x, str group, SymInt[] sizes) -> Tensor
+    torch.ops.flashcomm.all_to_all_single(Tensor x, SymInt[]? output_split_sizes, SymInt[]? input_split_sizes,
+        str group) -> Tensor
     torch.ops.flashcomm.all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group)
         -> (Tensor, Tensor)
 
 All are functional: they return new contiguous tensors and leave x unchanged. `world_size` is the size of the group:
-tracing needs it for the result's shape, because it has no group to ask. An engine's integration can `override` names of
-its own, for all-reduces that depend on more than the group, such as the layer.
+tracing needs it for the result's shape, because it has no group to ask. `sizes` are the rows of each rank's piece, and
+`rank` is this rank. An engine's integration can `override` names of its own, for all-reduces that depend on more than
+the group, such as the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -51,32 +56,79 @@ def all_reduce(x: Tensor, format: str | WireFormat | None = None, group: dist.Pr
     return all_reduce_by_name(x, op_name(format, group))
 
 
-def reduce_scatter(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+def reduce_scatter(
+    x: Tensor,
+    format: str | WireFormat | None = None,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
     """Sum x over the ranks and return this rank's shard along dimension 0; see `Communicator.reduce_scatter`.
 
     Args:
         x: (world_size * n, ...). Messages of any size are quantized, in the format of the reduce step.
         format: As in `all_reduce`.
         group: As in `all_reduce`.
+        sizes: Rows of each rank's shard, equal on all ranks. None: equal shards.
 
     Returns:
-        A contiguous tensor (n, ...).
+        A contiguous tensor (n, ...), or (sizes[rank], ...).
     """
+    if sizes is not None:
+        name = op_name(format, group)
+        if torch.compiler.is_compiling():
+            return torch.ops.flashcomm.reduce_scatter_v(x, name, sizes, _rank(group))  # type: ignore[no-any-return]
+        return _communicator_for(name, x).reduce_scatter(x, sizes=sizes)
     return reduce_scatter_by_name(x, op_name(format, group), _size(group))
 
 
-def all_gather(x: Tensor, format: str | WireFormat | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+def all_gather(
+    x: Tensor,
+    format: str | WireFormat | None = None,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
     """Concatenate every rank's x along dimension 0; see `Communicator.all_gather`.
 
     Args:
         x: (n, ...). Messages of any size are quantized, in the format of the gather step.
         format: As in `all_reduce`.
         group: As in `all_reduce`.
+        sizes: Rows of each rank's x, equal on all ranks. None: all ranks have n.
 
     Returns:
-        A contiguous tensor (world_size * n, ...).
+        A contiguous tensor (world_size * n, ...), or (sum(sizes), ...).
     """
+    if sizes is not None:
+        name = op_name(format, group)
+        if torch.compiler.is_compiling():
+            return torch.ops.flashcomm.all_gather_v(x, name, sizes)  # type: ignore[no-any-return]
+        return _communicator_for(name, x).all_gather(x, sizes=sizes)
     return all_gather_by_name(x, op_name(format, group), _size(group))
+
+
+def all_to_all_single(
+    x: Tensor,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    format: str | WireFormat | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Send piece j of x to rank j, and concatenate what comes from all ranks; see `Communicator.all_to_all_single`.
+
+    Args:
+        x: (rows, ...).
+        output_split_sizes: Rows that come from each rank. None: equal pieces.
+        input_split_sizes: Rows that each rank gets. None: equal pieces.
+        format: As in `all_reduce`. Pieces of any size are quantized, in the format of the gather step.
+        group: As in `all_reduce`.
+
+    Returns:
+        A contiguous tensor (sum(output_split_sizes), ...).
+    """
+    name = op_name(format, group)
+    if torch.compiler.is_compiling():
+        return torch.ops.flashcomm.all_to_all_single(x, output_split_sizes, input_split_sizes, name)  # type: ignore[no-any-return]
+    return _communicator_for(name, x).all_to_all_single(x, output_split_sizes, input_split_sizes)
 
 
 def all_reduce_add_rms_norm(
@@ -167,6 +219,10 @@ def _size(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size() if group is None else group.size()
 
 
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank() if group is None else group.rank()
+
+
 def _communicator_for(name: str, x: Tensor) -> Communicator:
     """Return the Communicator of an `op_name` for x's device. Create it if the current group has none."""
     text, at, group_name = name.rpartition("@")
@@ -207,6 +263,23 @@ def _run_all_gather(x: Tensor, group: str, world_size: int) -> Tensor:
     return _of_size(_communicator_for(group, x), group, world_size).all_gather(x)
 
 
+def _run_reduce_scatter_v(x: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
+    comm = _communicator_for(group, x)
+    if comm.rank != rank:  # the result would not have the shape that the graph was traced with
+        raise SettingsError(f"rank={rank} was given for group {group!r}, where this is rank {comm.rank}: pass that")
+    return comm.reduce_scatter(x, sizes=sizes)
+
+
+def _run_all_gather_v(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
+    return _communicator_for(group, x).all_gather(x, sizes=sizes)
+
+
+def _run_all_to_all_single(
+    x: Tensor, output_split_sizes: Sequence[int] | None, input_split_sizes: Sequence[int] | None, group: str
+) -> Tensor:
+    return _communicator_for(group, x).all_to_all_single(x, output_split_sizes, input_split_sizes)
+
+
 def _run_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
     return _communicator_for(group, x).all_reduce_add_rms_norm(x, residual, weight, eps)
 
@@ -232,6 +305,20 @@ def _fake_all_gather(x: Tensor, group: str, world_size: int) -> Tensor:
     return x.new_empty((x.shape[0] * world_size, *x.shape[1:]))
 
 
+def _fake_reduce_scatter_v(x: Tensor, group: str, sizes: Sequence[int], rank: int) -> Tensor:
+    return x.new_empty((sizes[rank], *x.shape[1:]))
+
+
+def _fake_all_gather_v(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
+    return x.new_empty((sum(sizes), *x.shape[1:]))
+
+
+def _fake_all_to_all_single(
+    x: Tensor, output_split_sizes: Sequence[int] | None, input_split_sizes: Sequence[int] | None, group: str
+) -> Tensor:
+    return x.new_empty((x.shape[0] if output_split_sizes is None else sum(output_split_sizes), *x.shape[1:]))
+
+
 def _fake_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str) -> tuple[Tensor, Tensor]:
     return _fake_all_reduce(x, group), _fake_all_reduce(x, group)
 
@@ -241,6 +328,17 @@ for _signature, _run, _fake in (
     ("all_reduce(Tensor x, str group) -> Tensor", _run_all_reduce, _fake_all_reduce),
     ("reduce_scatter(Tensor x, str group, int world_size) -> Tensor", _run_reduce_scatter, _fake_reduce_scatter),
     ("all_gather(Tensor x, str group, int world_size) -> Tensor", _run_all_gather, _fake_all_gather),
+    (
+        "reduce_scatter_v(Tensor x, str group, SymInt[] sizes, int rank) -> Tensor",
+        _run_reduce_scatter_v,
+        _fake_reduce_scatter_v,
+    ),
+    ("all_gather_v(Tensor x, str group, SymInt[] sizes) -> Tensor", _run_all_gather_v, _fake_all_gather_v),
+    (
+        "all_to_all_single(Tensor x, SymInt[]? output_split_sizes, SymInt[]? input_split_sizes, str group) -> Tensor",
+        _run_all_to_all_single,
+        _fake_all_to_all_single,
+    ),
     (
         "all_reduce_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str group) -> (Tensor, Tensor)",
         _run_add_rms_norm,

@@ -110,18 +110,19 @@ def all_reduce(
     return {"one_shot": one_shot, "two_shot": two_shot}[algorithm](tensors, fmt, codec)
 
 
-def reduce_scatter(tensors: Sequence[Tensor], fmt: WireFormat) -> list[Tensor]:
+def reduce_scatter(tensors: Sequence[Tensor], fmt: WireFormat, sizes: Sequence[int] | None = None) -> list[Tensor]:
     """Return each rank's shard of the sum, along dimension 0.
 
     Each shard is a message of its own, quantized as `fmt.reduce`.
 
     Args:
-        tensors: One message per rank, of equal shape and dtype; dimension 0 is a multiple of the number of ranks.
+        tensors: One message per rank, of equal shape and dtype.
         fmt: The format; only `fmt.reduce` is used.
+        sizes: Rows of each rank's shard, which may be 0. None: dimension 0 is a multiple of the number of ranks.
     """
     if len(tensors) == 1:
         return [tensors[0].clone()]
-    shards = [t.chunk(len(tensors)) for t in tensors]
+    shards = [t.chunk(len(tensors)) if sizes is None else t.split_with_sizes(list(sizes)) for t in tensors]
     return [one_shot([s[rank] for s in shards], fmt) for rank in range(len(tensors))]
 
 
@@ -129,12 +130,37 @@ def all_gather(tensors: Sequence[Tensor], fmt: WireFormat) -> Tensor:
     """Return all tensors, quantized and concatenated along dimension 0.
 
     Args:
-        tensors: One tensor per rank, of equal shape and dtype. Each is a message of its own.
+        tensors: One tensor per rank, of equal dtype and shape, but for dimension 0. Each is a message of its own.
         fmt: The format; only `fmt.gather` is used.
     """
     if len(tensors) == 1:
         return tensors[0].clone()
     return torch.cat([quantized_sum([t], fmt.gather).to(t.dtype).view(t.shape) for t in tensors])
+
+
+def all_to_all_single(
+    tensors: Sequence[Tensor], fmt: WireFormat, splits: Sequence[Sequence[int]] | None = None
+) -> list[Tensor]:
+    """Return what each rank receives: its piece of every rank's tensor, concatenated along dimension 0 in rank order.
+
+    Each piece is a message of its own, quantized as `fmt.gather`. The piece that stays on its rank is not quantized.
+
+    Args:
+        tensors: One tensor per rank, of equal dtype and shape, but for dimension 0.
+        fmt: The format; only `fmt.gather` is used.
+        splits: For each rank the rows of the piece that each rank receives from it. None: equal pieces.
+    """
+    n = len(tensors)
+    splits = [[len(t) // n] * n for t in tensors] if splits is None else splits
+    pieces = [t.split_with_sizes(list(sizes)) for t, sizes in zip(tensors, splits, strict=True)]
+
+    def received(source: int, target: int) -> Tensor:
+        piece = pieces[source][target]
+        if source == target or fmt.gather.uncompressed:
+            return piece
+        return quantized_sum([piece], fmt.gather).to(piece.dtype).view(piece.shape)
+
+    return [torch.cat([received(source, target) for source in range(n)]) for target in range(n)]
 
 
 def add_rms_norm(total: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ NAMES = (
     *("DEBUG", "LOCAL_WORLD", "HOST_WORKERS", "MEASURE", "VERIFY"),
 )
 MOST_HOST_WORKERS = 128  # equal to `gpu.host_sync.MAX_WORKERS`
-_ELSEWHERE = ("GRADIENTS",)  # read by integrations.process_group
+_ELSEWHERE = ("GRADIENTS", "EXPERT_FORMAT")  # read by integrations.process_group and integrations.vllm_experts
 _ARGUMENTS = {name: name.lower() for name in NAMES} | {"LOCAL_WORLD": "local_world_size"}
 _PREFIX = "FLASHCOMM_"
 _SIZE = re.compile(r"([0-9]{1,18})\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)

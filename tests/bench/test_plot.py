@@ -44,7 +44,7 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records.write_csv(source, rows)
     lines = drawn(monkeypatch, source, tmp_path / "new.svg")
     assert lines == {
-        "backend": ("--", [1024, 2048]),
+        "gloo": ("--", [1024, 2048]),
         "uncompressed one_shot": (":", [1024, 2048]),
         "int4": ("-", [1024, 2048]),
         "flashinfer fp8 (eager)": ("-.", [7, 7]),
@@ -56,8 +56,25 @@ def test_pictures_of_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lines = drawn(monkeypatch, RESULTS / "allreduce-2ranks-1gbit.csv", tmp_path / "old.svg")
     assert set(lines) == {"best uncompressed", "int8", "int6-had", "int4-had", "int4"}
     lines = drawn(monkeypatch, RESULTS / "h200x2-nvlink.csv", tmp_path / "gpu.svg")
-    assert lines["backend"][0] == "--"
+    assert lines["NCCL"][0] == "--"
     assert {"uncompressed one_shot", "symm two-shot", "int4"} < set(lines)
+
+
+def test_a_part_of_a_file_for_dark_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    source, where = RESULTS / "ttft-h200x2-no-peer-access.csv", {"model": "llama-3.2-1b", "overlap": "False"}
+    for dark in (False, True):
+        plot([source], tmp_path / f"{dark}.svg", where, dark)
+    for figure, text in zip(figures, ("black", "white"), strict=True):
+        (axis,) = figure.axes
+        assert [label.get_text() for label in axis.get_yticklabels()] == ["bf16, NCCL", "int4-had"]
+        assert [label.get_color() for label in axis.get_yticklabels()] == [text, text]
+    with pytest.raises(InputError, match="has no rows"):
+        plot([source], tmp_path / "x.svg", {"model": "gpt-2"})
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -28,6 +28,26 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.thorough
+def test_eval_of_expert_parallelism(pages: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=49152, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    common = ("--text", pages, "--context", 64, "--windows", 2, "--continuation", 0, "--experts", "--json")
+    rows = as_json(flashcomm("eval", "--model", tmp_path, *common, "--formats", "int8,int8/int4"))["rows"]
+    assert [(r["world"], r["format"], r["ranks"]) for r in rows] == [
+        (n, fmt, "simulated experts") for n in (2, 4) for fmt in ("none", "int8", "int8/int4")
+    ]
+    assert all(0 < rows[i]["kl"] < rows[i + 1]["kl"] for i in (1, 4))
+    refused(flashcomm("eval", "--model", MODEL, *common), "LlamaForCausalLM has no mixture of experts")
+    refused(flashcomm("eval", "--model", tmp_path, *common, "--worlds", 3), "3 ranks cannot share the 4 experts")
+    refused(flashcomm("eval", "--model", tmp_path, *common, "--real"), "give it without --real")
+
+
 def test_tune_then_eval_the_plan(pages: Path, tmp_path: Path) -> None:
     common = ("--model", MODEL, "--text", pages, "--context", 64, "--windows", 2, "--json")
     plan = tmp_path / "plan-{}.json"

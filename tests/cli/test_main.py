@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import flashcomm, process, refused
 
+from flashcomm import __version__ as version
 from flashcomm import cli
 
 
@@ -18,6 +19,11 @@ def test_help_names_every_command() -> None:
     out = flashcomm("--help").stdout
     commands = ("doctor", "generate", "ttft", "bench", "plot", "eval", "tune", "probe", "calibrate")
     assert [name for name in commands if name not in out] == []
+
+
+def test_the_version() -> None:
+    done = flashcomm("--version")
+    assert (done.returncode, done.stdout) == (0, f"flashcomm {version}\n")
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

@@ -61,6 +61,37 @@ def c10d_sums(ctx: RankContext, path: str) -> None:
     assert torch.equal(partial.redistribute(mesh, [Replicate()]).to_local(), want)
 
 
+def c10d_exchanges(ctx: RankContext, path: str) -> None:
+    """all_to_all_single of hidden states is low-bit, whatever its size. Others are exact."""
+    use_backend(ctx, path)
+    splits = [(5, 9, 0), (0, 0, 0), (3, 7, 2)]
+    xs = [torch.randn(sum(s), 96, generator=torch.Generator().manual_seed(r)) for r, s in enumerate(splits)]
+    sent, received = list(splits[ctx.rank]), [s[ctx.rank] for s in splits]
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [x.to(dtype) for x in xs]
+        low_bit = reference.all_to_all_single(inputs, FMT, splits)[ctx.rank]
+        exact = reference.all_to_all_single(inputs, WireFormat.parse("none"), splits)[ctx.rank]
+        want = low_bit if dtype == torch.bfloat16 else exact
+        out = torch.empty_like(want)
+        dist.all_to_all_single(out, inputs[ctx.rank], received, sent)
+        assert torch.equal(out, want)
+        work = dist.all_to_all_single(out.zero_(), inputs[ctx.rank], received, sent, async_op=True)
+        assert work.wait()
+        assert torch.equal(out, want)
+    from torch.distributed import _functional_collectives as functional
+
+    mine = [x[:3].bfloat16() if len(x) else torch.ones(3, 96).bfloat16() for x in xs]
+    want = reference.all_to_all_single(mine, FMT)[ctx.rank]
+    assert torch.equal(functional.all_to_all_single(mine[ctx.rank], None, None, dist.group.WORLD), want)
+    strided = torch.empty(96, 3, dtype=torch.bfloat16).t()
+    dist.all_to_all_single(strided, mine[ctx.rank])
+    assert torch.equal(strided, want)
+    narrow = torch.rand(3, 63).bfloat16()
+    dist.all_to_all_single(narrow.clone(), narrow)
+    group: Any = dist.group.WORLD
+    assert dict(group._planned["cpu"].comm.calls) == {"all_to_all_single/pipelined": 4}
+
+
 def c10d_plan(ctx: RankContext, path: str) -> None:
     use_backend(ctx, path)
     inputs = [big(r) for r in range(ctx.world_size)]
@@ -151,6 +182,9 @@ class TestProcessGroup:
 
     def test_everything_else_is_passed_through(self, tmp_path: Path) -> None:
         run(c10d_passes_the_rest_through, 3, (str(tmp_path / "store"),))
+
+    def test_exchanges_of_hidden_states_are_low_bit(self, tmp_path: Path) -> None:
+        run(c10d_exchanges, 3, (str(tmp_path / "store"),))
 
     def test_many_small_collectives(self, tmp_path: Path) -> None:
         run(c10d_stress, 2, (str(tmp_path / "store"),), timeout_s=60)

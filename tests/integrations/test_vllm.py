@@ -110,6 +110,55 @@ def other_groups_are_left_alone(ctx: RankContext) -> None:
     assert standin.make_group(config, alone).all_reduce(given[ctx.rank]) is given[ctx.rank]
 
 
+def experts(ctx: RankContext) -> None:
+    """What vLLM's manager `allgather_reducescatter` calls: a combine and a dispatch, with formats of their own."""
+    _, config = start(format="none", expert_format="int8/int4", min_bytes="0")
+    device = standin.make_group(config, dist.group.WORLD, "ep").device_communicator
+    fmt, sizes = WireFormat.parse("int8/int4"), [3, 0, 5]
+    tokens = [x[:n] for x, n in zip(all_inputs(ctx, (5, HIDDEN)), sizes, strict=True)]
+    weights, ids = torch.rand(sizes[ctx.rank], 4), torch.full((sizes[ctx.rank], 4), ctx.rank)
+    hidden, got_weights, got_ids = device.all_gatherv([tokens[ctx.rank], weights, ids], dim=0, sizes=sizes)
+    assert torch.equal(hidden, reference.all_gather(tokens, fmt))
+    assert torch.equal(device.all_gatherv(tokens[ctx.rank], sizes=sizes), hidden)
+    assert got_ids[:, 0].tolist() == [0] * 3 + [2] * 5
+    assert torch.equal(got_weights[got_ids[:, 0] == ctx.rank], weights)
+    assert standin.own_sums == [weights.shape, ids.shape]
+
+    sums = all_inputs(ctx, (8, HIDDEN))
+    want = reference.reduce_scatter(sums, fmt, sizes)[ctx.rank]
+    assert torch.equal(device.reduce_scatterv(sums[ctx.rank], dim=0, sizes=sizes), want)
+    for out in (torch.empty_like(want), torch.empty(HIDDEN, len(want), dtype=want.dtype).t()):
+        device.reduce_scatterv_into_output(sums[ctx.rank], out, 0, sizes)
+        assert torch.equal(out, want)
+    assert len(standin.own_sums) == 2
+    even = [x[:6] for x in sums]
+    assert torch.equal(device.reduce_scatterv(even[ctx.rank], 0), reference.reduce_scatter(even, fmt)[ctx.rank])
+
+    logits = torch.ones(sizes[ctx.rank], HIDDEN, dtype=torch.float32)  # other dtypes, widths and dimensions
+    device.all_gatherv([logits, weights], 0, sizes)
+    device.reduce_scatterv(torch.ones(8, 64).bfloat16(), 0, sizes)
+    device.reduce_scatterv(torch.ones(8, HIDDEN).bfloat16(), -1)
+    assert len(standin.own_sums) == 6
+    assert device.flashcomm_experts.comm.calls == {"all_gather/pipelined": 2, "reduce_scatter/pipelined": 4}
+    assert device.flashcomm is None
+    device.destroy()
+    assert device.flashcomm_experts.comm.closed
+
+
+def experts_of_small_batches(ctx: RankContext) -> None:
+    _, config = start(format="int4", expert_format="int8")
+    device = standin.make_group(config, dist.group.WORLD, "dp").device_communicator
+    least = (64 << 10) // (2 * HIDDEN) + 1
+    for tokens, n_own in ((least - 1, 1), (least, 1)):
+        device.all_gatherv(torch.ones([tokens, 0][ctx.rank], HIDDEN).bfloat16(), 0, [tokens, 0])
+        assert len(standin.own_sums) == n_own, "smaller batches are vLLM's own"
+    os.environ["FLASHCOMM_EXPERT_FORMAT"] = ["int8", "int6"][ctx.rank]
+    with pytest.raises(UnavailableError, match=r"rank 0: .* experts int8; rank 1: .* experts int6"):
+        standin.make_group(config, dist.group.WORLD, "ep")
+    os.environ["FLASHCOMM_EXPERT_FORMAT"] = ""
+    assert standin.make_group(config, dist.group.WORLD, "pcp").device_communicator.flashcomm_experts is None
+
+
 def a_group_of_some(ctx: RankContext) -> None:
     """Two groups of TP 2 in 4 ranks: each reduces its own messages."""
     _, config = start(format="int4", min_bytes="0")
@@ -283,6 +332,8 @@ def rows_do_not_depend_on_their_batch(ctx: RankContext, path: str) -> None:
     assert part.untyped_storage().nbytes() == part.nbytes, "the rest of the sum is not kept"
     assert standin.own_sums == []
     assert torch.equal(group.all_gather(part, 0), want), "exact"
+    os.environ["FLASHCOMM_EXPERT_FORMAT"] = "int8"
+    assert standin.make_group(config, dist.group.WORLD, "dp").device_communicator.flashcomm_experts is None
     config.model_config.get_hidden_size = lambda: 200
     ragged = standin.make_group(config, dist.new_group(list(range(ctx.world_size))))
     assert ragged.device_communicator.flashcomm is None
@@ -366,6 +417,13 @@ class TestInRanks:
 
     def test_other_groups_are_left_alone(self) -> None:
         run(other_groups_are_left_alone, 2)
+
+    def test_experts_exchange_hidden_states_low_bit_and_nothing_else(self) -> None:
+        run(experts, 3)
+
+    @pytest.mark.thorough
+    def test_experts_of_small_batches_and_of_other_settings(self) -> None:
+        run(experts_of_small_batches, 2)
 
     def test_groups_of_some_ranks(self) -> None:
         run(a_group_of_some, 4)

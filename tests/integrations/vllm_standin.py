@@ -81,6 +81,29 @@ class DeviceCommunicatorBase:
         dist.all_gather(parts, input_, group=self.device_group)
         return torch.cat(parts, dim)
 
+    def all_gatherv(self, input_: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:
+        if not isinstance(input_, Tensor):
+            return [self.all_gatherv(x, dim, sizes) for x in input_]
+        own_sums.append(tuple(input_.shape))
+        sizes = sizes or [len(input_)] * self.world_size
+        parts = [input_.new_empty((n, *input_.shape[1:])) for n in sizes]
+        for rank, part in zip(self.ranks, parts, strict=True):
+            part.copy_(input_) if part is parts[self.rank_in_group] else None
+            dist.broadcast(part, rank, group=self.device_group)
+        return torch.cat(parts)
+
+    def reduce_scatterv(self, input_: Tensor, dim: int = -1, sizes: list[int] | None = None) -> Tensor:
+        own_sums.append(tuple(input_.shape))
+        total = input_.movedim(0, dim).clone()
+        dist.all_reduce(total, group=self.device_group)
+        pieces = total.chunk(self.world_size) if sizes is None else total.split(sizes)
+        return pieces[self.rank_in_group].movedim(0, dim).contiguous()
+
+    def reduce_scatterv_into_output(
+        self, input_: Tensor, output: Tensor, dim: int = -1, sizes: list[int] | None = None
+    ) -> None:
+        output.copy_(self.reduce_scatterv(input_, dim, sizes))
+
     def destroy(self) -> None:
         pass
 

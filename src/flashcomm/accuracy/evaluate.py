@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcomm.accuracy.experts import ExpertParallel
 from flashcomm.accuracy.head import Head
 from flashcomm.accuracy.intervals import Interval
 from flashcomm.accuracy.models import load_model
@@ -130,7 +131,7 @@ def on_rank(
 
 
 def evaluate(
-    ranks: TensorParallel | RealRanks,
+    ranks: TensorParallel | ExpertParallel | RealRanks,
     windows: Tensor,
     n_bytes: int,
     plans: dict[str, Plan],
@@ -183,7 +184,7 @@ class Baseline:
         windows: Token ids (n, length) on the model's device.
     """
 
-    def __init__(self, ranks: TensorParallel | RealRanks, windows: Tensor) -> None:
+    def __init__(self, ranks: TensorParallel | ExpertParallel | RealRanks, windows: Tensor) -> None:
         self.ranks, self.windows, self.head = ranks, windows, Head(ranks.model)
         self.size = max(1, BATCH_TOKENS[windows.device.type] // windows.shape[1])
         self._hidden: list[Tensor] = []  # of each batch, in host memory

@@ -33,9 +33,9 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the float32 logits (tokens, vocabulary) of hidden states (tokens, channels)."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        known = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        known = MoeModelOutputWithPast(last_hidden_state=hidden[None])  # what other models return, and router logits
         before = vars(self.decoder).get("forward")
         vars(self.decoder)["forward"] = lambda *args, **kwargs: known
         try:

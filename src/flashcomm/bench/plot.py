@@ -14,7 +14,7 @@ from flashcomm.wire.format import UNCOMPRESSED
 Rows = Sequence[Mapping[str, str]]
 
 
-def plot(sources: Sequence[Path], target: Path) -> None:
+def plot(sources: Sequence[Path], target: Path, where: Mapping[str, str] | None = None, dark: bool = False) -> None:
     """Draw CSV files.
 
     The kind of plot depends on their columns: time and speed-up by size; time to first token by format, with a panel
@@ -23,26 +23,61 @@ def plot(sources: Sequence[Path], target: Path) -> None:
     Args:
         sources: CSV files. Several are allowed only for `flashcomm ttft`.
         target: The file to write, .svg or .png.
+        where: Draw only rows that have these values in these columns.
+        dark: Draw in light colors on no background, for dark pages.
 
     Raises:
         InputError: The files have no rows to draw, or cannot be drawn together.
+        UnavailableError: matplotlib is not installed.
+    """
+    import_pyplot(target)
+    rows = [row for source in sources for row in read_csv(source)]
+    rows = [row for row in rows if all(row.get(key) == value for key, value in (where or {}).items())]
+    if len(sources) > 1 and not all("ttft_s" in row for row in rows):
+        raise InputError(
+            f"{len(sources)} files: several files can be drawn together only if all are of `flashcomm ttft`"
+        )
+    from matplotlib import style
+
+    with style.context("dark_background" if dark else "default"):
+        _draw(rows, sources, target)
+
+
+def import_pyplot(target: Path) -> Any:
+    """Import matplotlib's pyplot to draw into a file, without a display.
+
+    Raises:
+        InputError: The file's name ends in neither .svg nor .png.
         UnavailableError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as why:
         raise UnavailableError("plotting needs matplotlib: pip install 'flashcomm[plot]'") from why
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "flashcomm"  # the same rows give the same file
-    from matplotlib import pyplot
-
-    rows = [row for source in sources for row in read_csv(source)]
     if target.suffix not in (".svg", ".png"):
         raise InputError(f"{target}: give a name that ends in .svg or .png")
-    if len(sources) > 1 and not all("ttft_s" in row for row in rows):
-        raise InputError(
-            f"{len(sources)} files: several files can be drawn together only if all are of `flashcomm ttft`"
-        )
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, target: Path) -> None:
+    """Write a figure to a file and close it. The same figure gives the same file."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "flashcomm"
+    metadata = {"Date": None} if target.suffix == ".svg" else None
+    figure.savefig(target, metadata=metadata, dpi=150, transparent=_is_dark())
+    pyplot.close(figure)
+
+
+def _draw(rows: Rows, sources: Sequence[Path], target: Path) -> None:
+    """Draw the kind of plot that the columns of the rows allow, into a file."""
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
     if rows and "time_us" in rows[0]:
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
         _bench(rows, *axes)
@@ -55,12 +90,19 @@ def plot(sources: Sequence[Path], target: Path) -> None:
         columns = min(2, len(cases))
         lines = -(-len(cases) // columns)
         most = max(len(mine) for mine in cases.values())
-        size = (7.0 if columns == 1 else 6.0 * columns, lines * max(2.5, 0.3 * most + 1.2))
+        size = (7.0 if columns == 1 else 6.0 * columns, lines * max(2.5, 0.3 * most + 1.2) + 0.3)
         figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
         for spare in axes.flat[len(cases) :]:
             spare.set_axis_off()
         for mine, axis in zip(cases.values(), axes.flat, strict=False):
             _ttft(mine, axis)
+        colors = {
+            "compute": _gray(0.7),
+            f"all-reduces by {_backend(rows)}": _gray(0.4),
+            "all-reduces by flashcomm": "C0",
+        }
+        patches = [Patch(color=color, label=label) for label, color in colors.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8)
     elif rows and "rise_pct" in rows[0]:
         worlds = list(dict.fromkeys(row["world"] for row in rows))
         size = (4.5 * len(worlds) + 0.5, 4.5)
@@ -77,8 +119,7 @@ def plot(sources: Sequence[Path], target: Path) -> None:
     where = rows[0]
     source = f"{where['machine']}, torch {where['torch']}, {where['date']}"
     figure.suptitle(source, x=0.995, ha="right", fontsize=6, color="0.5")  # a title has a line of its own
-    figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None, dpi=150)
-    pyplot.close(figure)
+    save(figure, target)
 
 
 def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
@@ -96,16 +137,17 @@ def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
     for name in sorted(lines, key=lambda name: name not in _GRAYS):  # the baselines first, below the others
         mine = lines[name]
         graphs = [row for row in mine if row.get("mode") == "graph"]
-        label = f"{name} (eager)" if has_graphs and not graphs else name
+        label = _backend(rows) if name == BACKEND else name
+        label += " (eager)" if has_graphs and not graphs else ""
         mine = graphs or mine
         sizes = [int(row["size"]) for row in mine]
         color, dashes = _GRAYS.get(name, (None, "-"))
-        style = {"color": color, "linestyle": dashes, "linewidth": 1.0 if color else 1.5}
+        style = {"color": color and _gray(color), "linestyle": dashes, "linewidth": 1.0 if color else 1.5}
         time_axis.plot(sizes, [float(row["time_us"]) for row in mine], marker=".", label=label, **style)
         speed_axis.plot(sizes, [float(row[speed] or "nan") for row in mine], marker=".", label=label, **style)
     time_axis.set(yscale="log", ylabel="time, us")
     time_axis.yaxis.set_major_formatter("{x:,.0f}")
-    than = "the backend (NCCL or gloo)" if speed == "over_backend" else "the best uncompressed path"
+    than = _backend(rows) if speed == "over_backend" else "the best uncompressed path"
     speed_axis.set(ylabel=f"speed-up over {than}", ylim=(0, None))
     powers = sorted({int(row["size"]).bit_length() - 1 for row in rows})
     ticks = [1 << power for power in range(powers[0] + powers[0] % 2, powers[-1] + 1, 2)]
@@ -124,14 +166,30 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes >> 20} MB" if n_bytes >= 1 << 20 else f"{n_bytes >> 10} KB" if n_bytes >= 1024 else f"{n_bytes} B"
 
 
+def _backend(rows: Rows) -> str:
+    """Return the name of the backend that the rows were measured with."""
+    return "NCCL" if "NVIDIA" in rows[0]["machine"] else "gloo"
+
+
+def _is_dark() -> bool:
+    from matplotlib import rcParams
+
+    return bool(rcParams["text.color"] == "white")
+
+
+def _gray(level: float) -> str:
+    """Return matplotlib's name of a gray, 0 being the color of text and 1 that of the page."""
+    return f"{1 - level if _is_dark() else level:.2f}"
+
+
 _GRAYS = {  # baselines
-    BACKEND: ("0.2", "--"),
-    "symm one-shot": ("0.7", "--"),
-    "symm two-shot": ("0.5", "--"),
-    "vllm custom": ("0.4", "-."),
-    "flashinfer fp8": ("0.75", "-."),
-    "uncompressed one_shot": ("0.6", ":"),
-    "uncompressed two_shot": ("0.4", ":"),
+    BACKEND: (0.2, "--"),
+    "symm one-shot": (0.7, "--"),
+    "symm two-shot": (0.5, "--"),
+    "vllm custom": (0.4, "-."),
+    "flashinfer fp8": (0.75, "-."),
+    "uncompressed one_shot": (0.6, ":"),
+    "uncompressed two_shot": (0.4, ":"),
 }
 
 
@@ -149,20 +207,24 @@ _PANEL = ("model", "layers", "link", "batch", "tokens", "compiled")
 
 def _ttft(rows: Rows, axis: Any) -> None:
     """Draw a bar for each row: the time to compute, and the rest, the time of all-reduces."""
-    names = [label_of(r["format"], r.get("path", "auto"), r.get("overlap") == "True") for r in rows]
-    compute = [float(row["compute_s"]) for row in rows]
-    total = [float(row["ttft_s"]) for row in rows]
+    is_baseline = [r.get("path", BACKEND) == BACKEND and r["format"] == UNCOMPRESSED for r in rows]
+    formats = [Path(r["format"]).name if r["format"].endswith(".json") else r["format"] for r in rows]
+    formats = [f"bf16, {_backend(rows)}" if b else fmt for b, fmt in zip(is_baseline, formats, strict=True)]
+    names = [label_of(fmt, "auto", r.get("overlap") == "True") for fmt, r in zip(formats, rows, strict=True)]
+    unit, scale = ("ms", 1e3) if max(float(row["ttft_s"]) for row in rows) < 1 else ("s", 1.0)
+    compute = [scale * float(row["compute_s"]) for row in rows]
+    total = [scale * float(row["ttft_s"]) for row in rows]
     rest = [max(0.0, t - c) for t, c in zip(total, compute, strict=True)]
     places = range(len(rows))
-    colors = ["0.4" if "not ours" in name else "C0" for name in names]
-    axis.barh(places, [t - r for t, r in zip(total, rest, strict=True)], color="0.75", label="compute")
-    axis.barh(places, rest, left=compute, color=colors, label="all-reduces")
+    colors = [_gray(0.4) if baseline else "C0" for baseline in is_baseline]
+    axis.barh(places, [t - r for t, r in zip(total, rest, strict=True)], color=_gray(0.7))
+    axis.barh(places, rest, left=compute, color=colors)
     axis.set_yticks(places, names)
     for y, row in enumerate(rows):
-        time = f"{1e3 * total[y]:.1f} ms" if max(total) < 1 else f"{total[y]:.2f} s"
+        time = f"{total[y]:.1f} ms" if unit == "ms" else f"{total[y]:.2f} s"
         text = f" {time}, {float(row['speedup']):.2f}x, {human_bytes(float(row['wire_bytes']))}"
         axis.text(total[y], y, text, va="center", fontsize=8 if len(rows) < 8 else 7)
-    axis.set(xlabel="time to first token, s; speed-up; bytes a rank sends", xlim=(0, max(total) * 1.9))
+    axis.set(xlabel=f"time to first token, {unit}; speed-up; bytes a rank sends", xlim=(0, max(total) * 1.9))
     axis.invert_yaxis()
     first = rows[0]
     link = "" if first["link"] == "none" else f", {first['link']}"
@@ -173,8 +235,6 @@ def _ttft(rows: Rows, axis: Any) -> None:
     compiled = ", compiled" if first.get("compiled") == "True" else ""
     title = f"{first['model']}{cut}, {batch}{first['tokens']} tokens,\n{first['world']} ranks{link}{compiled}"
     axis.set_title(title, loc="left", fontsize=10)
-    if axis.get_subplotspec().num1 == 0:
-        axis.legend(loc="lower right", fontsize=8)
 
 
 def _pareto(rows: Rows, axis: Any) -> None:

@@ -18,6 +18,7 @@ from flashcomm.bench.records import cpu_name
 from flashcomm.cli import options
 from flashcomm.cli.console import console, print_json, print_table, run_ranks
 from flashcomm.errors import FlashcommError
+from flashcomm.predict.report import sentence
 from flashcomm.ranks import link
 from flashcomm.ranks.launch import RankContext
 from flashcomm.routing import policy, timings
@@ -53,19 +54,21 @@ def doctor(
     title = f"all-reduce of {dtype} rows of {row} as {settings.format}, {world_size} ranks on {where}"
     columns = {"size": "bytes", "path": "path", "wire_bytes": "wire bytes", "why": "why", "not": "why not"}
     print_table(title, columns, rows)
+    console.print(f"predicted: {found['predicted']}", markup=False)
 
 
 def examine(world_size: int, row: int, itemsize: int, settings: Settings, device: str) -> dict[str, Any]:
     """Return everything that `doctor` shows, as one object for JSON. Ranks are started only on GPUs."""
-    found = _found(device, world_size, settings)
+    found, here = _found(device, world_size, settings), _machine()
     return {
-        "machine": _machine(),
+        "machine": here,
         "versions": {"flashcomm": flashcomm.__version__, "python": platform.python_version()} | _versions(),
         "paths": _paths(device, found),
         "settings": settings.as_dict(),
         "accuracy": {
             str(fmt): evidence(fmt) for fmt in dict.fromkeys((settings.format, WireFormat.parse(DEFAULT_FORMAT)))
         },
+        "predicted": sentence(next(iter(here["gpus"]), ""), found.transport, world_size, str(settings.format)),
         "choices": [_choice(size, row, itemsize, world_size, settings, device, found) for size in SIZES],
     }
 

@@ -11,6 +11,7 @@ import torch
 import typer
 
 from flashcomm.accuracy import evaluate as accuracy
+from flashcomm.accuracy.experts import ExpertParallel
 from flashcomm.accuracy.recommend import implausible, recommendation
 from flashcomm.accuracy.sensitivity import layer_rows
 from flashcomm.accuracy.simulate import TensorParallel
@@ -61,6 +62,10 @@ def evaluate(
         str, typer.Option(help="two_shot, one_shot, hierarchical, or auto: as a Communicator would.")
     ] = "two_shot",
     local_world_size: options.LocalWorld = None,
+    experts: Annotated[
+        bool,
+        typer.Option("--experts", help="Simulate expert parallelism: formats are combine/dispatch, all else is exact."),
+    ] = False,
     real: Annotated[bool, typer.Option("--real", help="Start real ranks instead of simulating them.")] = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "fp32",
@@ -78,6 +83,13 @@ def evaluate(
         raise SettingsError(
             "--layers measures single formats: give at least one in --formats that is low-bit and not a plan"
         )
+    if experts and (
+        real or layers or local_world_size or algorithm != "two_shot" or any(p.layers for p in plans.values())
+    ):
+        raise SettingsError(
+            "--experts simulates exchanges of all layers in one format: give it without --real, --layers, "
+            "--local-world, --algorithm and plans by layer"
+        )
     if resume and not csv:
         raise SettingsError("--resume continues a file of rows: give it with --csv")
     if quick and (real or resume):
@@ -92,7 +104,12 @@ def evaluate(
                 f"--local-world {local_world_size}: each of --worlds {worlds} must be 2 or more times this number"
             )
         settings["local_world_size"] = local_world_size
-    opened = open_model(model, device, dtype, algorithm, asked, plans, real=real, local_world_size=local_world_size)
+    kind: dict[str, Any] = {"real": real, "local_world_size": local_world_size, "experts": experts}
+    opened = open_model(model, device, dtype, algorithm, asked, plans, **kind)
+
+    def simulated(n: int) -> TensorParallel | ExpertParallel:
+        return ExpertParallel(loaded, n) if experts else TensorParallel(loaded, n, **settings)
+
     counts = opened.worlds[:1] if quick and not asked else opened.worlds
     tokenizer, where, first = opened.tokenizer, opened.device, bos_of(opened.tokenizer, bos)
     found = tokens_of(text, tokenizer)
@@ -103,11 +120,15 @@ def evaluate(
         loaded = opened.load(batch, ids.numel() * (8 if quick else 1), backward=layers is not None)
     if quick:
         ids = all_windows(found, context, first)
-        ids = ids[: _windows_in_time(TensorParallel(loaded, counts[0], **settings), ids.to(where), plans)]
+        ids = ids[: _windows_in_time(simulated(counts[0]), ids.to(where), plans)]
         continuation = 0
     n_bytes, ids = bytes_in(ids, tokenizer), ids.to(where)
     same = {"model": model.name, "text": text.name, "context": context, "bos": "yes" if first is not None else "no"}
-    same |= {"algorithm": algorithm, "dtype": dtype, "ranks": "real" if real else "simulated"}
+    same |= {
+        "algorithm": algorithm,
+        "dtype": dtype,
+        "ranks": "real" if real else "simulated experts" if experts else "simulated",
+    }
     same |= {"local_world_size": local_world_size} if local_world_size else {}
     table = _Rows(csv, same, len(ids) * (context - 1), resume)
     for i, n in enumerate(counts):
@@ -125,7 +146,7 @@ def evaluate(
             def step(what: str, done: int, total: int, i: int = i) -> None:
                 report(what, i * total + done, total * len(counts))
 
-            accuracy.evaluate(TensorParallel(loaded, n, **settings), ids, n_bytes, left, continuation, step, table.add)
+            accuracy.evaluate(simulated(n), ids, n_bytes, left, continuation, step, table.add)
     sensitivity: list[dict[str, Any]] = []
     if layers:
         with progress(json) as report:
@@ -198,7 +219,7 @@ def _number(text: str) -> float | None:
     return None if text == "" else int(text) if text.isdecimal() else float(text)
 
 
-def _windows_in_time(ranks: TensorParallel, windows: torch.Tensor, plans: dict[str, Plan]) -> int:
+def _windows_in_time(ranks: TensorParallel | ExpertParallel, windows: torch.Tensor, plans: dict[str, Plan]) -> int:
     """Return how many windows can be measured in `QUICK_S`, from the time of one batch. Say how long they take."""
     baseline, begin = accuracy.Baseline(ranks, windows), time.perf_counter()
     with ranks, torch.inference_mode():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flashcomm.accuracy import models
+from flashcomm.accuracy.experts import ExpertParallel, expert_layers
 from flashcomm.accuracy.memory import check_memory, needed_bytes
 from flashcomm.accuracy.simulate import TensorParallel
 from flashcomm.cli import options
@@ -63,6 +64,7 @@ def open_model(
     *,
     real: bool = False,
     local_world_size: int | None = None,
+    experts: bool = False,
 ) -> Opened:
     """Check everything that can be checked without weights.
 
@@ -75,6 +77,7 @@ def open_model(
         plans: Plans by the name to show.
         real: Whether ranks are real. transformers cannot replicate KV heads.
         local_world_size: The value of --local-world.
+        experts: Whether ranks share the experts of a mixture, and nothing else.
 
     Raises:
         FlashcommError: An option is wrong, the ranks cannot share the model, a plan is for another one, or the model
@@ -86,6 +89,8 @@ def open_model(
         raise SettingsError("--algorithm hierarchical and --local-world, of eval, go together: give both or neither")
     kind = options.dtype_of(dtype)
     config = models.check_model(path, 1)
+    if experts:
+        return _opened_for_experts(path, config, kind, worlds, options.device_of(device, 1))
     possible = models.possible_ranks(config, replicate=not real)
     chosen = list(worlds) or [n for n in possible if 2 <= n <= MOST_RANKS] or possible[1:2]
     if not chosen:
@@ -96,4 +101,15 @@ def open_model(
     for plan in (plans or {}).values():
         TensorParallel(empty, chosen[0], plan)
     where = options.device_of(device, max(chosen) if real else 1)
+    return Opened(path, config, models.load_tokenizer(path), chosen, where, kind)
+
+
+def _opened_for_experts(path: Path, config: Any, kind: torch.dtype, worlds: Sequence[int], where: str) -> Opened:
+    empty = models.skeleton(config)
+    n_experts = min(module.num_experts for module in expert_layers(empty).values())
+    chosen = list(worlds) or [n for n in range(2, MOST_RANKS + 1) if n_experts % n == 0]
+    if not chosen:
+        raise InputError(f"no 2 to {MOST_RANKS} ranks can share the {n_experts} experts of {path.name}")
+    for n in chosen:
+        ExpertParallel(empty, n)
     return Opened(path, config, models.load_tokenizer(path), chosen, where, kind)

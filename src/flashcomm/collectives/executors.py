@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flashcomm.collectives import pipelined
+from flashcomm.collectives import pieces, pipelined
 from flashcomm.collectives.hierarchical import hierarchical
 from flashcomm.compat import current_stream_handle
 from flashcomm.routing.route import Route
@@ -27,8 +27,9 @@ Launch = Callable[[int, int], None]  # arguments: the addresses of a message and
 ALGORITHMS = {
     "one_shot": pipelined.one_shot,
     "two_shot": pipelined.two_shot,
-    "reduce_scatter": pipelined.reduce_scatter,
-    "all_gather": pipelined.all_gather,
+    "reduce_scatter": pieces.reduce_scatter,
+    "all_gather": pieces.all_gather,
+    "all_to_all_single": pieces.all_to_all_single,
     "hierarchical": hierarchical,
 }
 
@@ -78,7 +79,8 @@ class Pipelined(Base):
         self.context = context
 
     def run(self, route: Route, x: Tensor, out: Tensor) -> None:
-        context = replace(self.context, fmt=route.format, chunk_bytes=route.chunk_bytes)
+        context = replace(self.context, fmt=route.format, chunk_bytes=route.chunk_bytes, split=route.split)
+        context.exchange = route.exchange
         with on_device(x):
             ALGORITHMS[route.algorithm](x.resolve_neg().contiguous(), out, context)
 
@@ -96,7 +98,12 @@ class Kernel(Base):
         with on_device(x):
             self.kernels.plan(route.algorithm, x, x.shape[-1], route.format)
 
-    def run(self, route: Route, x: Tensor, out: Tensor) -> Launch:
+    def run(self, route: Route, x: Tensor, out: Tensor) -> Launch | None:
+        if route.split is not None:
+            padded = pieces.padded(x, out, route.split, route.op)
+            self.run(replace(route, split=None), padded.x, padded.out)
+            padded.copy_back(out)
+            return None
         with on_device(x):
             self.order.enter()
             x = _aligned_copy(x)

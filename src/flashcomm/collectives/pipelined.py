@@ -1,4 +1,4 @@
-"""Collectives composed of a codec and two exchanges of bytes, pipelined over chunks of the message.
+"""All-reduces composed of a codec and two exchanges of bytes, pipelined over chunks of the message.
 
 Stages of neighboring chunks overlap: while chunk c is on the wire, chunk c+1 is quantized and chunk c-1 is reduced.
 Every function returns when all work is done (on GPUs: enqueued). Input and output are contiguous.
@@ -17,7 +17,7 @@ Every function returns when all work is done (on GPUs: enqueued). Input and outp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.wire.format import Layout, StepFormat, WireFormat, bounds
+from flashcomm.wire.split import Exchange, Split
 
 SLOTS = 3
 
@@ -66,12 +67,16 @@ class Transport(Protocol):
 
     def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True) -> Pending: ...
 
+    def exchange(self, out: Sequence[Tensor], inp: Sequence[Tensor], what: str, overlap: bool = True) -> Pending: ...
+
 
 @dataclass
 class Context:
     """Format, codec, transport, buffers and chunk size of a collective.
 
     Attributes:
+        split: For collectives of pieces: the rows of each rank's piece. None: equal pieces.
+        exchange: For all-to-all: the rows that this rank sends and receives.
         nodes: For `hierarchical`, two transports: among the ranks of this node, and among the ranks that have the same
             place in their nodes.
     """
@@ -81,6 +86,8 @@ class Context:
     transport: Transport
     workspace: Workspace
     chunk_bytes: int
+    split: Split | None = None
+    exchange: Exchange | None = None
     nodes: tuple[Transport, Transport] | None = None
 
     @property
@@ -166,53 +173,6 @@ def two_shot(x: Tensor, out: Tensor, ctx: Context) -> None:
     pipeline(len(chunks), scatter, reduce, finish)
 
 
-def reduce_scatter(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """Sum x over the ranks. Rank j's out is shard j along dimension 0."""
-    layout, n = ctx.layout(ctx.fmt.reduce, out), out.numel()
-    chunks = ctx.chunks(out, ctx.fmt.unit)
-    flat_x, flat_out = x.view(-1), out.view(-1)
-    scattered: dict[int, tuple[Pending, Tensor]] = {}
-
-    def scatter(c: int) -> None:
-        shards = [(i, *chunks[c]) for i in range(ctx.world_size)]
-        scattered[c] = scatter_shards(ctx, layout, flat_x, shards, (c, len(chunks)), "reduce-scatter", n)
-
-    def reduce(c: int) -> None:
-        start, stop = chunks[c]
-        pending, wires = scattered.pop(c)
-        pending.wait()
-        ctx.codec.decode_sum(wires, layout, start, stop, flat_out[start:stop], x.dtype)
-
-    pipeline(len(chunks), scatter, reduce)
-
-
-def all_gather(x: Tensor, out: Tensor, ctx: Context) -> None:
-    """Concatenate every rank's x along dimension 0 of out. All are decoded from wire bytes, this rank's own, too."""
-    layout, n, world_size = ctx.layout(ctx.fmt.gather, x), x.numel(), ctx.world_size
-    chunks = ctx.chunks(x, ctx.fmt.unit)
-    flat_x, flat_out = x.view(-1), out.view(-1)
-    received: dict[int, tuple[Pending, Tensor]] = {}
-
-    def send(c: int) -> None:
-        start, stop = chunks[c]
-        size = layout.nbytes(start, stop)
-        wires = ctx.workspace.take("recv", c, world_size * size).view(world_size, size)
-        wire = wires[ctx.transport.rank]
-        ctx.codec.encode(flat_x[start:stop], layout, start, stop, wire)
-        what = f"all-gather, chunk {c + 1}/{len(chunks)}"
-        received[c] = ctx.transport.all_gather(wires, wire, what, overlap=len(chunks) > 1), wires
-
-    def finish(c: int) -> None:
-        start, stop = chunks[c]
-        pending, wires = received.pop(c)
-        pending.wait()
-        for i in range(world_size):
-            values = flat_out[i * n + start : i * n + stop]
-            ctx.codec.decode_sum(wires[i : i + 1], layout, start, stop, values, x.dtype)
-
-    pipeline(len(chunks), send, finish)
-
-
 def scatter_shards(
     ctx: Context,
     layout: Layout,
@@ -220,7 +180,6 @@ def scatter_shards(
     shards: list[tuple[int, int, int]],
     chunk: tuple[int, int],
     what: str,
-    stride: int = 0,
 ) -> tuple[Pending, Tensor]:
     """Encode each rank's shard of a chunk and start the all-to-all.
 
@@ -228,10 +187,9 @@ def scatter_shards(
         ctx: Format, codec, transport and buffers.
         layout: How to encode.
         values: The message, flat.
-        shards: (rank, start, stop) of each shard. In `values` it begins at start + rank * stride.
+        shards: (rank, start, stop) of each shard.
         chunk: The number of the chunk, and the number of chunks.
         what: The phase, for error messages.
-        stride: Values from one rank's shard to the next, if start and stop count from the shard's begin.
 
     Returns:
         The exchange in flight, and its buffer, uint8 (world_size, n).
@@ -241,7 +199,7 @@ def scatter_shards(
     wires = ctx.workspace.take("send", slot, ctx.world_size * size).view(ctx.world_size, size)
     for i, start, stop in shards:
         if stop > start:
-            ctx.codec.encode(values[i * stride + start : i * stride + stop], layout, start, stop, wires[i])
+            ctx.codec.encode(values[start:stop], layout, start, stop, wires[i])
     received = ctx.workspace.take("recv", slot, ctx.world_size * size).view(ctx.world_size, size)
     phase = f"{what}, chunk {slot + 1}/{n_chunks}"
     return ctx.transport.all_to_all(received, wires, phase, overlap=n_chunks > 1), received

@@ -10,7 +10,11 @@ SUM all-reduces of one dense bf16, fp16 or fp32 tensor take the route of a Commu
 and summed in rank order. All other collectives, and sums whose route is `backend`, go to gloo (CPU tensors) or NCCL
 (CUDA tensors), and their results are the same bits as without flashcomm.
 
-Gradients are not quantized: an all-reduce that the autograd engine starts during a backward pass (DDP's buckets,
+all_to_all_single of bf16 or fp16 tensors with at least two dimensions, the last one of at least 64 values, is low-bit,
+in the format of the gather step. Ranks may send different numbers of rows, so the size of a message does not matter.
+All else, such as indices and router weights in fp32, goes to gloo or NCCL.
+
+Gradients are not quantized: a collective that the autograd engine starts during a backward pass (DDP's buckets,
 tensor-parallel layers, DTensor) goes to gloo or NCCL unless FLASHCOMM_GRADIENTS=1. If a program averages gradients
 itself, after the backward pass, flashcomm cannot recognize them: use another backend for it.
 
@@ -43,7 +47,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllreduceOptions, PrefixStore, Store
+from torch.distributed.distributed_c10d import (
+    AllreduceOptions,
+    AllToAllOptions,
+    PrefixStore,
+    Store,
+)
 
 from flashcomm.communicator import Communicator
 from flashcomm.compat import (
@@ -61,6 +70,7 @@ from flashcomm.transports.process_group import Lane
 
 NAME = "flashcomm"
 log = logging.getLogger("flashcomm")
+LEAST_ROW = 64  # values in the last dimension of an all-to-all that is low-bit
 GRADIENTS = "FLASHCOMM_GRADIENTS"  # 1: all-reduces in backward passes are low-bit, too
 _SUM: Any = dist.ReduceOp.SUM
 
@@ -69,8 +79,8 @@ def _done(timeout: float | None = None) -> None:
     """Return at once: there is nothing to wait for."""
 
 
-class _Sum(dist.Work):
-    """The Work of a low-bit all-reduce that is running, or has been enqueued."""
+class _LowBit(dist.Work):
+    """The Work of a low-bit collective that is running, or has been enqueued."""
 
     def __init__(
         self, x: Tensor, future: torch.futures.Future[list[Tensor]], finish: Callable[..., object] = _done
@@ -87,10 +97,10 @@ class _Sum(dist.Work):
         self._future.set_result([self._x])
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Wait for the all-reduce and raise its exception, if any.
+        """Wait for the collective and raise its exception, if any.
 
         Args:
-            timeout: How long to wait at most. 0: as long as the all-reduce may take.
+            timeout: How long to wait at most. 0: as long as it may take.
 
         Raises:
             CommunicationError: It is not done within `timeout`.
@@ -100,7 +110,7 @@ class _Sum(dist.Work):
             self.finish(timeout=seconds if seconds > 0 else None)
         except FutureTimeout as why:
             raise CommunicationError(
-                f"the all-reduce was not done within {seconds:g} s: call wait() again, or with a longer timeout"
+                f"the collective was not done within {seconds:g} s: call wait() again, or with a longer timeout"
             ) from why
         return True
 
@@ -129,7 +139,7 @@ class _Sum(dist.Work):
 
 
 class FlashProcessGroup(dist.ProcessGroup):
-    """A process group whose large floating-point all-reduces are low-bit. All else goes to gloo and NCCL."""
+    """A process group with low-bit all-reduces and all-to-alls. All else goes to gloo and NCCL."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # the constructor meant for Python subclasses
@@ -168,15 +178,72 @@ class FlashProcessGroup(dist.ProcessGroup):
         if len(many) != 1 or options.reduceOp != _SUM or not self._is_ours(many[0]):
             return self.backend_group.allreduce(list(many), options)
         (x,) = many
-        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-        work = _Sum(x, future)
-        if x.device.type != "cpu":
-            work.run(lambda: self._sum(x))
-            return work
-        work.finish = self._lane.start(lambda: work.run(lambda: self._sum(x)))
-        if not options.asyncOp:
+        work = self._start(x, lambda: self._sum(x))
+        if x.device.type == "cpu" and not options.asyncOp:
             work.wait()
         return work
+
+    def alltoall_base(  # type: ignore[override]  # torch's two overloads are one method here
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        opts: Any = None,
+        timeout: timedelta | None = None,
+    ) -> dist.Work:
+        """Exchange pieces along dimension 0. torch.distributed calls this for every all_to_all_single of the group.
+
+        Args:
+            output: What comes from all ranks.
+            input: What this rank sends.
+            output_split_sizes: Rows from each rank. None or []: equal pieces.
+            input_split_sizes: Rows for each rank. None or []: equal pieces.
+            opts: AllToAllOptions.
+            timeout: Ignored.
+
+        Returns:
+            The Work of the exchange. Waiting for it is up to the caller.
+        """
+        if not self._exchanges(output, input):
+            own = getattr(self.backend_group, "all_to_all_single", None) or self.backend_group.alltoall_base
+            options = AllToAllOptions() if opts is None else opts
+            passed_on: dist.Work = own(
+                output, input, list(output_split_sizes or []), list(input_split_sizes or []), options
+            )
+            return passed_on
+        splits = output_split_sizes or None, input_split_sizes or None
+
+        def exchange() -> None:
+            planned = self._planned_on(input.device.type)
+            x, out, fmt = input.detach(), output.detach(), planned.plan.format
+            if out.is_contiguous() and not out.is_neg() and not out.is_inference():
+                planned.comm.all_to_all_single(x, *splits, out=out, format=fmt)
+            else:
+                dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+                out.copy_(planned.comm.all_to_all_single(x, *splits, out=dense, format=fmt))
+
+        return self._start(output, exchange)
+
+    all_to_all_single = alltoall_base  # type: ignore[assignment]  # its name since torch 2.13
+
+    def _start(self, result: Tensor, job: Callable[[], None]) -> _LowBit:
+        """Run a job, on CPUs on the thread of the group, and return its Work."""
+        work = _LowBit(result, torch.futures.Future())
+        if result.device.type != "cpu":
+            work.run(job)
+        else:
+            work.finish = self._lane.start(lambda: work.run(job))
+        return work
+
+    def _exchanges(self, output: Tensor, input: Tensor) -> bool:
+        """Whether an all-to-all is low-bit. It depends on nothing that may differ between ranks, such as sizes."""
+        same = (output.dtype, output.device, output.shape[1:]) == (input.dtype, input.device, input.shape[1:])
+        hidden = input.dtype in (torch.bfloat16, torch.float16) and input.dim() > 1 and input.shape[-1] >= LEAST_ROW
+        if not same or not hidden or self.size() == 1 or (in_backward_pass() and not self._gradients):
+            return False
+        device = input.device.type
+        return device in self._settings and not self._settings[device].format.gather.uncompressed
 
     def _sum(self, x: Tensor) -> None:
         """The low-bit sum of x over the ranks, in place."""
@@ -270,7 +337,7 @@ PASSED_ON = (
     *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
     *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
     *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
-    *("alltoall", "alltoall_base", "all_to_all", "all_to_all_single", "barrier", "monitored_barrier"),
+    *("alltoall", "all_to_all", "barrier", "monitored_barrier"),
 )
 for _name in PASSED_ON:
     if hasattr(dist.ProcessGroup, _name):

@@ -5,7 +5,8 @@
 vLLM finds two entry points of this package, both named "flashcomm". Both do nothing without that setting:
 
     platform_plugin   subclasses vLLM's CUDA or CPU platform, to add a parent class to its device communicators
-                      (`vllm_group`): sums of hidden states are low-bit, everything else is vLLM's own
+                      (`vllm_group`): sums of hidden states are low-bit, everything else is vLLM's own.
+                      With FLASHCOMM_EXPERT_FORMAT the exchanges of experts are, too (`vllm_experts`)
     layer_plugin      if the setting is a plan (`flashcomm.plan`): row-parallel layers pass on their names
 
 Importing this module does not import vLLM. Its functions do, when vLLM calls them. docs/vllm.md is the how-to.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flashcomm.errors import SettingsError
-from flashcomm.integrations import vllm_group
+from flashcomm.integrations import vllm_experts, vllm_group
 from flashcomm.plan import Plan
 from flashcomm.settings import NAMES
 
@@ -35,6 +36,8 @@ def platform_plugin() -> str | None:
 
     It is the entry point of group `vllm.platform_plugins`.
     """
+    if vllm_experts.format_setting() and not vllm_group.format_setting():
+        log.warning("%s has no effect without FLASHCOMM_FORMAT: set it, too, to none if not more", vllm_experts.SETTING)
     if not vllm_group.format_setting() or not _is_tested():
         return None
     if _base_platform() is None:
@@ -83,7 +86,11 @@ def __getattr__(name: str) -> Any:
         made = _platform_class()
     elif name == "FlashDeviceCommunicator":
         path = _resolve(_base_platform() or "").get_device_communicator_cls()
-        made = type(name, (vllm_group.LowBitCommunicator, _resolve(path)), {"__module__": __name__})
+        made = type(
+            name,
+            (vllm_group.LowBitCommunicator, vllm_experts.ExpertCommunicator, _resolve(path)),
+            {"__module__": __name__},
+        )
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = made
@@ -99,6 +106,7 @@ def _platform_class() -> Any:
         additional_env_vars = (  # vLLM passes these to workers on other machines
             *getattr(base, "additional_env_vars", ()),
             *(f"FLASHCOMM_{name}" for name in NAMES),
+            vllm_experts.SETTING,
         )
 
         @classmethod

@@ -265,23 +265,24 @@ class TensorParallelAllReduce:
         }
 
 
-def _create(device_comm: Any) -> TensorParallelAllReduce | None:
-    """Create the all-reduce of a new device communicator; None if vLLM keeps its own. Collective over the group.
+def admitted(device_comm: Any, describe: Callable[[], str]) -> Any:
+    """Meet the other workers of a new group. Return the VllmConfig; None if vLLM keeps its own collectives. Collective.
+
+    Args:
+        device_comm: The device communicator of the group.
+        describe: Returns the settings that must be equal on all workers, as text. It may raise FlashcommError.
 
     Raises:
         FlashcommError: On all workers that called this, if one did not, or has other settings.
     """
     from vllm.config import get_current_vllm_config_or_none
 
-    if device_comm.unique_name.split(":")[0] != "tp" or device_comm.world_size == 1:
-        return None
     config = get_current_vllm_config_or_none()
     reason = why_not(config)
     if not reason and name_of(device_comm.cpu_group) is None:
         reason = "the group is not one of torch.distributed's"
     if reason:
-        if device_comm.rank_in_group == 0:
-            log.warning("vLLM's own all-reduce is used: %s", reason)
+        keep_own(device_comm, reason)
         return None
 
     def check_worker() -> str:
@@ -291,28 +292,54 @@ def _create(device_comm: Any) -> TensorParallelAllReduce | None:
                 f"this worker's FLASHCOMM_FORMAT={format_setting()!r} differs from that of vLLM's front end, which has "
                 f"{'another one' if front_end else 'none, or no flashcomm'}: set and install it for both"
             )
-        return f", plan {digest}" + (", batch-invariant" if batch_invariant() else "")
+        return f", plan {digest}{describe()}" + (", batch-invariant" if batch_invariant() else "")
 
-    advice = "all workers need the package, FLASHCOMM_FORMAT and the same VLLM_* variables, on every machine"
+    advice = "all workers need the package, FLASHCOMM_* settings and the same VLLM_* variables, on every machine"
     rank = device_comm.ranks[device_comm.rank_in_group]
     rendezvous(default_store(), device_comm.unique_name, rank, device_comm.ranks, check_worker, advice)
+    return config
+
+
+def keep_own(device_comm: Any, reason: str) -> None:
+    """Log, on one rank, why a group keeps vLLM's own collectives."""
+    if device_comm.rank_in_group == 0:
+        log.warning("vLLM's own collectives are used in group %s: %s", device_comm.unique_name, reason)
+
+
+def settings_for(config: Any, hidden_size: int, n_batches: int = 1) -> dict[str, Any]:
+    """Return settings of the Communicator of a group whose messages are at most n_batches of the largest batch."""
+    settings: dict[str, Any] = {}
+    if "FLASHCOMM_TIMEOUT_S" not in os.environ:
+        settings["timeout_s"] = TIMEOUT_S
+    if "FLASHCOMM_WORKSPACE_BYTES" not in os.environ:
+        least, most = WORKSPACE_BYTES
+        needed = 2 * 2 * config.scheduler_config.max_num_batched_tokens * hidden_size  # 2 bytes, 2 epochs
+        settings["workspace_bytes"] = max(least, min(most, n_batches * needed))
+    return settings
+
+
+def _create(device_comm: Any) -> TensorParallelAllReduce | None:
+    """Create the all-reduce of a new device communicator; None if vLLM keeps its own. Collective over the group.
+
+    Raises:
+        FlashcommError: On all workers that called this, if one did not, or has other settings.
+    """
+    if device_comm.unique_name.split(":")[0] != "tp" or device_comm.world_size == 1:
+        return None
+    config = admitted(device_comm, lambda: "")
+    if config is None:
+        return None
     plan = Plan.of(format_setting())
     if reason := why_not(config, plan):  # only now, when the plan is known to be equal on all ranks
-        if device_comm.rank_in_group == 0:
-            log.warning("vLLM's own all-reduce is used: %s", reason)
+        keep_own(device_comm, reason)
         return None
     hidden_size, max_tokens = config.model_config.get_hidden_size(), config.scheduler_config.max_num_batched_tokens
-    settings: dict[str, Any] = {"plan": plan.digest if plan.layers or plan.decode else ""}
+    settings = settings_for(config, hidden_size) | {"plan": plan.digest if plan.layers or plan.decode else ""}
     if batch_invariant():
         settings |= fixed_route(device_comm.world_size)
         if plan.decode is not None and device_comm.rank_in_group == 0:
             log.warning("batch-invariant mode is on: the plan's decode format is ignored")
         plan = replace(plan, decode=None)
-    if "FLASHCOMM_TIMEOUT_S" not in os.environ:
-        settings["timeout_s"] = TIMEOUT_S
-    if "FLASHCOMM_WORKSPACE_BYTES" not in os.environ:
-        least, most = WORKSPACE_BYTES
-        settings["workspace_bytes"] = max(least, min(most, 2 * 2 * max_tokens * hidden_size))  # 2 bytes, 2 epochs
 
     def check_layers(layers: list[str]) -> None:
         if plan.layers and not layers:

@@ -23,12 +23,14 @@ from itertools import pairwise
 from flashcomm.routing.route import Choice, Executor, Machine, Message, Rejected, Route
 from flashcomm.routing.timings import BACKEND, Timings
 from flashcomm.wire.format import UNCOMPRESSED, Layout, WireFormat, bounds
+from flashcomm.wire.split import Split
 
 AUTO = "auto"
 CANDIDATES = ("backend", "one_shot", "two_shot")  # `auto` chooses among these
 ALGORITHMS = (*CANDIDATES, "hierarchical")
 ONE_SHOT_BYTES = 64 << 10  # up to this many wire bytes per rank, one hop is faster than fewer bytes in two hops
 SMALL_BYTES = 256 << 10  # up to this many message bytes, our kernel is faster than the backend even uncompressed
+MOST_PADDING = 2  # times the rows: the most that a kernel may have to work on if pieces are padded to the largest
 MARGIN = 0.97  # of the backend's measured time: only a route that takes less is better than the backend
 MIN_BYTES = {  # without settings and timings: the smallest message that is quantized, by transport or device
     "symmetric": 64 << 10,
@@ -55,8 +57,20 @@ def wire_bytes(algorithm: str, message: Message, fmt: WireFormat) -> int:
         local = w // message.nodes
         within, across = sum(_shard_bytes(message, fmt, local)), _shard_bytes(message, fmt, local)[0]
         return (local - 1) * within + (message.nodes - 1) * across
-    step = fmt.gather if algorithm == "all_gather" else fmt.reduce
-    numel = message.numel // w if algorithm == "reduce_scatter" else message.numel
+    if algorithm == "all_to_all_single" and fmt.gather.uncompressed:  # without padding
+        split = message.split or Split((1,) * w)
+        return message.n_bytes * (split.rows - min(split.sizes)) // max(1, split.rows)
+    if message.split is not None and algorithm != "all_gather":
+        values = message.numel // max(1, message.split.rows)  # of a row along dimension 0
+        sizes = [values * rows for rows in message.split.sizes]
+        step = fmt.reduce if algorithm == "reduce_scatter" else fmt.gather
+        layouts = [Layout(step, message.row if message.row > 1 else max(1, n), message.itemsize) for n in sizes]
+        pieces = [layout.nbytes(0, n) for layout, n in zip(layouts, sizes, strict=True)]
+        return sum(pieces) - min(pieces)
+    if message.numel == 0:
+        return 0
+    step = fmt.gather if algorithm in ("all_gather", "all_to_all_single") else fmt.reduce
+    numel = message.numel // w if algorithm in ("reduce_scatter", "all_to_all_single") else message.numel
     return (w - 1) * Layout(step, message.row, message.itemsize).nbytes(0, numel)
 
 
@@ -98,13 +112,18 @@ def choose(
         The route, and why the alternatives were rejected.
     """
     w, op = message.world_size, message.op
-    if w == 1 or message.numel == 0:
+    if w == 1 or (message.numel == 0 and op != "all_to_all_single"):
         why = "one rank" if w == 1 else "no values"
         return _choice(message, fmt, machine, "copy", f"{why}: nothing to send")
+    if op == "all_to_all_single":
+        return _all_to_all(message, fmt, machine)
     if message.row % fmt.unit and machine.transport != "process_group":
         # Rows that end in a short group are rare, and the kernels do not support them.
         tails = (machine.transport, f"rows of {message.row} values are not a multiple of {fmt.unit}")
         machine = replace(machine, transport="process_group", timings=None, rejected=(*machine.rejected, tails))
+    if message.split is not None and machine.transport != "process_group":
+        machine, padded = _padded(message, message.split, machine)
+        return _choice(message, fmt, machine, op, f"the only algorithm of this collective{padded}")
     if op in ("reduce_scatter", "all_gather"):
         return _choice(message, fmt, machine, op, "the only algorithm of this collective")
     if algorithm != AUTO:
@@ -137,6 +156,30 @@ def why_not_quantized(message: Message, fmt: WireFormat, min_bytes: int | str) -
     if fewest >= backend:
         return f"{fmt} would send {fewest} bytes a rank for rows of {message.row}, and uncompressed sends {backend}"
     return ""
+
+
+def _padded(message: Message, split: Split, machine: Machine) -> tuple[Machine, str]:
+    """Return where pieces of different sizes go, and why: kernels take equal ones, padded to the largest."""
+    rows = f"pieces of {min(split.sizes)} to {split.largest} rows"
+    if message.world_size * split.largest <= MOST_PADDING * split.rows:
+        return machine, f"; {rows}, padded to the largest"
+    why = f"{rows}: padded to the largest, they would be more than {MOST_PADDING} times the rows"
+    rejected = (*machine.rejected, (machine.transport, why))
+    return replace(machine, transport="process_group", timings=None, rejected=rejected), ""
+
+
+def _all_to_all(message: Message, fmt: WireFormat, machine: Machine) -> Choice:
+    """Choose by rows and dtype alone, which are equal on all ranks. Sizes are not."""
+    why, n = "", 64 * message.row  # values of some rows: padding counts little
+    if not message.quantizable:
+        why = "values of this dtype are not quantized"
+    elif Layout(fmt.gather, max(1, message.row), message.itemsize).nbytes(0, n) >= n * message.itemsize:
+        why = f"{fmt.gather} would not send fewer bytes for rows of {message.row} values"
+    if machine.transport != "process_group":
+        rejected = (*machine.rejected, (machine.transport, "it has no kernel for an all-to-all"))
+        machine = replace(machine, transport="process_group", timings=None, rejected=rejected)
+    reason = why or "the only algorithm of this collective"
+    return _choice(message, _PLAIN if why else fmt, machine, message.op, reason)
 
 
 def _explicit(message: Message, fmt: WireFormat, machine: Machine, algorithm: str, min_bytes: int | str) -> Choice:
@@ -215,7 +258,7 @@ def _choice(message: Message, fmt: WireFormat, machine: Machine, algorithm: str,
         )
     rejected = [Rejected(name, why) for name, why in others.items() if name != algorithm]
     rejected += [Rejected(name, why) for name, why in machine.rejected]
-    route = Route(message.op, algorithm, fmt, transport, executor, chunk_bytes, n_bytes, reason)
+    route = Route(message.op, algorithm, fmt, transport, executor, chunk_bytes, n_bytes, reason, message.split)
     return Choice(route, tuple(rejected))
 
 

@@ -15,8 +15,9 @@ import torch
 
 from flashcomm.routing.timings import Timings
 from flashcomm.wire.format import WireFormat
+from flashcomm.wire.split import Exchange, Split
 
-OPS = ("all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather")
+OPS = ("all_reduce", "all_reduce_add_rms_norm", "reduce_scatter", "all_gather", "all_to_all_single")
 
 
 class Executor(enum.Enum):
@@ -33,13 +34,16 @@ class Message:
     """The properties of a call that routing depends on, all equal on every rank.
 
     Attributes:
-        numel: Values in this rank's input.
+        numel: Values in this rank's input; of the largest one if ranks gather different numbers of rows.
         row: Values in the last dimension, which quantization groups do not cross.
         itemsize: Bytes of a value.
         world_size: Ranks of the group.
         device_type: "cpu" or "cuda".
         local_world_size: Ranks of a node; 0 if not known or if ranks are not ordered by node.
         op: One of `OPS`.
+        split: Rows of each rank's piece in reduce_scatter and all_gather, or that this rank sends in an all-to-all.
+            None: equal pieces. In an all-to-all neither numel nor split need be equal on all ranks.
+        quantizable: Whether the dtype can be quantized.
     """
 
     numel: int
@@ -49,10 +53,18 @@ class Message:
     device_type: str
     local_world_size: int = 0
     op: str = "all_reduce"
+    split: Split | None = None
+    quantizable: bool = True
 
     @classmethod
     def of(
-        cls, op: str, shape: Sequence[int], dtype: torch.dtype, group: tuple[int, str, int], whole: int | None = None
+        cls,
+        op: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        group: tuple[int, str, int],
+        whole: int | None = None,
+        split: Split | None = None,
     ) -> Message:
         """Return the message of an input of this shape.
 
@@ -62,8 +74,14 @@ class Message:
             dtype: The dtype of the input.
             group: world_size, device_type and local_world_size.
             whole: If the input is only some rows of a message: the number of values of that message.
+            split: As in `Message`.
         """
         row = shape[-1] if shape else 1
+        if split is not None or op == "all_to_all_single":
+            row = row if len(shape) > 1 else 1  # the pieces of a vector are rows of different lengths
+            rows = split.largest if split is not None and op == "all_gather" else shape[0]
+            quantizable = dtype in (torch.bfloat16, torch.float16, torch.float32)
+            return cls(rows * math.prod(shape[1:]), row, dtype.itemsize, *group, op, split, quantizable)
         if op == "reduce_scatter" and len(shape) == 1:  # its row is one rank's shard
             row //= group[0]
         return cls(math.prod(shape) if whole is None else whole, row, dtype.itemsize, *group, op)
@@ -107,8 +125,10 @@ class Route:
         transport: The transport that carries the bytes.
         executor: The executor that runs it.
         chunk_bytes: Message bytes per chunk; 0 for executors that do not cut messages.
-        wire_bytes: Payload bytes that one rank sends to others.
+        wire_bytes: Payload bytes that one rank sends to others; the busiest one if they differ.
         reason: Why this route was chosen, as text.
+        split: As in `Message`.
+        exchange: For an all-to-all, the rows that this rank sends and receives. `explain` leaves it out.
     """
 
     op: str
@@ -119,6 +139,8 @@ class Route:
     chunk_bytes: int
     wire_bytes: int
     reason: str
+    split: Split | None = None
+    exchange: Exchange | None = None
 
     @property
     def low_bit(self) -> bool:

@@ -24,9 +24,18 @@ from flashcomm.collectives.recent import PLAIN
 from flashcomm.errors import FlashcommError, FormatError, InputError, SettingsError, UnavailableError
 from flashcomm.settings import Settings
 from flashcomm.transports.process_group import CHECK_TAG, ProcessGroupTransport, has_nccl
+from flashcomm.wire.split import Exchange, Split
 from flashcomm.wire.torch_codec import DTYPES
 
-CALLS = ("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "creating a Communicator")
+CALLS = (
+    *("all_reduce", "reduce_scatter", "all_gather", "all_reduce_add_rms_norm", "all_to_all_single"),
+    "creating a Communicator",
+)
+# An all-to-all passes on values of these types, too.
+PASSED_ON = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
 _MAX_DIMS = 8
 _WORDS = 16  # int64 per rank: version, Communicator, call, its number, problem, settings, dtype, dims, up to 8 sizes
 _VERSION = 2  # of these words
@@ -52,6 +61,8 @@ class Problem(enum.IntEnum):
     EPS = 13
     OVERLAP = 14
     WHOLE = 15
+    SIZES = 16
+    SPLITS = 17
 
     def text(self, x: Any, device: torch.device, world_size: int) -> str:
         """Return the message for the rank itself: what was given, what is allowed, what to do."""
@@ -73,6 +84,11 @@ class Problem(enum.IntEnum):
             Problem.OUT: "out= must be contiguous, writable and of the result's shape, dtype and device; leave it out",
             Problem.OVERLAP: "out= must not share memory with x, except that all_reduce accepts x itself; leave it out",
             Problem.WHOLE: "whole= must be a number of values, at least x.numel(); leave it out",
+            Problem.SIZES: f"sizes= must be {world_size} numbers of rows, at least 0 and below 2 GiB a piece: for "
+            "reduce_scatter they add up to x.shape[0], for all_gather each is the x.shape[0] of its rank",
+            Problem.SPLITS: f"input_split_sizes and output_split_sizes must each be {world_size} numbers of rows, at "
+            "least 0 and below 2 GiB a piece. The first add up to x.shape[0], the second to the rows of the result, "
+            "and both say the same for this rank itself. Leave both out for equal pieces",
             Problem.FORMAT: "format= is not a wire format; give one such as 'int4-had', or leave it out",
             Problem.MEMORY: "the tensor must have memory of its own; of a DTensor give .to_local()",
             Problem.RESIDUAL: "residual must have x's shape, dtype and device, be dense and need no gradient",
@@ -101,15 +117,28 @@ def group_device(group: dist.ProcessGroup, asked: str | None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def result_shape(op: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
-    """Return the shape of a collective's result, given that of one rank's input."""
+def result_shape(
+    op: str, shape: tuple[int, ...], world_size: int, split: Split | Exchange | None = None, rank: int = 0
+) -> tuple[int, ...]:
+    """Return the shape of a collective's result, given that of this rank's input and the rows of each rank's piece."""
+    if isinstance(split, Exchange):
+        return (split.received.rows, *shape[1:])
+    if split is not None:
+        return (split.rows if op == "all_gather" else split.sizes[rank], *shape[1:])
     if op == "all_gather":
         return (shape[0] * world_size, *shape[1:])
     return (shape[0] // world_size, *shape[1:]) if op == "reduce_scatter" else shape
 
 
 def problem_with(
-    name: str, x: Any, device: torch.device, world_size: int, out: Any = None, whole: object = None
+    name: str,
+    x: Any,
+    device: torch.device,
+    world_size: int,
+    out: Any = None,
+    whole: object = None,
+    split: Split | Exchange | None = None,
+    rank: int = 0,
 ) -> Problem:
     """Return what is wrong with this rank's arguments, or `Problem.NONE`.
 
@@ -120,10 +149,12 @@ def problem_with(
         world_size: Ranks of the group.
         out: The output, or None.
         whole: See `Communicator.all_reduce`.
+        split: The sizes of the call, not checked yet.
+        rank: This rank.
     """
     if not isinstance(x, Tensor):
         return Problem.NO_TENSOR
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPES and not (name == "all_to_all_single" and x.dtype in PASSED_ON):
         return Problem.DTYPE
     if x.device.type != device.type or x.device.index not in (None, device.index):
         return Problem.DEVICE
@@ -136,12 +167,21 @@ def problem_with(
     if x.dim() > _MAX_DIMS:
         return Problem.DIMS
     if name in ("reduce_scatter", "all_gather") and (
-        x.dim() == 0 or (name == "reduce_scatter" and x.shape[0] % world_size)
+        x.dim() == 0 or (name == "reduce_scatter" and split is None and x.shape[0] % world_size)
     ):
         return Problem.DIVIDE
+    row_bytes = math.prod(x.shape[1:]) * x.element_size()
+    if name == "all_to_all_single" and not (
+        isinstance(split, Exchange) and split.fits(len(x), rank, world_size, row_bytes)
+    ):
+        return Problem.SPLITS
+    if isinstance(split, Split) and not (
+        split.fits(world_size, row_bytes) and x.shape[0] == (split.sizes[rank] if name == "all_gather" else split.rows)
+    ):
+        return Problem.SIZES
     if out is not None and not (
         isinstance(out, Tensor)
-        and out.shape == result_shape(name, tuple(x.shape), world_size)
+        and out.shape == result_shape(name, tuple(x.shape), world_size, split, rank)
         and (out.dtype, out.device) == (x.dtype, x.device)
         and out.layout == torch.strided
         and out.is_contiguous()
@@ -191,7 +231,13 @@ def problem_with_add_rms_norm(
 
 
 def check_call(
-    transport: ProcessGroupTransport, name: str, x: Any, problem: Problem, number: int, settings: object
+    transport: ProcessGroupTransport,
+    name: str,
+    x: Any,
+    problem: Problem,
+    number: int,
+    settings: object,
+    rows: int | None = None,
 ) -> None:
     """Compare this call with those of all ranks. Collective.
 
@@ -203,17 +249,53 @@ def check_call(
         number: The number of the call.
         settings: Other values that must be equal, such as the settings of the Communicator and the format of the call.
             Their `repr` is compared.
+        rows: What is compared in place of dimension 0, if that may differ between ranks.
 
     Raises:
         InputError: On all ranks, if calls differ or any rank has a problem.
     """
     words = [CALLS.index(name), number, int(problem), _digest(settings)]
     if problem == Problem.NONE and isinstance(x, Tensor):  # otherwise the shape may be missing or too long
-        words += [DTYPES.index(x.dtype), x.dim(), *x.shape]
-    rows = _exchange_words(transport, transport.tags.communicator, words, f"the consistency check of {name}")
-    if all(row == rows[0] for row in rows) and not rows[0][4]:
+        words += [(*DTYPES, *PASSED_ON).index(x.dtype), x.dim(), *x.shape]
+        words[6:7] = words[6:7] if rows is None else [rows]
+    everyone = _exchange_words(transport, transport.tags.communicator, words, f"the consistency check of {name}")
+    if all(row == everyone[0] for row in everyone) and not everyone[0][4]:
         return
-    raise InputError(_differences(rows, transport))
+    raise InputError(_differences(everyone, transport))
+
+
+def exchange_of(x: Any, out: Any, received: object, sent: object, world_size: int) -> Exchange | None:
+    """Return the splits of an all-to-all, not checked yet; None if x has no rows or no splits follow from it.
+
+    Args:
+        x: The input.
+        out: The output, or None.
+        received: Rows from each rank. None: equal pieces of out or, if there is none, of a result like x.
+        sent: Rows for each rank. None: equal pieces of x.
+        world_size: Ranks of the group.
+    """
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or (received is None and sent is not None is out):
+        return None
+    like = out if isinstance(out, Tensor) and not out.is_nested and out.dim() else x
+    return Exchange(
+        Split.of(sent) or Split.even(len(x), world_size), Split.of(received) or Split.even(len(like), world_size)
+    )
+
+
+def check_exchange(transport: ProcessGroupTransport, mine: Exchange) -> None:
+    """Compare the splits of an all-to-all with those of all ranks. Collective.
+
+    Raises:
+        InputError: On all ranks, if a rank expects other rows than its peer sends.
+    """
+    n = transport.world_size
+    words = torch.tensor([*mine.sent.sizes, *mine.received.sizes], dtype=torch.int64).view(torch.uint8)
+    rows = _gather(transport, words, "comparing splits").view(torch.int64).view(n, 2, n)
+    sent, received = rows[:, 0], rows[:, 1].t()
+    wrong = [f"  rank {i} sends {sent[i, j]} rows to rank {j}, which expects {received[i, j]}"
+             for i, j in (sent != received).nonzero().tolist()]  # fmt: skip
+    if wrong:
+        raise InputError("the splits of all_to_all_single differ; nothing was sent:\n" + "\n".join(wrong))
 
 
 def check_settings(transport: ProcessGroupTransport, n_made: int, mine: Settings | FlashcommError) -> Settings:
@@ -335,7 +417,9 @@ def _differences(rows: list[list[int]], transport: ProcessGroupTransport) -> str
         if code:
             lines.append(f"  rank {rank}: {what}: {Problem(code).advice(transport.device, transport.world_size)}")
         else:
-            lines.append(f"  rank {rank}: {what} of {tuple(sizes[:dims])} {str(DTYPES[dtype]).removeprefix('torch.')}")
+            shape, kind = sizes[:dims], str((*DTYPES, *PASSED_ON)[dtype]).removeprefix("torch.")
+            shown = tuple(shape) if CALLS[call] != "all_to_all_single" else f"(rows, {', '.join(map(str, shape[1:]))})"
+            lines.append(f"  rank {rank}: {what} of {shown} {kind}")
     return "the ranks did not make the same valid call; nothing was sent:\n" + "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Bytes over any torch.distributed process group: gloo on CPUs, NCCL on GPUs, across hosts.
 
-There are two exchanges, `all_to_all` and `all_gather`. Both are asynchronous and send the same number of bytes to every
-rank. They call the group's own methods rather than `torch.distributed` functions, so that a group that
-torch.distributed did not create works, too. The inner group of our c10d backend is one.
+There are three exchanges. `all_to_all` and `all_gather` send the same number of bytes to every rank, `exchange` sends
+pieces of any size. All are asynchronous. They call the group's own methods rather than `torch.distributed` functions,
+so that a group that torch.distributed did not create works, too. The inner group of our c10d backend is one.
 
 On CPUs an exchange is W-1 matched steps: in step k every rank sends to rank+k and receives from rank-k. Each link then
 carries one stream in each direction at full rate. If all messages are posted at once, as in gloo's all-to-all, streams
@@ -94,7 +94,7 @@ def has_nccl(group: dist.ProcessGroup) -> bool:
 
 
 class ProcessGroupTransport:
-    """Two exchanges of bytes over a c10d group.
+    """Three exchanges of bytes over a c10d group.
 
     Args:
         group: The process group.
@@ -159,7 +159,7 @@ class ProcessGroupTransport:
             self._by_cpu.all_to_all(on_cpu, inp.cpu(), what, overlap=False).wait()
             return self._copied_back(on_cpu, out, what)
         if self._lane:
-            return self._on_cpu(out, lambda rank: inp[rank], what, overlap, None)
+            return self._on_cpu(out.unbind(), inp.unbind(), what, overlap, None)
         return self._pending(self._rows(out, inp), what)
 
     def all_gather(self, out: Tensor, inp: Tensor, what: str, overlap: bool = True, tag: int | None = None) -> Pending:
@@ -178,10 +178,30 @@ class ProcessGroupTransport:
             self._by_cpu.all_gather(on_cpu, inp.cpu(), what, overlap=False, tag=tag).wait()
             return self._copied_back(on_cpu, out, what)
         if self._lane:
-            return self._on_cpu(out, lambda rank: inp, what, overlap, tag)
+            return self._on_cpu(out.unbind(), [inp] * self.world_size, what, overlap, tag)
         if self.world_size < self.group.size():
             return self._pending(self._rows(out, inp.expand(self.world_size, -1).contiguous()), what)
         return self._pending(self.group._allgather_base(out.view(-1), inp, AllgatherOptions()), what)
+
+    def exchange(self, out: Sequence[Tensor], inp: Sequence[Tensor], what: str, overlap: bool = True) -> Pending:
+        """Send inp[j] to rank j; out[i] comes from rank i. Pieces of no bytes are not sent.
+
+        Args:
+            out: uint8 (n,) for each rank, contiguous, of the size of the piece that this rank sends.
+            inp: uint8 (n,) for each rank, contiguous. Pieces may be the same memory.
+            what: The phase, for error messages.
+            overlap: As for `all_to_all`.
+        """
+        self._count(sum(piece.numel() for rank, piece in enumerate(inp) if rank != self.rank))
+        if self._by_cpu:
+            on_cpu = [torch.empty_like(piece, device="cpu") for piece in out]
+            self._by_cpu.exchange(on_cpu, [piece.cpu() for piece in inp], what, overlap=False).wait()
+            for piece, received in zip(out, on_cpu, strict=True):
+                piece.copy_(received)
+            return Pending(lambda: None, what, self)
+        if self._lane:
+            return self._on_cpu(out, inp, what, overlap, None)
+        return self._pending(self.group.alltoall(list(out), list(inp), AllToAllOptions()), what)
 
     def all_reduce_backend(self, x: Tensor, what: str) -> Pending:
         """Sum x in place with the backend's own all-reduce, which has its own order of additions."""
@@ -240,22 +260,22 @@ class ProcessGroupTransport:
         return Pending(work.wait, what, self)  # makes the stream wait; NCCL's watchdog has the time-out
 
     def _on_cpu(
-        self, out: Tensor, piece_for: Callable[[int], Tensor], what: str, overlap: bool, tag: int | None
+        self, out: Sequence[Tensor], inp: Sequence[Tensor], what: str, overlap: bool, tag: int | None
     ) -> Pending:
         assert self._lane
         tag = (
             self.tags.next() if tag is None else tag
         )  # here, not on the thread: in the order of the caller's exchanges
-        steps = lambda: self._steps(out, piece_for, what, tag)  # noqa: E731
+        steps = lambda: self._steps(out, inp, what, tag)  # noqa: E731
         return Pending(self._lane.start(steps) if overlap else steps, what, self)
 
-    def _steps(self, out: Tensor, piece_for: Callable[[int], Tensor], what: str, tag: int) -> None:
+    def _steps(self, out: Sequence[Tensor], inp: Sequence[Tensor], what: str, tag: int) -> None:
         """Run an exchange as W-1 matched steps, or as one step if it is small. Raises CommunicationError."""
-        if out[self.rank].data_ptr() != piece_for(self.rank).data_ptr():
-            out[self.rank].copy_(piece_for(self.rank))
-        steps = range(1, self.world_size)
+        if out[self.rank].data_ptr() != inp[self.rank].data_ptr():
+            out[self.rank].copy_(inp[self.rank])
+        steps, largest = range(1, self.world_size), max(piece.numel() for piece in (*out, *inp))
         # Small messages do not collide, and waiting for all peers at once finds the one that does not answer.
-        for together in [steps] if out.shape[1] <= SMALL_BYTES else [range(k, k + 1) for k in steps]:
+        for together in [steps] if largest <= SMALL_BYTES else [range(k, k + 1) for k in steps]:
             if self._lane and self._lane.closed:
                 raise ClosedError(f"{what}: the Communicator was closed during the call")
             begin, peer, works = time.monotonic(), 0, []  # type: ignore[var-annotated]
@@ -264,9 +284,11 @@ class ProcessGroupTransport:
                 for k in together:
                     source, target = (self.rank - k) % self.world_size, (self.rank + k) % self.world_size
                     peer = self._members[source]
-                    works.append((peer, self.group.recv([out[source]], peer, tag)))
+                    if out[source].numel():
+                        works.append((peer, self.group.recv([out[source]], peer, tag)))
                     peer = self._members[target]
-                    works.append((peer, self.group.send([piece_for(target)], peer, tag)))
+                    if inp[target].numel():
+                        works.append((peer, self.group.send([inp[target]], peer, tag)))
                 for peer, work in works:  # noqa: B007  (the error names it)
                     work.wait(timedelta(seconds=self.timeout_s))
             except RuntimeError as why:
