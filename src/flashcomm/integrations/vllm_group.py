@@ -227,9 +227,10 @@ class TensorParallelAllReduce:
 
         If all requests of the batch decode, that is (tokens, 1, hidden); see `plan.is_decode`.
         """
+        if self.planned.plan.decode is None:
+            return x
         captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        decodes = self.planned.plan.decode is not None and only_decodes(self._config, captured)
-        return x.unsqueeze(1) if decodes else x
+        return x.unsqueeze(1) if only_decodes(self._config, captured) else x
 
     def register(self, layer: str) -> str:
         """Register a layer. Return the name by which `torch.ops.flashcomm.all_reduce` reduces its output."""
