@@ -768,6 +768,8 @@ def test_vllm_decodes_in_the_decode_format(how: str, tmp_path: Path) -> None:
     report = json.loads(done.stdout.strip().splitlines()[-1])[1]["report"]
     low_bit = report["low_bit"]["all_reduce/one_shot"]
     assert low_bit["calls"] == 31 * 61, "every step after the prompts"
-    n_bytes = Layout(WireFormat.parse("int8").reduce, 576, 2).nbytes(0, 2 * 576)
-    assert low_bit["sent_bytes"] == 31 * 61 * n_bytes, "of two sequences"
-    assert report["own"]["too small to pay"] == 61, "the prompts"
+    mixed = report["own"]["too small to pay"] // 61 - 1  # 1 if vLLM began before it had the second prompt
+    assert mixed in (0, 1)
+    assert report["own"]["too small to pay"] == 61 * (1 + mixed), "the batches with prompts"
+    one, two = (Layout(WireFormat.parse("int8").reduce, 576, 2).nbytes(0, n * 576) for n in (1, 2))
+    assert low_bit["sent_bytes"] == 61 * ((31 - mixed) * two + mixed * one), "of two sequences, or of the last"
