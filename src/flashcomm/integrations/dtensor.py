@@ -207,12 +207,16 @@ def _bias_after_sum(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _is_sum(x: Any) -> bool:
-    return len(x.placements) == 1 and type(x.placements[0]) is Partial and x.placements[0].reduce_op == "sum"
+    """Return whether x is Partial("sum"), and not of a subclass, as embeddings and norms have them.
+
+    Dynamo (torch 2.11) takes `type(placement) is Partial` for false, but compares placements with == as eager torch.
+    """
+    return len(x.placements) == 1 and bool(x.placements[0] == Partial("sum"))
 
 
 def _is_sharded_by_rows(layout: Any, x: DTensor) -> bool:
-    """Return whether a layout of x is Shard(d), with d not the last dimension."""
-    return type(layout) is Shard and layout.dim % x.ndim != x.ndim - 1
+    """Return whether a layout of x is Shard(d), with d not the last dimension, and not of a subclass."""
+    return bool(layout.is_shard() and layout == Shard(layout.dim) and layout.dim % x.ndim != x.ndim - 1)
 
 
 def _local(x: DTensor) -> Tensor:
