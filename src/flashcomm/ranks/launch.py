@@ -211,6 +211,8 @@ def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
     group: dict[str, Any] = {"backend": "nccl", "device_id": where} if nccl else {"backend": "gloo"}
     timeout = timedelta(seconds=job.timeout_s)
     dist.init_process_group(**group, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if not nccl:
+        dist.barrier()  # gloo: a target that destroys the group at once must not cut off a rank that still connects
     result = job.target(RankContext(rank, world_size, where, emit), *job.args)
     if dist.is_initialized():
         dist.barrier()  # so that no rank closes connections or the store while another needs them
