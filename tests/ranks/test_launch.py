@@ -134,6 +134,7 @@ def caller(case: str, *more: str) -> None:
             with contextlib.suppress(KeyboardInterrupt):
                 wait(link or None)
             print("interrupted", flush=True)
+            sys.stdin.readline()  # the next run starts when the test has seen that nothing of this one is left
 
 
 def wait(link: str | None) -> None:
@@ -160,6 +161,7 @@ def script(*args: str, **more: Any) -> Iterator[Caller]:
     process = Caller(
         [sys.executable, __file__, *args],
         env=env,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -389,6 +391,9 @@ def test_signals_end_everything(link: str | None, steps: list[tuple[str, signal.
                 assert "ready" not in until(process, "interrupted")
                 assert_gone(process.token, but=process.pid)
                 assert process.poll() is None
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
         rest, stderr = process.communicate(timeout=SOON_S)
         assert time.monotonic() - sent < SOON_S
     assert process.returncode == status
