@@ -8,6 +8,7 @@ These names were checked in Triton 3.6 and 3.7.1:
 | `CompiledKernel.__getitem__(grid)`                 | a launcher that takes addresses; tuples stay nested         |
 | `[["tt.divisibility", 16]]`                        | the attribute of a pointer that is 16-byte aligned          |
 | `triton.knobs.runtime.interpret`                   | finding out whether kernels run in Triton's interpreter     |
+| `triton.runtime.interpreter._patch_lang_tensor`    | mending 3.6's interpreter for NumPy 2.4                     |
 
 Kernels take three kinds of arguments, in this order:
 
@@ -41,6 +42,26 @@ _NAMES = {
 }  # fmt: skip
 _C_TYPES = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
 _compiled: dict[Any, Any] = {}
+
+
+def _convert_values_of_one_element() -> None:
+    """Let loops of interpreted kernels end at computed values, with Triton 3.6 and NumPy 2.4.
+
+    The interpreter holds a number as an array of one element. NumPy 2.4 converts only arrays without dimensions to int.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_convert(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_convert
+
+
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    _convert_values_of_one_element()
 
 
 class Int64(int):
