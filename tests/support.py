@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import pytest
 import torch.distributed as dist
 
-from flashcomm import Communicator
+from flashcomm import Communicator, WireFormat, reference
 from flashcomm.ranks import launch
 from flashcomm.routing.route import Executor
 from flashcomm.wire import torch_codec
@@ -187,6 +187,12 @@ def errors_of(results: list[Any], kind: type[BaseException]) -> set[str]:
 def exact_in_int4(n_rows: int, row: int) -> torch.Tensor:
     """0 to 15, again and again: 4 bits represent these values exactly, and so the sum of any number of ranks."""
     return (torch.arange(row) % 16).float().expand(n_rows, row).contiguous()
+
+
+def expected(algorithm: str, messages: list[torch.Tensor], fmt: WireFormat, rank: int) -> torch.Tensor:
+    """A rank's result of a function of `reference`, some of which return those of all ranks."""
+    found = getattr(reference, algorithm)(messages, fmt)
+    return found[rank] if isinstance(found, list) else found
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

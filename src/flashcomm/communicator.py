@@ -148,6 +148,7 @@ class Communicator:
 
         Values are quantized once, as `format.gather`, but for the piece that stays on its rank. They are sent as they
         are if that would save no bytes (vectors, short rows), and if they are integers, bool, float64 or 8-bit floats.
+        Over GPU or host memory equal pieces without sizes are fastest: then all ranks give sizes, or none does.
 
         Args:
             x: (rows, ...). Ranks may have different numbers of rows; everything else is equal.
@@ -202,7 +203,9 @@ class Communicator:
         group, split = (self.world_size, self.device.type, self.machine.local_world_size), Split.of(sizes)
         if split is not None and not split.fits(self.world_size, 0):
             raise InputError(f"explain: {consistency.Problem.SIZES.advice(self.device, self.world_size)}")
-        message = Message.of(op, shape, dtype, group, whole, split if split and not split.is_even else None)
+        if split is not None and split.is_even and op != "all_to_all_single":
+            split = None
+        message = Message.of(op, shape, dtype, group, whole, split)
         fmt = self.format if format is None else WireFormat.parse(format)
         return policy.choose(message, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine)
 
@@ -259,7 +262,7 @@ class Communicator:
                 problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole, split, self.rank)
             rows = None  # that ranks compare
             if isinstance(split, Exchange):
-                same, rows = None, -1
+                same, rows = self.machine.transport == "process_group" or split.explicit, -1
             elif split is not None and not problem:
                 same = split = None if split.is_even else split
                 rows = split.rows if split else None
@@ -270,7 +273,8 @@ class Communicator:
             if isinstance(split, Exchange):
                 if self.world_size > 1 and self.settings.check:
                     consistency.check_exchange(self.transport, split)
-                route = self.explain(x.shape, x.dtype, fmt, op=op, sizes=split.sent.sizes).route
+                sent = split.sent.sizes if split.explicit else None
+                route = self.explain(x.shape, x.dtype, fmt, op=op, sizes=sent).route
                 route = replace(route, exchange=split)
             elif x.numel() == out.numel() == 0:
                 return out

@@ -188,18 +188,20 @@ def test_all_to_all_passes_on_other_dtypes(group: dist.ProcessGroup, rank: int) 
 
 
 def test_routes_of_all_to_all() -> None:
-    fmt = WireFormat.parse("int8/int4")
+    fmt, only = WireFormat.parse("int8/int4"), "the only algorithm of this collective"
 
     def text(shape: tuple[int, ...], sizes: tuple[int, ...] | None = None) -> str:
         split = None if sizes is None else Split(sizes)
         message = Message.of("all_to_all_single", shape, torch.bfloat16, (2, "cuda", 0), split=split)
         return str(policy.choose(message, fmt, machine=Machine("symmetric")))
 
-    assert "all_to_all_single as int8/int4 over process_group: 144 bytes a rank; the only" in text((4, 128))
-    assert "not symmetric: it has no kernel for an all-to-all" in text((4, 128))
+    assert text((4, 128)) == "all_to_all_single as int8/int4 over symmetric: 144 bytes a rank; " + only
+    assert "over process_group: 144 bytes a rank; " + only in text((4, 128), (2, 2)), "peers may send other sizes"
     assert f"{3 * 64 + 16} bytes a rank" in text((4, 128), (1, 3)), "if it keeps the smaller piece"
+    assert "not symmetric: its kernel takes equal pieces, without split sizes" in text((4, 128), (1, 3))
+    assert "not symmetric: rows of 96 values are not a multiple of 64" in text((4, 96))
     assert "as none over process_group: 400 bytes a rank; int4 would not send fewer" in text((400,))
-    assert ": 0 bytes a rank" in text((0, 128))
+    assert "copy: 0 bytes a rank; no values" in text((0, 128))
 
 
 @pytest.mark.contract(6)

@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from support import kernels_of, over_cuda, same_bits, tough
+from support import expected, kernels_of, over_cuda, same_bits, tough
 
-from flashcomm import WireFormat, reference
+from flashcomm import WireFormat
 from flashcomm.gpu import codec, tuning
 from flashcomm.gpu.host_launch import host_tuning
 from flashcomm.ranks.launch import RankContext, run
@@ -35,6 +35,8 @@ PEERS = [
     ("all_gather", "none", tuning.LL, (4, 512)),
     ("two_shot", "int4", tuning.FLAGS, (33, 1024)),
     ("reduce_scatter", "int4", tuning.FLAGS, (34, 1024)),
+    ("all_to_all_single", "int4", tuning.LL, (4, 512)),
+    ("all_to_all_single", "int4-had", tuning.FLAGS, (34, 1024)),
     ("one_shot", "int6-had/int7-had", tuning.FLAGS_IN_8_PIECES, (257, 1024)),
 ]
 HOST = [
@@ -43,6 +45,7 @@ HOST = [
     ("two_shot", "int6-had/int7-had", host_tuning(WireFormat.parse("int6-had/int7-had"), 0), (129, 1024)),
     ("reduce_scatter", "int4", host_tuning(WireFormat.parse("int4"), 0), (130, 1024)),
     ("all_gather", "none", host_tuning(WireFormat.parse("none"), 0), (65, 1024)),
+    ("all_to_all_single", "int4", host_tuning(WireFormat.parse("int4"), 0), (130, 1024)),
 ]
 
 
@@ -52,8 +55,7 @@ def collectives(ctx: RankContext) -> None:
             for algorithm, name, how, shape in cases:
                 fmt = WireFormat.parse(name)
                 inputs = [tough(shape, BF16, rank) for rank in range(ctx.world_size)]
-                want = getattr(reference, algorithm)(inputs, fmt)
-                want = want[ctx.rank] if algorithm == "reduce_scatter" else want
+                want = expected(algorithm, inputs, fmt, ctx.rank)
                 x, out = inputs[ctx.rank].to(ctx.device), torch.empty(want.shape, dtype=BF16, device=ctx.device)
                 launch = kernels_of(comm).plan(algorithm, x, shape[-1], fmt, how)
                 for _ in range(2):  # epochs of both halves

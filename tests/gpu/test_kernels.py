@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor
-from support import N_GPUS, SHORT_S, kernels_of, raise_first, run_ranks, same_bits, tough, wait_at_most
+from support import N_GPUS, SHORT_S, expected, kernels_of, raise_first, run_ranks, same_bits, tough, wait_at_most
 
 from flashcomm import Communicator, WireFormat, reference
 from flashcomm.errors import CommunicationError, FlashcommError, InputError, SettingsError, UnavailableError
@@ -97,11 +97,16 @@ def slices(ctx: RankContext) -> None:
                 assert same_bits(got, reference.reduce_scatter(whole, comm.format)[ctx.rank]), (fmt, shape)
                 got = comm.all_gather(parts[ctx.rank].to(ctx.device)).cpu()
                 assert same_bits(got, reference.all_gather(parts, comm.format)), (fmt, shape)
-            assert set(comm.calls) == {"reduce_scatter/kernel", "all_gather/kernel"}
+                got = comm.all_to_all_single(whole[ctx.rank].to(ctx.device)).cpu()
+                copied = len(shape) == 1 or not whole[0].numel()  # vectors are not quantized
+                fmt_sent = WireFormat.parse("none") if copied else comm.format
+                assert same_bits(got, reference.all_to_all_single(whole, fmt_sent)[ctx.rank]), (fmt, shape)
+            ops = ("reduce_scatter", "all_gather", "all_to_all_single")
+            assert set(comm.calls) >= {f"{op}/kernel" for op in ops}
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_reduce_scatter_and_all_gather_equal_the_reference(world_size: int) -> None:
+def test_collectives_of_shards_equal_the_reference(world_size: int) -> None:
     on_ranks(slices, world_size)
 
 
@@ -144,14 +149,13 @@ def turn_by_turn(ctx: RankContext, calls: int, delay: int) -> None:
     kernels, fmts = make_kernels(ctx, 1 << 20), [WireFormat.parse(f) for f in ("int4", "none", "int8-g128/int5-g16")]
     kernels.delay = delay if ctx.rank % 2 else 0
     for call in range(calls):
-        algorithm = launch.ALGORITHMS[call * 7 // 2 % 4]
+        algorithm = launch.ALGORITHMS[call * 7 // 2 % 5]
         fmt, dtype = fmts[call // 2 % 3], (BF16, FP32, FP16)[call % 3]
         shape = ((2, 256), (6, 512), (4, 384))[call * 5 // 3 % 3]
-        if algorithm == "reduce_scatter":
+        if launch.ALGORITHMS.index(algorithm) in launch.SHARDED:
             shape = (shape[0] * ctx.world_size, shape[1])
         messages = [tough(shape, dtype, call + 100 * rank) for rank in range(ctx.world_size)]
-        x, want = messages[ctx.rank].to(ctx.device), getattr(reference, algorithm)(messages, fmt)
-        want = want[ctx.rank] if algorithm == "reduce_scatter" else want
+        x, want = messages[ctx.rank].to(ctx.device), expected(algorithm, messages, fmt, ctx.rank)
         out = torch.empty(want.shape, dtype=dtype, device=ctx.device)
         how = tuning.LL if call * 3 // 2 % 2 else tuning.FLAGS
         kernels.plan(algorithm, x, shape[-1], fmt, how)(x.data_ptr(), out.data_ptr())

@@ -1,14 +1,15 @@
-"""Collectives over the memory of peers: one kernel for all four, which quantizes, sends, reduces and gathers.
+"""Collectives over the memory of peers: one kernel for all five, which quantizes, sends, reduces and gathers.
 
 A message is cut into *shards*, one per destination. A shard consists of units (a unit is the larger of the two groups).
 It is cut into tiles. A launch is a sequence of waves. Wave w has programs with these roles, in this order:
 
-    encode   quantizes tile w of a shard, and stores it in the memory of its destination. two_shot and reduce_scatter
-             have one such program per shard. one_shot and all_gather have one for the whole message.
+    encode   quantizes tile w of a shard, and stores it in the memory of its destination. two_shot, reduce_scatter
+             and all_to_all_single have one such program per shard, and the latter copies the shard that stays on its
+             rank. one_shot and all_gather have one for the whole message.
     reduce   sums tile w - stage_lag of the own shard over all ranks, in rank order, into the result. In two_shot it
-             quantizes the sum instead, and stores it in the memory of all ranks. One program; none in all_gather.
-    gather   dequantizes tile w - 2 * stage_lag (all_gather: w - stage_lag) of a shard into the result. two_shot and
-             all_gather have one such program per shard.
+             quantizes the sum instead, and stores it in the memory of all ranks. One program; none if there is no sum.
+    gather   dequantizes tile w - 2 * stage_lag (without sums w - stage_lag) of a shard into the result. two_shot and
+             all_gather have one such program per shard, all_to_all_single one per shard of another rank.
 
 A producer stores into its consumers' memory. Each tile has a flag there, which the producer then sets to the epoch,
 the number of the call. Flags are never cleared. Small messages use the LL protocol (`low_latency`) instead of flags: a
@@ -19,7 +20,7 @@ tile has arrived when all of its words carry the epoch.
 | stage 1 of the inbox: a tile of the own     | encode of all ranks | own reduce | its flags carry | this rank has     |
 | shard from each rank                        |                     |            | the epoch       | sent in the next  |
 | stage 2 of the inbox: all tiles of all      | reduce of all ranks | own gather | its flags carry | epoch             |
-| shards                                      | (all_gather: encode)|            | the epoch       |                   |
+| shards                                      | (no sums: encode)   |            | the epoch       |                   |
 
 Why the waiting ends. A program waits only for programs of an earlier wave, or of the same wave and an earlier role, on
 this or another rank. GPUs start the programs of a grid in order, as look-back scans also assume. Order all programs of
@@ -44,11 +45,11 @@ import triton
 import triton.language as tl
 
 from flashcomm.gpu import low_latency
-from flashcomm.gpu.sync import arrive, arrive_and_wait, arrives_at, bytes_at, longs_at, publish
+from flashcomm.gpu.sync import arrive, arrive_and_wait, arrives_at, bytes_at, longs_at, publish, rank_of
 from flashcomm.gpu.tile import expand, fetch, from_hadamard, hadamard, put, scalar, store, widen
 
-ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER = range(4)
-_ONE_SHOT, _TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER = (tl.constexpr(algorithm) for algorithm in range(4))
+ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL = range(5)
+_ONE_SHOT, _TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER, _ALL_TO_ALL = (tl.constexpr(algorithm) for algorithm in range(5))
 
 
 class Message(NamedTuple):
@@ -113,6 +114,16 @@ def load_tile(x, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
     unit, left = tile_at(tile, shard, message, call)
     at, keep = values_at(left, call.UNIT, step)
     return widen(tl.load(x + unit * call.UNIT + at, mask=keep, other=0.0))
+
+
+@triton.jit
+def copy_tile(x, out, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
+    """Copy a tile of x to its place in out, bit by bit."""
+    WORD: tl.constexpr = tl.int32 if x.dtype.element_ty.primitive_bitwidth == 32 else tl.int16
+    unit, left = tile_at(tile, shard, message, call)
+    at, keep = values_at(left, call.UNIT, step)
+    at += unit * call.UNIT
+    tl.store(out.to(tl.pointer_type(WORD)) + at, tl.load(x.to(tl.pointer_type(WORD)) + at, mask=keep), mask=keep)
 
 
 @triton.jit
@@ -287,20 +298,28 @@ def collective(x, out, region, message, call: tl.constexpr, ranks: tl.constexpr,
         reduce: the `tile.Step` of tiles that go from encode to reduce.
         gather: the `tile.Step` of tiles that go from reduce (all_gather: from encode) to gather.
     """
-    SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER  # a tile goes to one rank
+    EXCHANGES: tl.constexpr = call.ALGORITHM == _ALL_TO_ALL
+    SUMS: tl.constexpr = not (EXCHANGES or call.ALGORITHM == _ALL_GATHER)
+    SHARDED: tl.constexpr = EXCHANGES or call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER  # a tile goes to one rank
     N_ENCODE: tl.constexpr = ranks.WORLD_SIZE if SHARDED else 1
-    N_SECOND: tl.constexpr = ranks.WORLD_SIZE if call.ALGORITHM == _ALL_GATHER else 1
+    N_SECOND: tl.constexpr = 1 if SUMS else ranks.WORLD_SIZE - 1 if EXCHANGES else ranks.WORLD_SIZE
     N_THIRD: tl.constexpr = ranks.WORLD_SIZE if call.ALGORITHM == _TWO_SHOT else 0
 
     role, index, tile = place(tl.program_id(0), message, N_ENCODE, N_SECOND, N_THIRD)
     if role == 0:
         shard = index if SHARDED else scalar(0, like=region.rank)
-        if call.ALGORITHM == _ALL_GATHER:
-            _encode(x, out, tile, shard, region, message, call, ranks, gather, 1, True)
-        else:
+        if SUMS:
             _encode(x, out, tile, shard, region, message, call, ranks, reduce, 0, not SHARDED)
-    elif call.ALGORITHM == _ALL_GATHER:
-        _gather(x, out, tile, index, region, message, call, ranks, gather)
+        elif not EXCHANGES:
+            _encode(x, out, tile, shard, region, message, call, ranks, gather, 1, True)
+        elif shard == region.rank:
+            copy_tile(x, out, tile, shard, message, call, gather)
+            arrive(region)
+        else:
+            _encode(x, out, tile, shard, region, message, call, ranks, gather, 1, False)
+    elif not SUMS:
+        owner = rank_of(index, region) if EXCHANGES else index
+        _gather(x, out, tile, owner, region, message, call, ranks, gather)
     elif role == 1:
         _reduce(x, out, tile, region, message, call, ranks, reduce, gather)
     elif N_THIRD > 0:

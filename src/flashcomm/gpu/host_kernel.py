@@ -49,15 +49,17 @@ import triton.language as tl
 
 from flashcomm.gpu.collective_kernel import (
     ALL_GATHER,
+    ALL_TO_ALL,
     REDUCE_SCATTER,
     TWO_SHOT,
+    copy_tile,
     inbox_of,
     load_tile,
     tile_at,
     values_at,
 )
 from flashcomm.gpu.host_sync import GAVE_UP, MAX_WAVES, count, publish_all, wait, watch
-from flashcomm.gpu.sync import ABORT, arrive, bytes_at, ints_at
+from flashcomm.gpu.sync import ABORT, arrive, bytes_at, ints_at, rank_of
 from flashcomm.gpu.tile import (
     Step,
     expand,
@@ -72,11 +74,12 @@ from flashcomm.gpu.tile import (
 )
 
 _MAX_WAVES, _ABORT = tl.constexpr(MAX_WAVES), tl.constexpr(ABORT)
-_ALL_GATHER, _REDUCE_SCATTER, _TWO_SHOT = tl.constexpr(ALL_GATHER), tl.constexpr(REDUCE_SCATTER), tl.constexpr(TWO_SHOT)
+_ALL_GATHER, _ALL_TO_ALL = tl.constexpr(ALL_GATHER), tl.constexpr(ALL_TO_ALL)
+_REDUCE_SCATTER, _TWO_SHOT = tl.constexpr(REDUCE_SCATTER), tl.constexpr(TWO_SHOT)
 
 
 class Steps(NamedTuple):
-    """Constants of a kernel: the `tile.Step` of the tiles of either stage. all_gather has only the gather stage."""
+    """Constants of a kernel: the `tile.Step` of the tiles of either stage. Without sums there is only the second."""
 
     reduce: Step
     gather: Step
@@ -110,11 +113,18 @@ def _fetch(source, place, x, here, region, outbox, step: tl.constexpr):
 
 
 @triton.jit
-def _fetch_first(place, x, here, region, outbox, ranks: tl.constexpr, step: tl.constexpr):
-    """Load the tiles of the first ranks ahead of their use: at most 4, which is what registers allow."""
+def _source(i, region, call: tl.constexpr):
+    """Return the rank of the i-th tile that a worker loads. An all-to-all loads none of this rank."""
+    return rank_of(i, region) if call.ALGORITHM == _ALL_TO_ALL else scalar(0, like=region.rank) + i
+
+
+@triton.jit
+def _fetch_first(place, x, here, region, outbox, call: tl.constexpr, ranks: tl.constexpr, step: tl.constexpr):
+    """Load the first tiles ahead of their use: at most 4, which is what registers allow."""
+    N: tl.constexpr = ranks.WORLD_SIZE - 1 if call.ALGORITHM == _ALL_TO_ALL else ranks.WORLD_SIZE
     raws = ()
-    for i in tl.static_range(min(ranks.WORLD_SIZE, 4)):
-        raws = raws + (_fetch(i, place, x, here, region, outbox, step),)
+    for i in tl.static_range(min(N, 4)):
+        raws = raws + (_fetch(_source(i, region, call), place, x, here, region, outbox, step),)
     return raws
 
 
@@ -150,18 +160,24 @@ def _encode(x, out, y, tile, outbox_address, region, outbox, message, call: tl.c
             step: tl.constexpr):  # fmt: skip
     """Quantize and store this rank's tiles of a wave.
 
-    In one_shot and all_gather that is the tile y, which is already loaded. In two_shot and reduce_scatter it is one
-    tile of each shard of x.
+    In one_shot and all_gather that is the tile y, which is already loaded. In the others it is one tile of each shard
+    of x. An all-to-all copies the tile that stays on this rank.
     """
-    if call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER:
+    if call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER or call.ALGORITHM == _ALL_TO_ALL:
         for target in range(ranks.WORLD_SIZE):
             shard = scalar(0, like=region.rank) + target
-            y = load_tile(x, tile, shard, message, call, step)
-            if step.HADAMARD:
-                y = hadamard(y, step)
-            sent = outbox_address + (shard * message.n_tiles + tile).to(tl.int64) * step.BYTES
-            base = tl.where(shard == region.rank, outbox.own + tile.to(tl.int64) * step.BYTES, sent)
-            _send(y, scalar(0, like=sent), base, base, out, call, step, False)
+            stays = False
+            if call.ALGORITHM == _ALL_TO_ALL:
+                stays = shard == region.rank
+            if stays:
+                copy_tile(x, out, tile, shard, message, call, step)
+            else:
+                y = load_tile(x, tile, shard, message, call, step)
+                if step.HADAMARD:
+                    y = hadamard(y, step)
+                sent = outbox_address + (shard * message.n_tiles + tile).to(tl.int64) * step.BYTES
+                base = tl.where(shard == region.rank, outbox.own + tile.to(tl.int64) * step.BYTES, sent)
+                _send(y, scalar(0, like=sent), base, base, out, call, step, False)
     else:
         if step.HADAMARD:
             y = hadamard(y, step)
@@ -172,8 +188,9 @@ def _encode(x, out, y, tile, outbox_address, region, outbox, message, call: tl.c
 def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: tl.constexpr, ranks: tl.constexpr,
           steps: tl.constexpr):  # fmt: skip
     """The role worker: see the module docstring for the order of a step."""
-    SHARDED: tl.constexpr = call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER
-    GATHERS_FIRST: tl.constexpr = call.ALGORITHM == _ALL_GATHER
+    EXCHANGES: tl.constexpr = call.ALGORITHM == _ALL_TO_ALL
+    SHARDED: tl.constexpr = EXCHANGES or call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER
+    GATHERS_FIRST: tl.constexpr = EXCHANGES or call.ALGORITHM == _ALL_GATHER
     STAGES: tl.constexpr = 2 if call.ALGORITHM == _TWO_SHOT else 1
     reduce: tl.constexpr = steps.reduce
     gather: tl.constexpr = steps.gather
@@ -196,13 +213,13 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
             reached1 = wait(reached1, i - lag + 1, bases, epoch, region, outbox, ranks, 0)
         shard_tile = (region.rank * message.n_tiles if SHARDED else none) + tile1
         place1 = (data + shard_tile.to(tl.int64) * first.BYTES, outbox.own + tile1.to(tl.int64) * first.BYTES)
-        raws1 = _fetch_first(place1, x, has1, region, outbox, ranks, first)
+        raws1 = _fetch_first(place1, x, has1, region, outbox, call, ranks, first)
         if STAGES == 2:
             if has2:
                 reached2 = wait(reached2, i - 2 * lag + 1, bases, epoch, region, outbox, ranks, 1)
             offset2 = message.stage2_offset + tile2.to(tl.int64) * gather.BYTES
             place2 = (data + offset2, outbox.own + offset2)
-            raws2 = _fetch_first(place2, x, has2, region, outbox, ranks, gather)
+            raws2 = _fetch_first(place2, x, has2, region, outbox, call, ranks, gather)
 
         if tile < message.n_tiles:
             _encode(x, out, y, tile, sent, region, outbox, message, call, ranks, first)
@@ -239,14 +256,16 @@ def _work(x, out, worker, n_waves, bases, epoch, region, outbox, message, call: 
 @triton.jit
 def _store_all(out, raws, reached, tile, place, x, region, outbox, message, call: tl.constexpr,
                ranks: tl.constexpr, step: tl.constexpr):  # fmt: skip
-    """Decode one tile of each rank's shard and store it in its place in out."""
-    for i in tl.static_range(ranks.WORLD_SIZE):
-        raw = raws[i] if i < len(raws) else _fetch(i, place, x, reached >= 0, region, outbox, step)
+    """Decode one tile of each rank's shard (see `_source`) and store it in its place in out."""
+    N: tl.constexpr = ranks.WORLD_SIZE - 1 if call.ALGORITHM == _ALL_TO_ALL else ranks.WORLD_SIZE
+    for i in tl.static_range(N):
+        source = _source(i, region, call)
+        raw = raws[i] if i < len(raws) else _fetch(source, place, x, reached >= 0, region, outbox, step)
         steps, scale = expand(raw, step)
         y = steps * tl.where(reached < GAVE_UP // 2, scale, float("nan"))[:, None, None]
         if step.HADAMARD:
             y = from_hadamard(y, step)
-        unit, left = tile_at(tile, scalar(0, like=region.rank) + i, message, call)
+        unit, left = tile_at(tile, source, message, call)
         at, keep = values_at(left, call.UNIT, step)
         store(out + unit * call.UNIT, at, keep, y, call.BF16)
 

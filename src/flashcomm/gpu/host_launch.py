@@ -15,9 +15,17 @@ from torch import Tensor
 
 from flashcomm.gpu import host_kernel as kernel
 from flashcomm.gpu import host_sync, sync
-from flashcomm.gpu.collective_kernel import ALL_GATHER, ONE_SHOT, REDUCE_SCATTER, TWO_SHOT, Collective
+from flashcomm.gpu.collective_kernel import ALL_GATHER, ALL_TO_ALL, ONE_SHOT, REDUCE_SCATTER, TWO_SHOT, Collective
 from flashcomm.gpu.compat import INTERPRETED, Int64, launcher
-from flashcomm.gpu.launch import ALGORITHMS, POLLS_PER_SECOND, KernelCollectives, Launch, PeerMemory, at_offset
+from flashcomm.gpu.launch import (
+    ALGORITHMS,
+    POLLS_PER_SECOND,
+    SHARDED,
+    KernelCollectives,
+    Launch,
+    PeerMemory,
+    at_offset,
+)
 from flashcomm.gpu.tile import pieces, step_of, tile_bytes
 from flashcomm.gpu.tuning import LL, Tiles, Tuning, cut
 from flashcomm.wire.format import StepFormat, WireFormat
@@ -129,6 +137,7 @@ class HostCollectives(KernelCollectives):
             TWO_SHOT: world_size * tiles.reduce.BYTES + tiles.gather.BYTES,
             REDUCE_SCATTER: world_size * tiles.reduce.BYTES,
             ALL_GATHER: tiles.gather.BYTES,
+            ALL_TO_ALL: world_size * tiles.gather.BYTES,
         }[ALGORITHMS.index(algorithm)]
         n_tiles = min(self.epoch_bytes // need, (host_sync.MAX_WAVES - 1) * self._most_workers(tuning))
         return n_tiles * tiles.units * (world_size if algorithm == "two_shot" else 1)
@@ -148,7 +157,7 @@ class HostCollectives(KernelCollectives):
         counters = host_sync.Counter(Int64(state)), host_sync.Counter(Int64(state + 64))
         by_hand = INTERPRETED and x.dtype == torch.bfloat16
         in_hadamard = kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain
-        n_units = x.numel() // unit // (world_size if kind == REDUCE_SCATTER else 1)
+        n_units = x.numel() // unit // (world_size if kind in SHARDED else 1)
         for first, count in cut(n_units, self.capacity(ALGORITHMS[kind], fmt, itemsize, tuning)):
             message = self._message(kind, n_units, count, tiles, tuning)
             n_waves = -(-message.n_tiles // self._most_workers(tuning))

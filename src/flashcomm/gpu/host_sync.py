@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flashcomm.gpu.sync import ABORT, clock, give_up, ints_at, set_flag
+from flashcomm.gpu.sync import ABORT, clock, give_up, ints_at, rank_of, set_flag
 from flashcomm.gpu.tile import scalar
 
 MAX_WAVES = 4096  # of a launch
@@ -92,19 +92,12 @@ def _relay(flag, seen, ranks: tl.constexpr):
 
 
 @triton.jit
-def _rank_of(peer, region):
-    """Return the rank of a peer. Peers are numbered from 0 on in the order of ranks, without this rank."""
-    peer = scalar(0, like=region.rank) + peer
-    return peer + (peer >= region.rank).to(tl.int32)
-
-
-@triton.jit
 def watch(peer, bases, want1, want2, epoch, region, outbox, ranks: tl.constexpr, STAGES: tl.constexpr):
     """The role relay: copy a peer's flags until it has published the wanted waves of both stages.
 
     If the peer publishes nothing new within the limit, or another program has given up, report that and give up.
     """
-    source, base1, base2 = _rank_of(peer, region), bases[0], bases[1]
+    source, base1, base2 = rank_of(peer, region), bases[0], bases[1]
     flag = tl.load(outbox.table + source)
     seen1, seen2 = ints_at(outbox.state + _SEEN + 4 * peer), ints_at(outbox.state + _SEEN + _SEEN_STAGE + 4 * peer)
     abort = ints_at(region.local + _ABORT)
@@ -129,7 +122,7 @@ def watch(peer, bases, want1, want2, epoch, region, outbox, ranks: tl.constexpr,
             for other in tl.static_range(ranks.WORLD_SIZE - 1):
                 got = tl.load(ints_at(outbox.state + _SEEN + 4 * other), volatile=True) - base1
                 if (got < want1) & ((in_stage1 == 0) | (got < least)):
-                    least, source, in_stage1 = got, _rank_of(other, region), scalar(1, like=in_stage1)
+                    least, source, in_stage1 = got, rank_of(other, region), scalar(1, like=in_stage1)
         give_up(tl.where(in_stage1 != 0, 1, 2), source, epoch, epoch + (least >> 12), region, ranks)
         tl.atomic_xchg(seen1, base1 + GAVE_UP, sem="release", scope="gpu")
         tl.atomic_xchg(seen2, base2 + GAVE_UP, sem="release", scope="gpu")

@@ -17,6 +17,7 @@ from flashcomm.errors import CommunicationError, InputError
 from flashcomm.gpu import sync
 from flashcomm.gpu.collective_kernel import (
     ALL_GATHER,
+    ALL_TO_ALL,
     ONE_SHOT,
     REDUCE_SCATTER,
     TWO_SHOT,
@@ -28,7 +29,9 @@ from flashcomm.gpu.compat import INTERPRETED, Int64, launcher
 from flashcomm.gpu.tuning import LARGE_NUMEL, LL_EPOCH_BYTES, LL_SENT_BYTES, Tiles, Tuning, cut, tiles_of, tunings
 from flashcomm.wire.format import WireFormat
 
-ALGORITHMS = ("one_shot", "two_shot", "reduce_scatter", "all_gather")  # the index is the number in `collective_kernel`
+# The index is the number in `collective_kernel`.
+ALGORITHMS = ("one_shot", "two_shot", "reduce_scatter", "all_gather", "all_to_all_single")
+SHARDED = (REDUCE_SCATTER, ALL_TO_ALL)  # the message consists of one shard for each rank
 PHASES = ("", "the quantized message", "the quantized sum")  # the index is the phase in `sync.give_up`
 POLLS_PER_SECOND = (800, 400)  # in the interpreter, roughly: polls of flags, and of a tile of LL words
 Launch = Callable[[int, int], None]  # takes the addresses of a message and of its result
@@ -79,7 +82,8 @@ class KernelCollectives:
             algorithm: one of ALGORITHMS.
             x: bf16, fp16 or fp32; only its size, dtype and device matter.
             row: the number of values in a row, a multiple of `fmt.unit`.
-            fmt: the format; reduce_scatter uses only its reduce step, all_gather only its gather step.
+            fmt: the format; reduce_scatter uses only its reduce step, all_gather and all_to_all_single only its
+                gather step.
             tuning: how to cut the message up; None chooses by size.
 
         Returns:
@@ -129,7 +133,7 @@ class KernelCollectives:
         """Return how to cut up a message of `numel` values."""
         world_size, (least, small, large) = self.region.world_size, tunings(fmt)
         n_units, tiles = numel // fmt.unit, tiles_of(fmt, itemsize, least)
-        if algorithm == "reduce_scatter":
+        if ALGORITHMS.index(algorithm) in SHARDED:
             n_units = -(-n_units // world_size)
         n_tiles = -(-n_units // (tiles.units * world_size if algorithm == "two_shot" else tiles.units))
         sent = max(_stage_bytes(ALGORITHMS.index(algorithm), tiles)) * n_tiles * (world_size - 1)
@@ -156,8 +160,9 @@ class KernelCollectives:
         by_hand = INTERPRETED and x.dtype == torch.bfloat16
         in_hadamard = kind == TWO_SHOT and fmt.between_steps[0].in_hadamard_domain
         call = Collective(kind, unit, tiles.units, in_hadamard, tuning.ll, by_hand)
-        per_tile = {ONE_SHOT: 2, TWO_SHOT: 2 * world_size + 1}.get(kind, world_size + 1)  # programs
-        n_units = x.numel() // unit // (world_size if kind == REDUCE_SCATTER else 1)
+        many = 2 * world_size
+        per_tile = {ONE_SHOT: 2, TWO_SHOT: many + 1, ALL_TO_ALL: many - 1}.get(kind, world_size + 1)  # programs
+        n_units = x.numel() // unit // (world_size if kind in SHARDED else 1)
         for first, count in cut(n_units, self.capacity(ALGORITHMS[kind], fmt, itemsize, tuning)):
             message = self._message(kind, n_units, count, tiles, tuning)
             start = launcher(
@@ -173,9 +178,9 @@ class KernelCollectives:
             yield at_offset(start, first * unit * itemsize) if first else start
 
     def _message(self, kind: int, n_units: int, count: int, tiles: Tiles, tuning: Tuning) -> Message:
-        """The `Message` of one launch over `count` units: of each shard in reduce_scatter and all_gather, else in all.
+        """The `Message` of one launch over `count` units: in all of an all-reduce, else of each shard.
 
-        n_units: the units of the message, or of a shard in reduce_scatter and all_gather.
+        n_units: the units of the message of an all-reduce, else of a shard.
         """
         world_size = self.region.world_size
         n_tiles = -(-count // (tiles.units * world_size if kind == TWO_SHOT else tiles.units))
@@ -198,8 +203,9 @@ class KernelCollectives:
 
 def _stage_bytes(kind: int, tiles: Tiles) -> tuple[int, ...]:
     """The bytes of a tile in each stage of an algorithm."""
-    stages = {TWO_SHOT: (tiles.reduce.BYTES, tiles.gather.BYTES), ALL_GATHER: (tiles.gather.BYTES,)}
-    return stages.get(kind, (tiles.reduce.BYTES,))
+    if kind in (ALL_GATHER, ALL_TO_ALL):
+        return (tiles.gather.BYTES,)
+    return (tiles.reduce.BYTES, tiles.gather.BYTES) if kind == TWO_SHOT else (tiles.reduce.BYTES,)
 
 
 def at_offset(start: Callable[..., None], offset: int) -> Launch:

@@ -82,6 +82,13 @@ def arrives_at(source, region):
 
 
 @triton.jit
+def rank_of(peer, region):
+    """Return the rank of a peer. Peers are numbered from 0 on in the order of ranks, without this rank."""
+    peer = scalar(0, like=region.rank) + peer
+    return peer + (peer >= region.rank).to(tl.int32)
+
+
+@triton.jit
 def clock(polls, ranks: tl.constexpr):
     """Return the time in ns, or in Triton's interpreter the number of polls, in the unit of `Region.limit`."""
     if ranks.CLOCK:

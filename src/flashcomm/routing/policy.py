@@ -169,17 +169,24 @@ def _padded(message: Message, split: Split, machine: Machine) -> tuple[Machine, 
 
 
 def _all_to_all(message: Message, fmt: WireFormat, machine: Machine) -> Choice:
-    """Choose by rows and dtype alone, which are equal on all ranks. Sizes are not."""
+    """Choose by rows and dtype, which are equal on all ranks. Sizes are equal only if no split sizes were given."""
     why, n = "", 64 * message.row  # values of some rows: padding counts little
     if not message.quantizable:
         why = "values of this dtype are not quantized"
     elif Layout(fmt.gather, max(1, message.row), message.itemsize).nbytes(0, n) >= n * message.itemsize:
         why = f"{fmt.gather} would not send fewer bytes for rows of {message.row} values"
-    if machine.transport != "process_group":
-        rejected = (*machine.rejected, (machine.transport, "it has no kernel for an all-to-all"))
+    fmt = _PLAIN if why else fmt
+    no_kernel = ""
+    if message.split is not None or not message.quantizable:
+        no_kernel = "its kernel takes equal pieces, without split sizes, of bf16, fp16 or fp32"
+    elif message.row % fmt.unit:
+        no_kernel = f"rows of {message.row} values are not a multiple of {fmt.unit}"
+    if no_kernel and machine.transport != "process_group":
+        rejected = (*machine.rejected, (machine.transport, no_kernel))
         machine = replace(machine, transport="process_group", timings=None, rejected=rejected)
-    reason = why or "the only algorithm of this collective"
-    return _choice(message, _PLAIN if why else fmt, machine, message.op, reason)
+    if message.numel == 0 and machine.transport != "process_group":
+        return _choice(message, fmt, machine, "copy", "no values: nothing to send")
+    return _choice(message, fmt, machine, message.op, why or "the only algorithm of this collective")
 
 
 def _explicit(message: Message, fmt: WireFormat, machine: Machine, algorithm: str, min_bytes: int | str) -> Choice:

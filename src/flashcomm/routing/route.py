@@ -42,7 +42,7 @@ class Message:
         local_world_size: Ranks of a node; 0 if not known or if ranks are not ordered by node.
         op: One of `OPS`.
         split: Rows of each rank's piece in reduce_scatter and all_gather, or that this rank sends in an all-to-all.
-            None: equal pieces. In an all-to-all neither numel nor split need be equal on all ranks.
+            None: equal pieces. In an all-to-all with a split neither numel nor split need be equal on all ranks.
         quantizable: Whether the dtype can be quantized.
     """
 

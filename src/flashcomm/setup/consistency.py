@@ -277,9 +277,8 @@ def exchange_of(x: Any, out: Any, received: object, sent: object, world_size: in
     if not isinstance(x, Tensor) or x.is_nested or x.dim() == 0 or (received is None and sent is not None is out):
         return None
     like = out if isinstance(out, Tensor) and not out.is_nested and out.dim() else x
-    return Exchange(
-        Split.of(sent) or Split.even(len(x), world_size), Split.of(received) or Split.even(len(like), world_size)
-    )
+    splits = Split.of(sent) or Split.even(len(x), world_size), Split.of(received) or Split.even(len(like), world_size)
+    return Exchange(*splits, explicit=(sent, received) != (None, None))
 
 
 def check_exchange(transport: ProcessGroupTransport, mine: Exchange) -> None:

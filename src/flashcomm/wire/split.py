@@ -60,10 +60,12 @@ class Exchange:
     Args:
         sent: Rows that this rank sends to each rank.
         received: Rows that it receives from each rank.
+        explicit: Whether the caller gave sizes. If not, pieces are equal, on all ranks.
     """
 
     sent: Split
     received: Split
+    explicit: bool = True
 
     def fits(self, rows: int, rank: int, world_size: int, row_bytes: int) -> bool:
         """Return whether the splits are valid for an input of this shape, as far as one rank can tell."""
