@@ -25,6 +25,7 @@ from flashcomm.bench.records import BACKEND
 from flashcomm.communicator import Communicator
 from flashcomm.errors import FlashcommError
 from flashcomm.ranks.launch import RankContext
+from flashcomm.routing.route import Route
 from flashcomm.setup.measure import MOST_HOST_CALLS, calls_for, sets_for
 from flashcomm.wire.format import UNCOMPRESSED
 
@@ -48,14 +49,18 @@ class BackendExchange(Implementation):
 
 
 class Exchange(BackendExchange):
-    """That of a Communicator."""
+    """That of a Communicator. Equal pieces are exchanged without sizes, as its kernels want them."""
 
     def __init__(self, comm: Communicator, sent: list[int], received: list[int]) -> None:
         super().__init__(sent, received)
-        self.comm, self.format, self.path, self.transport = comm, str(comm.format), "all_to_all", "process_group"
+        self.comm, self.format, self.path = comm, str(comm.format), "all_to_all"
+        self.sizes = (received, sent) if len({*sent, *received}) > 1 else (None, None)
+
+    def route(self, shape: tuple[int, int], dtype: torch.dtype) -> Route:
+        return self.comm.explain(shape, dtype, op="all_to_all_single", sizes=self.sizes[1]).route
 
     def run(self, i: int) -> Tensor:
-        return self.comm.all_to_all_single(self.inputs[i], self.received, self.sent)
+        return self.comm.all_to_all_single(self.inputs[i], *self.sizes)
 
 
 def splits_of(rows: int, world_size: int, kind: str) -> list[int]:
@@ -154,9 +159,10 @@ def _row(
     """Return the columns of one case: bytes, microseconds, and GB/s of uncompressed bytes, as in nccl-tests."""
     size, n = math.prod(shape) * dtype.itemsize, len(case.sent)
     sent = size - min(case.sent) * shape[1] * dtype.itemsize
+    transport = ""
     if isinstance(case, Exchange):
-        route = case.comm.explain(shape, dtype, op="all_to_all_single", sizes=case.sent).route
-        sent = route.wire_bytes
+        route = case.route(shape, dtype)
+        sent, transport = route.wire_bytes, route.transport
     algbw = size / seconds / 1e9
     return {
         "op": "all_to_all",
@@ -164,6 +170,7 @@ def _row(
         "type": str(dtype).removeprefix("torch."),
         "format": case.format,
         "path": case.path,
+        "transport": transport,
         "time_us": round(seconds * 1e6, 1),
         "algbw": float(f"{algbw:.4g}"),
         "busbw": float(f"{algbw * (n - 1) / n:.4g}"),

@@ -300,7 +300,8 @@ def collective(x, out, region, message, call: tl.constexpr, ranks: tl.constexpr,
     """
     EXCHANGES: tl.constexpr = call.ALGORITHM == _ALL_TO_ALL
     SUMS: tl.constexpr = not (EXCHANGES or call.ALGORITHM == _ALL_GATHER)
-    SHARDED: tl.constexpr = EXCHANGES or call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER  # a tile goes to one rank
+    # Whether a tile goes to one rank, and not to all.
+    SHARDED: tl.constexpr = EXCHANGES or call.ALGORITHM == _TWO_SHOT or call.ALGORITHM == _REDUCE_SCATTER
     N_ENCODE: tl.constexpr = ranks.WORLD_SIZE if SHARDED else 1
     N_SECOND: tl.constexpr = 1 if SUMS else ranks.WORLD_SIZE - 1 if EXCHANGES else ranks.WORLD_SIZE
     N_THIRD: tl.constexpr = ranks.WORLD_SIZE if call.ALGORITHM == _TWO_SHOT else 0
