@@ -4,7 +4,7 @@ flashcomm's own is measured uncompressed, too. `speedup` is relative to the fast
 
 Each rank sends `size` bytes, its own piece included. Every case is verified before it is timed: on all ranks, bit for
 bit, against the backend's exchange or `flashcomm.reference`. Skewed pieces are those of a busy expert: rank 0 receives
-half of all rows, and the others share the rest.
+three quarters of all rows, and the others share the rest.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def splits_of(rows: int, world_size: int, kind: str) -> list[int]:
     """Return the rows that a rank sends to each rank."""
     sizes = [rows // world_size] * world_size
     if kind == "skewed":
-        sizes = [(rows - rows // 2) // (world_size - 1)] * world_size
+        sizes = [rows // 4 // (world_size - 1)] * world_size
     sizes[0] = rows - sum(sizes[1:])
     return sizes
 
