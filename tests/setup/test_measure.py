@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,18 @@ def test_the_limit_leaves_out_sizes_and_turns(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(measure._Case, "sample", lambda self: (samples.append(1), self.samples.append(1e-6)))
     assert measured_here(0) == [((2048,), {"backend": (1.0,), "int8 one_shot": (1.0,)})] * 2
     assert len(samples) == 2 * 2
+
+
+def test_if_time_is_short_the_sizes_still_reach_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[int] = Counter()
+
+    def elapsed(self: measure.Ranks, begin: float) -> float:
+        calls[self.transport.rank] += 1
+        return 0.0 if calls[self.transport.rank] == 1 else 99.0
+
+    monkeypatch.setattr(measure.Ranks, "elapsed", elapsed)
+    monkeypatch.setattr(measure._Case, "sample", lambda self: self.samples.append(1e-6))
+    assert [sizes for sizes, _ in measured_here(1)] == [(measure.SIZES[0], measure.SIZES[2])] * 2
 
 
 def test_too_little_memory_on_one_rank_leaves_rules_of_thumb(
