@@ -185,37 +185,53 @@ def third() -> str:
 GPU_FORMATS = ("none", "int8", "int6-had/int7-had", "int4-had", "int4")
 
 
-def all_reduces(name: str, baselines: dict[str, tuple[str, ...]], least: int) -> str:
-    """Return times in graphs and, for flashcomm, how many times as fast as the backend, from `least` bytes on.
+def gpu_times(name: str, baselines: dict[str, tuple[str, ...]], formats: tuple[str, ...] = GPU_FORMATS) -> str:
+    """Return times in graphs and, for flashcomm, how many times as fast as the backend, from 64 KB on.
 
     Args:
-        name: A CSV file of `bench all_reduce`.
+        name: A CSV file of `bench all_reduce` or `bench all_to_all`, of which equal pieces count.
         baselines: The heads of columns, and the paths of which the fastest counts.
-        least: The smallest message to show, in bytes.
+        formats: Those to show.
     """
-    graph = [r for r in rows_of(name) if r["mode"] == "graph"]
+    graph = [r for r in rows_of(name) if r["mode"] == "graph" and r.get("split", "equal") == "equal"]
     body = []
-    for power in range(least.bit_length() - 1, 29, 2):
+    for power in range(16, 29, 2):
         rows = [r for r in graph if int(r["size"]) == 1 << power]
         line = [f"{1 << power - 20} MB" if power >= 20 else f"{1 << power - 10} KB"]
         line += [f"{min(float(r['time_us']) for r in rows if r['path'] in paths):.1f}" for paths in baselines.values()]
-        for fmt in GPU_FORMATS:
-            ours = "one_shot" if fmt == "none" else "auto"
-            (row,) = (r for r in rows if r["format"] == fmt and r["path"] == ours)
+        for fmt in formats:
+            ours = "all_to_all", "one_shot" if fmt == "none" else "auto"
+            (row,) = (r for r in rows if r["format"] == fmt and r["path"] in ours)
             line.append(f"{float(row['time_us']):.1f}, {float(row['over_backend']):.2f}x")
         body.append(line)
-    labels = [f"{fmt} (the paper's)" if fmt == "int4" else fmt for fmt in GPU_FORMATS[1:]]
-    return table(["message", *baselines, "uncompressed", *labels], body)
+    labels = {"int4": "int4 (the paper's)", "none": "uncompressed"}
+    return table(["message", *baselines, *(labels.get(fmt, fmt) for fmt in formats)], body)
 
 
 def nvlink() -> str:
     symm = ("symm one-shot", "symm two-shot")
     baselines = {"NCCL": (BACKEND,), "torch symm": symm, "FlashInfer FP8": ("flashinfer fp8",)}
-    return all_reduces("h200x2-nvlink.csv", baselines, 64 << 10)
+    return gpu_times("h200x2-nvlink.csv", baselines)
 
 
 def host_memory() -> str:
-    return all_reduces("h200x2-host-memory.csv", {"NCCL": (BACKEND,)}, 64 << 10)
+    return gpu_times("h200x2-host-memory.csv", {"NCCL": (BACKEND,)})
+
+
+def four_nvlink() -> str:
+    return gpu_times("h200x4-nvlink.csv", {"NCCL": (BACKEND,)}, GPU_FORMATS[1:])
+
+
+def four_host_memory() -> str:
+    return gpu_times("h200x4-host-memory.csv", {"NCCL": (BACKEND,)}, GPU_FORMATS[1:])
+
+
+def all_to_all_nvlink() -> str:
+    return gpu_times("h200x2-all-to-all-nvlink.csv", {"NCCL": (BACKEND,)})
+
+
+def all_to_all_host_memory() -> str:
+    return gpu_times("h200x2-all-to-all-host-memory.csv", {"NCCL": (BACKEND,)})
 
 
 def first_token() -> str:
@@ -253,7 +269,7 @@ def links() -> str:
     body = []
     auto = "accuracy-smollm2-2ranks-auto.csv"
     gpus = {
-        "NVLink (two H200)": ("h200x2-nvlink.csv", nvlink_first_token_rows(), "int8"),
+        "NVLink (two H200)": ("h200x2-nvlink.csv", rows_of("ttft-h200x2-nvlink.csv"), "int8"),
         "no peer access (two H200)": ("h200x2-host-memory.csv", rows_of("ttft-h200x2-no-peer-access.csv"), "int4-had"),
     }
     for link, (name, first, second) in gpus.items():
@@ -285,16 +301,17 @@ def links() -> str:
     return table(["your links", "format", "all-reduce of 16 MB", "time to first token", "perplexity"], body)
 
 
-def nvlink_first_token_rows() -> list[Row]:
-    return [r for r in rows_of("ttft-h200x2-nvlink-before-after.csv") if r["tree"] == "after, run 1"]
-
-
 def first_token_nvlink() -> str:
-    body = []
-    for r in nvlink_first_token_rows():
-        name = "bf16, NCCL" if r["path"] == BACKEND else f"`{r['format']}`"
-        body.append([name, f"{float(r['ttft_s']) * 1e3:.1f} ms", f"{float(r['speedup']):.2f}x"])
-    return table(["all-reduces in", "time to first token", "speed-up"], body)
+    rows = sorted(rows_of("ttft-h200x2-nvlink.csv"), key=lambda r: (int(r["tokens"]), int(r["batch"])))
+    body, formats = [], GPU_FORMATS[1:]
+    for batch, tokens in dict.fromkeys((r["batch"], r["tokens"]) for r in rows):
+        mine = {r["format"]: r for r in rows if (r["batch"], r["tokens"]) == (batch, tokens)}
+        nccl = mine[UNCOMPRESSED]
+        times = [f"{float(mine[fmt]['speedup']):.2f}x" for fmt in formats]
+        body.append(
+            [f"{batch} x {tokens}", f"{float(nccl['ttft_s']) * 1e3:.1f} ms", *times, f"{float(nccl['limit']):.2f}x"]
+        )
+    return table(["prompts x tokens", "NCCL", *formats, "no communication"], body)
 
 
 def predict_check() -> str:
@@ -379,7 +396,8 @@ def predict_claims() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(links, formats, nvlink, host_memory, first_token, first_token_nvlink, accuracy),
+        *(links, formats, nvlink, host_memory, four_nvlink, four_host_memory, first_token, first_token_nvlink),
+        *(all_to_all_nvlink, all_to_all_host_memory, accuracy),
         *(auto, nodes, nodes_times, real, predicted),
         *(needle, generation, families, tuned, third),
         *(predict_check, predict_ranks, predict_hosts, predict_claims),
