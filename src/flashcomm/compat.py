@@ -47,9 +47,9 @@ def name_of(group: dist.ProcessGroup) -> str | None:
 def register(group: dist.ProcessGroup, name: str, store: distributed_c10d.Store) -> None:
     """Let torch find a group by name that torch.distributed did not create, such as the inner one of a c10d backend.
 
-    `torch._C._distributed_c10d._register_process_group`, torch 2.11, 2.13 and 2.15: symmetric memory takes rank, size and
-    store from the group of a name. Releases in which `enable_symm_mem_for_group` is not yet deprecated look them up in
-    a table of their own, which that function fills for groups of torch.distributed only.
+    `torch._C._distributed_c10d._register_process_group`, torch 2.11, 2.13 and 2.15: symmetric memory takes rank, size
+    and store from the group of a name. Releases in which `enable_symm_mem_for_group` is not yet deprecated look them up
+    in a table of their own, which that function fills for groups of torch.distributed only.
 
     Args:
         group: The group.
@@ -121,8 +121,8 @@ def in_backward_pass() -> bool:
 def accept_in_monitored_barrier(kind: type[Any]) -> None:
     """Make `torch.distributed.monitored_barrier` accept groups of this class, by calling their own method.
 
-    `distributed_c10d.monitored_barrier`, torch 2.11, 2.13 and 2.15, compares the name of the backend with "gloo" and raises
-    ValueError for all others. There is no hook, so this replaces the function.
+    `distributed_c10d.monitored_barrier`, torch 2.11, 2.13 and 2.15, compares the name of the backend with "gloo" and
+    raises ValueError for all others. There is no hook, so this replaces the function.
     """
     original = distributed_c10d.monitored_barrier
 
