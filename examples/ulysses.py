@@ -59,4 +59,4 @@ if __name__ == "__main__":
     if given.link:
         for name, _, seconds in rows:
             print(f"{name:10}{1e3 * seconds:8.1f} ms")
-    print("relative error: " + ", ".join(f"{name} {error:.3f}" for name, error, _ in rows))
+    print("relative error: " + ", ".join(f"{name} {error:.2f}" for name, error, _ in rows))

@@ -27,6 +27,7 @@ import pytest
 import torch.distributed as dist
 
 from flashcomm import Communicator, WireFormat, reference
+from flashcomm.compat import start_sequence_numbers
 from flashcomm.ranks import launch
 from flashcomm.routing.route import Executor
 from flashcomm.wire import torch_codec
@@ -152,7 +153,7 @@ def _on_threads(
 def gloo_group(store: dist.Store, rank: int, world_size: int, timeout_s: float = TIMEOUT_S) -> dist.ProcessGroup:
     """A process group over gloo that is not registered with torch.distributed, so that threads can have one each."""
     backend = dist.ProcessGroupGloo(store, rank, world_size, datetime.timedelta(seconds=timeout_s))
-    backend._set_sequence_number_for_group()
+    start_sequence_numbers(backend)
     group = dist.ProcessGroup(store, rank, world_size)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
     return group

@@ -23,7 +23,7 @@ _registered: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKey
 def process_group_named(name: str) -> dist.ProcessGroup:
     """Return the process group with this name. Operators in compiled graphs hold names: they cannot hold groups.
 
-    `distributed_c10d._resolve_process_group`, torch 2.11 and 2.13. torch's own functional collectives use it.
+    `distributed_c10d._resolve_process_group`, torch 2.11, 2.13 and 2.15. torch's own functional collectives use it.
 
     Raises:
         RuntimeError: No group has this name.
@@ -34,7 +34,7 @@ def process_group_named(name: str) -> dist.ProcessGroup:
 def name_of(group: dist.ProcessGroup) -> str | None:
     """Return the name by which torch finds the group; None if there is none. Symmetric memory finds its ranks by it.
 
-    `distributed_c10d._resolve_process_group`, torch 2.11 and 2.13. `group.group_name` is the name of the group's
+    `distributed_c10d._resolve_process_group`, torch 2.11, 2.13 and 2.15. `group.group_name` is the name of the group's
     backends. The inner group of a c10d backend shares them with the outer one, whose name its `group_name` is.
     """
     try:
@@ -47,9 +47,9 @@ def name_of(group: dist.ProcessGroup) -> str | None:
 def register(group: dist.ProcessGroup, name: str, store: distributed_c10d.Store) -> None:
     """Let torch find a group by name that torch.distributed did not create, such as the inner one of a c10d backend.
 
-    `torch._C._distributed_c10d._register_process_group`, torch 2.11 and 2.13: symmetric memory takes rank, size and
-    store from the group of a name. Releases in which `enable_symm_mem_for_group` is not yet deprecated look them up in
-    a table of their own, which that function fills for groups of torch.distributed only.
+    `torch._C._distributed_c10d._register_process_group`, torch 2.11, 2.13 and 2.15: symmetric memory takes rank, size
+    and store from the group of a name. Releases in which `enable_symm_mem_for_group` is not yet deprecated look them up
+    in a table of their own, which that function fills for groups of torch.distributed only.
 
     Args:
         group: The group.
@@ -67,7 +67,7 @@ def register(group: dist.ProcessGroup, name: str, store: distributed_c10d.Store)
 def unregister(group: dist.ProcessGroup) -> None:
     """Undo `register`. Calling it again, or after `destroy_process_group`, does nothing.
 
-    `torch._C._distributed_c10d._unregister_process_group`, torch 2.11 and 2.13.
+    `torch._C._distributed_c10d._unregister_process_group`, torch 2.11, 2.13 and 2.15.
     """
     if name := _registered.pop(group, None):
         _unregister_process_group(name)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def unregister(group: dist.ProcessGroup) -> None:
 def default_store() -> distributed_c10d.Store:
     """Return the store that the ranks of the default group share.
 
-    `distributed_c10d._get_default_store`, torch 2.11 and 2.13. Another store would need another address.
+    `distributed_c10d._get_default_store`, torch 2.11, 2.13 and 2.15. Another store would need another address.
 
     Raises:
         ValueError: torch.distributed is not initialized.
@@ -87,7 +87,7 @@ def default_store() -> distributed_c10d.Store:
 def current_gpu() -> int:
     """Return the index of the current GPU, without the checks of `torch.cuda.current_device`.
 
-    `torch._C._cuda_getDevice`, torch 2.11 and 2.13.
+    `torch._C._cuda_getDevice`, torch 2.11, 2.13 and 2.15.
     """
     return torch._C._cuda_getDevice()
 
@@ -95,7 +95,7 @@ def current_gpu() -> int:
 def current_stream_handle(device_index: int) -> int:
     """Return the CUDA handle of the current stream, without creating a `torch.cuda.Stream`.
 
-    `torch._C._cuda_getCurrentRawStream`, torch 2.11 and 2.13. Triton's launchers use it, too.
+    `torch._C._cuda_getCurrentRawStream`, torch 2.11, 2.13 and 2.15. Triton's launchers use it, too.
     """
     return torch._C._cuda_getCurrentRawStream(device_index)
 
@@ -103,15 +103,17 @@ def current_stream_handle(device_index: int) -> int:
 def start_sequence_numbers(backend: Any) -> None:
     """Let a backend that was constructed directly count its collectives, as `new_group` does.
 
-    `Backend._set_sequence_number_for_group`, torch 2.11 and 2.13. Error messages of gloo and NCCL name the count.
+    `Backend._set_sequence_number_for_group`, torch 2.11 and 2.13. Error messages of gloo and NCCL name the count. In
+    torch 2.15 all backends count, and the name only prints a warning.
     """
-    backend._set_sequence_number_for_group()
+    if torch.__version__ < (2, 15):
+        backend._set_sequence_number_for_group()
 
 
 def in_backward_pass() -> bool:
     """Return whether the autograd engine runs a backward pass on this thread.
 
-    `torch._C._current_graph_task_id`, torch 2.13. There is no public name for it.
+    `torch._C._current_graph_task_id`, torch 2.13 and 2.15. There is no public name for it.
     """
     return torch._C._current_graph_task_id() != -1
 
@@ -119,8 +121,8 @@ def in_backward_pass() -> bool:
 def accept_in_monitored_barrier(kind: type[Any]) -> None:
     """Make `torch.distributed.monitored_barrier` accept groups of this class, by calling their own method.
 
-    `distributed_c10d.monitored_barrier`, torch 2.11 and 2.13, compares the name of the backend with "gloo" and raises
-    ValueError for all others. There is no hook, so this replaces the function.
+    `distributed_c10d.monitored_barrier`, torch 2.11, 2.13 and 2.15, compares the name of the backend with "gloo" and
+    raises ValueError for all others. There is no hook, so this replaces the function.
     """
     original = distributed_c10d.monitored_barrier
 

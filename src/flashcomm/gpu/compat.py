@@ -1,6 +1,6 @@
 """Compile and launch Triton kernels. Private names of Triton are used only here.
 
-These names were checked in Triton 3.6 and 3.7.1:
+These names were checked in Triton 3.6, 3.7.1 and 3.9.0:
 
 | what                                               | used for                                                    |
 |----------------------------------------------------|-------------------------------------------------------------|
@@ -9,6 +9,7 @@ These names were checked in Triton 3.6 and 3.7.1:
 | `[["tt.divisibility", 16]]`                        | the attribute of a pointer that is 16-byte aligned          |
 | `triton.knobs.runtime.interpret`                   | finding out whether kernels run in Triton's interpreter     |
 | `triton.runtime.interpreter._patch_lang_tensor`    | mending 3.6's interpreter for NumPy 2.4                     |
+| `InterpreterBuilder.create_splat`                  | mending 3.9's interpreter for masks from run-time numbers   |
 
 Kernels take three kinds of arguments, in this order:
 
@@ -60,8 +61,28 @@ def _convert_values_of_one_element() -> None:
     interpreter._patch_lang_tensor = patch_and_convert
 
 
+def _splat_conditions_as_bool() -> None:
+    """Let interpreted kernels use a condition on a run-time number in a mask, with Triton 3.9.
+
+    Its loads and stores accept masks of bool only. The interpreter records the result of a comparison under the type of
+    the values compared, so a splat of it became int32.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    splat = InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, block: Any, value: Any) -> Any:
+        result = splat(self, block, value)
+        result.data = result.data.astype(value.data.dtype)
+        return result
+
+    InterpreterBuilder.create_splat = create_splat
+
+
 if INTERPRETED and triton.__version__.startswith("3.6."):
     _convert_values_of_one_element()
+if INTERPRETED:
+    _splat_conditions_as_bool()
 
 
 class Int64(int):

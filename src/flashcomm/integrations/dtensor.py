@@ -13,7 +13,7 @@ messages are not quantized. A reduce-scatter or all-gather is low-bit at any siz
 and layouts sharded along the last dimension keep torch's own collectives. The styles compile with `fullgraph=True`, and
 one graph serves inputs of all lengths.
 
-This module uses these private names of torch, tested with 2.11 and 2.13: `AsyncCollectiveTensor`, and the methods
+This module uses these private names of torch, tested with 2.11, 2.13 and 2.15: `AsyncCollectiveTensor`, and the methods
 `_apply`, `_prepare_output_fn`, `_prepare_input_fn` and `_prepare_input_arg` of the styles.
 """
 

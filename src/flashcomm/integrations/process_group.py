@@ -22,7 +22,7 @@ All-reduces of CPU tensors run on a thread of the group, in the order of the cal
 as with gloo. Their time-out is FLASHCOMM_TIMEOUT_S if that is set, else the group's. All-reduces of CUDA tensors are
 enqueued by the call itself.
 
-The integration is a Python subclass of ProcessGroup, not of Backend: torch (2.11 to 2.13) calls the methods of a Python
+The integration is a Python subclass of ProcessGroup, not of Backend: torch (2.11 to 2.15) calls the methods of a Python
 Backend from Python only, but functional collectives and DTensor call from C++. Such a subclass must pass on *every*
 collective in Python. Otherwise torch runs the inherited method while it holds the GIL, and waits for a lock of gloo's
 worker thread. That thread needs the GIL to free a tensor before it releases the lock: a deadlock.
@@ -147,6 +147,7 @@ class FlashProcessGroup(dist.ProcessGroup):
         for device, kind, backend in _backends(store, rank, size, timeout):
             for group in (self, self.backend_group):
                 group._register_backend(torch.device(device), kind, backend)
+        self._set_default_backend(dist.ProcessGroup.BackendType.GLOO)  # torch 2.15 asks it for the group's name
         self._settings, self._plan = _agreed_settings(store, rank, size, timeout)
         register(self.backend_group, _agreed_name(store, rank), store)
         if self._plan is not None and self._plan.layers and rank == 0:
@@ -334,6 +335,7 @@ def _pass_on(name: str) -> Any:
 
 PASSED_ON = (
     *("broadcast", "reduce", "allreduce_coalesced", "gather", "scatter", "send", "recv", "recv_anysource"),
+    *("gather_single", "gather_into_tensor"),
     *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
     *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
     *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),

@@ -100,12 +100,16 @@ class _OverlappedForward:
         self.trials: dict[tuple[Kind, int], _Trial] = {}
         self.last: Kind | None = None  # how the last input was split
         self._signature = inspect.signature(plain)
+        # its name in transformers 5.24, which knows the old one as an alias
+        self._cache = "cache" if "cache" in self._signature.parameters else "past_key_values"
         self._stream: torch.cuda.Stream | None = None
         config = stack.config
         self._causal = getattr(config, "is_causal", True) and not getattr(config, "use_bidirectional_attention", None)
         self._full_attention = self._causal and _full(DynamicCache(config=config))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "past_key_values" in kwargs:
+            kwargs[self._cache] = kwargs.pop("past_key_values")
         bound = self._signature.bind(*args, **kwargs)
         given = dict(bound.arguments)
         given |= given.pop("kwargs", {})
@@ -154,7 +158,7 @@ class _OverlappedForward:
         known = all(isinstance(v, _NOT_CUT) or _can_cut_tokens(k, v, length) for k, v in others.items())
         if not known or not self._full_attention or length < 4:
             return None
-        cached = given.get("past_key_values") is not None or self._use_cache(given)
+        cached = given.get(self._cache) is not None or self._use_cache(given)
         if given.get("position_ids") is not None and not cached:
             return None  # without a cache they may mark several sequences in one row
         padded = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
@@ -176,16 +180,16 @@ class _OverlappedForward:
     def _sequences(self, given: Mapping[str, Any]) -> Any:
         n = given["inputs_embeds"].shape[0]
         outs = self._run(given, n // 2, n, lambda _, value, rows: _slice(value, rows, n))
-        caches = [out.past_key_values for out in outs]
-        past = caches[0] if given.get("past_key_values") is None else given["past_key_values"]
+        caches = [getattr(out, self._cache) for out in outs]
+        past = caches[0] if given.get(self._cache) is None else given[self._cache]
         if past is not None:
             past.layers = [_join(a, b) for a, b in zip(caches[0].layers, caches[1].layers, strict=True)]
         hidden = torch.cat([out.last_hidden_state for out in outs])
-        return type(outs[0])(last_hidden_state=hidden, past_key_values=past)
+        return type(outs[0])(last_hidden_state=hidden, **{self._cache: past})
 
     def _tokens(self, given: dict[str, Any]) -> Any:
         x, config = given["inputs_embeds"], self.stack.config
-        length, past = x.shape[1], given.get("past_key_values")
+        length, past = x.shape[1], given.get(self._cache)
         cache = DynamicCache(config=config) if past is None else past
         seen, cut = cache.get_seq_length(), length // 2
         kernel = x.device.type == "cuda" and getattr(config, "_attn_implementation", "") == "sdpa"
@@ -201,10 +205,10 @@ class _OverlappedForward:
                 return value[:, part] if value.dim() > 1 else value[part]
             return value
 
-        outs = self._run({"attention_mask": None, **given, "past_key_values": cache}, cut, length, slice_of)
+        outs = self._run({"attention_mask": None, **given, self._cache: cache}, cut, length, slice_of)
         hidden = torch.cat([out.last_hidden_state for out in outs], dim=1)
         returned = cache if past is not None or self._use_cache(given) else None
-        return type(outs[0])(last_hidden_state=hidden, past_key_values=returned)
+        return type(outs[0])(last_hidden_state=hidden, **{self._cache: returned})
 
 
 class _Trial:
