@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flashcomm import __version__
+from flashcomm.bench.pieces import OPS
 from flashcomm.cli import bench, calibrate, doctor, eval, generate, plot, predict, probe, ttft, tune
 
 app = typer.Typer(
@@ -18,7 +19,10 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure collectives, each verified before it is timed.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 bench_app.command("all_reduce")(bench.all_reduce)
-bench_app.command("all_to_all")(bench.all_to_all)
+for _op in OPS:
+    bench_app.command(_op, help=f"{_op} by size and format, for equal and for skewed pieces, beside the backend's.")(
+        bench.pieces_command(_op)
+    )
 bench_app.command("codec")(bench.codec)
 app.command("eval")(eval.evaluate)
 app.command("tune")(tune.tune)

@@ -1,14 +1,15 @@
-"""`flashcomm bench all_reduce`, `bench all_to_all` and `bench codec`."""
+"""`flashcomm bench` of all-reduces, of collectives of pieces, and of the codec."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from flashcomm.bench import all_reduce as bench_all_reduce
-from flashcomm.bench import all_to_all as bench_all_to_all
 from flashcomm.bench import codec as bench_codec
+from flashcomm.bench import pieces as bench_pieces
 from flashcomm.cli import options
 from flashcomm.cli.console import print_notes, print_table, progress, run_ranks, write_rows
 from flashcomm.errors import SettingsError
@@ -73,44 +74,49 @@ def all_reduce(
     print_notes([f"not measured: {path}: {why}" for path, why in found["unavailable"].items()])
 
 
-def all_to_all(
-    world_size: options.World = 2,
-    formats: Annotated[
-        str, typer.Option(help="Wire formats, separated by commas; uncompressed exchanges are always measured.")
-    ] = "int8,int6-had,int4-had,int4",
-    begin: options.Begin = "64K",
-    end: options.End = "64M",
-    factor: options.Factor = 4,
-    row: options.RowLength = 4096,
-    turns: options.Turns = 7,
-    mode: Annotated[
-        str | None, typer.Option(help="eager, graph (replays of a CUDA graph) or both. [default: both on CUDA]")
-    ] = None,
-    chunk_bytes: Annotated[str | None, typer.Option(help="Message bytes per chunk, on CPUs.")] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "bf16",
-    link: options.Link = None,
-    timeout: options.Timeout = 1800,
-    csv: options.Csv = None,
-    json: options.Json = False,
-) -> None:
-    """All-to-all by size and format, for equal and for skewed pieces, beside the backend's."""
-    options.check_several_ranks(world_size)
-    names, sizes = options.formats_of(formats), options.sizes_of(begin, end, factor)
-    where = options.device_of(device, world_size)
-    settings = options.settings_of(names[0], where, chunk_bytes=chunk_bytes)
-    args = (names, sizes, row, options.dtype_of(dtype), turns, _modes(mode, where), settings)
-    ranks: dict[str, Any] = {"device": where, "link": link, "timeout_s": timeout}
-    found = run_ranks(bench_all_to_all.all_to_all, world_size, args, quiet=json, **ranks)
-    if found is None:
-        return
-    rows = [r | {"link": link or "none"} for r in found]
-    if write_rows(rows, csv, json):
-        return
-    columns = ("size", "split", "format", "path", "mode", "time_us", "busbw", "wire_bytes", "error")
-    over = f" over {link}" if link else ""
-    title = f"all_to_all of {dtype}, {world_size} ranks on {where}{over} (GB/s of uncompressed bytes)"
-    print_table(title, {c: c for c in columns} | {"speedup": "x best", "over_backend": "x backend"}, rows)
+def pieces_command(op: str) -> Callable[..., None]:
+    """Return the command for one of `bench.pieces.OPS`."""
+
+    def command(
+        world_size: options.World = 2,
+        formats: Annotated[
+            str, typer.Option(help="Wire formats, separated by commas; uncompressed ones are always measured.")
+        ] = "int8,int6-had,int4-had,int4",
+        begin: options.Begin = "64K",
+        end: options.End = "64M",
+        factor: options.Factor = 4,
+        row: options.RowLength = 4096,
+        turns: options.Turns = 7,
+        mode: Annotated[
+            str | None, typer.Option(help="eager, graph (replays of a CUDA graph) or both. [default: both on CUDA]")
+        ] = None,
+        chunk_bytes: Annotated[str | None, typer.Option(help="Message bytes per chunk, on CPUs.")] = None,
+        device: options.Device = "auto",
+        dtype: options.Dtype = "bf16",
+        link: options.Link = None,
+        timeout: options.Timeout = 1800,
+        csv: options.Csv = None,
+        json: options.Json = False,
+    ) -> None:
+        """Time of pieces by size and format, equal and skewed, beside the backend's."""
+        options.check_several_ranks(world_size)
+        names, sizes = options.formats_of(formats), options.sizes_of(begin, end, factor)
+        where = options.device_of(device, world_size)
+        settings = options.settings_of(names[0], where, chunk_bytes=chunk_bytes)
+        args = (op, names, sizes, row, options.dtype_of(dtype), turns, _modes(mode, where), settings)
+        ranks: dict[str, Any] = {"device": where, "link": link, "timeout_s": timeout}
+        found = run_ranks(bench_pieces.pieces, world_size, args, quiet=json, **ranks)
+        if found is None:
+            return
+        rows = [r | {"link": link or "none"} for r in found]
+        if write_rows(rows, csv, json):
+            return
+        columns = ("size", "split", "format", "path", "mode", "time_us", "busbw", "wire_bytes", "error")
+        over = f" over {link}" if link else ""
+        title = f"{op} of {dtype}, {world_size} ranks on {where}{over} (GB/s of uncompressed bytes)"
+        print_table(title, {c: c for c in columns} | {"speedup": "x best", "over_backend": "x backend"}, rows)
+
+    return command
 
 
 def _modes(asked: str | None, device: str) -> tuple[str, ...]:
