@@ -7,6 +7,9 @@ Each format runs in its own vLLM, and FLASHCOMM_FORMAT is the only difference. `
 weights are random (load_format="dummy"), so that no model is downloaded. All engines of `--at-once` start together and
 are then measured in turn, one at a time, so that a change of the machine's speed affects all alike.
 
+Columns beside the times: low_bit_calls and own_calls are rank 0's all-reduces in the last measurement that no CUDA
+graph replayed; start_low_bit_calls and start_own_calls are those before the first, which include the graphs' captures.
+
 `--link no-peer` takes peer access away: from NCCL and flashcomm by NCCL_P2P_DISABLE=1, and from vLLM's own all-reduces
 over GPU memory by turning them off, because they do not read that variable.
 """
@@ -20,6 +23,7 @@ import os
 import queue
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -31,9 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flashcomm.bench.records import read_csv, write_csv
-from flashcomm.settings import DEFAULT_FORMAT
-
+SET = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("FLASHCOMM_", "NCCL_", "VLLM_"))]
 WORLD = 2
 UNSET = "unset"
 MAX_TOKENS = 8192  # of a batch, and of a prompt
@@ -64,6 +66,12 @@ CELLS: dict[str, dict[str, Any]] = {  # tokens: of each prompt; new: tokens to g
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--engine"]:  # the process of an engine
+        serve(json.loads(sys.argv[2]))
+        return
+    from flashcomm.bench.records import read_csv, write_csv  # not in an engine's process, where vLLM comes first
+    from flashcomm.settings import DEFAULT_FORMAT
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument(
@@ -83,11 +91,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="add rows to this file after each cell")
     parser.add_argument("--logs", type=Path, help="the folder for the engines' output; the default is a temporary one")
     parser.add_argument("--json", action="store_true", help="print the rows at the end as JSON")
-    parser.add_argument("--engine", type=json.loads, help=argparse.SUPPRESS)  # set in the process of an engine
     asked = parser.parse_args()
-    if asked.engine:
-        serve(asked.engine)
-        return
     formats = asked.formats.split(",")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / asked.model
@@ -111,11 +115,15 @@ def measure(
 ) -> Iterator[list[dict[str, Any]]]:
     """Run one engine for each format and yield the rows of each cell."""
     say(f"starting vLLM with {', '.join(formats)}: {asked.model}, {asked.mode}, {asked.link}")
-    engines = [Engine(fmt, model, asked) for fmt in formats]
+    engines: list[Engine] = []
     try:
+        for fmt in formats:
+            engines.append(Engine(fmt, model, asked))
+            engines[-1].loading.wait(asked.timeout)  # flashcomm may measure the link before: not beside another engine
         starts = [engine.answer() for engine in engines]
         for engine, start in zip(engines, starts, strict=True):
-            say(f"{engine.fmt}: ready after {start['start_s']:.0f} s; all-reduces at start {start['report'] or 'vLLM'}")
+            used = f"{start['low_bit_calls']} low-bit, {start['own_calls']} own"
+            say(f"{engine.fmt}: ready after {start['start_s']:.0f} s; {used}")
         for cell in asked.cells.split(","):
             values: list[list[float]] = [[] for _ in engines]
             counts: list[dict[str, Any]] = [{} for _ in engines]
@@ -124,15 +132,17 @@ def measure(
                     counts[i] = engine.ask({**CELLS[cell], "seed": n})
                     values[i] += [counts[i]["value"]] if n else []
             rows = []
-            for engine, times, count in zip(engines, values, counts, strict=True):
+            for engine, start, times, count in zip(engines, starts, values, counts, strict=True):
                 row = {"model": asked.model, "link": asked.link, "mode": asked.mode, "format": engine.fmt, "cell": cell}
                 row |= {"unit": "tokens/s" if cell == "mixed" else "ms", "median": round(statistics.median(times), 3)}
                 row |= {"min": round(min(times), 3), "max": round(max(times), 3), "repeats": len(times)}
                 base = next((r for r in [*before, *rows] if r["cell"] == cell), row)  # the first format's
                 better = base["median"] / row["median"]
                 row["over_vllm"] = round(1 / better if cell == "mixed" else better, 3)
+                row |= {"start_low_bit_calls": start["low_bit_calls"], "start_own_calls": start["own_calls"]}
                 row |= {key: count[key] for key in ("low_bit_calls", "own_calls", "sent_mb", "routes", "vllm")}
                 row |= {"vllm_all_reduce": engine.found("all_reduce"), "attention": engine.found("attention")}
+                row["command"] = " ".join([*SET, "scripts/bench-vllm", *map(shlex.quote, sys.argv[1:])])
                 rows.append(row)
                 spread = f"{row['over_vllm']:.2f}x [{row['min']:.2f} to {row['max']:.2f}]"
                 used = f"{row['low_bit_calls']} low-bit, {row['own_calls']} own"
@@ -152,11 +162,12 @@ class Engine:
 
     LINES = (
         ("all_reduce", re.compile(r"Using \[(.*?)\] all-reduce backends .* for group 'tp")),
-        ("attention", re.compile(r"Using (\w+) (?:attention )?backend")),
+        ("attention", re.compile(r"Using (\w+) attention backend")),
     )
 
     def __init__(self, fmt: str, model: Path, asked: Any) -> None:
         self.fmt, self.timeout, self._found = fmt, asked.timeout, {"all_reduce": "", "attention": ""}
+        self.loading = threading.Event()  # all groups have been created, or vLLM has ended
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         env = {k: v for k, v in os.environ.items() if k != "FLASHCOMM_FORMAT"}
         env |= {} if fmt == UNSET else {"FLASHCOMM_FORMAT": fmt}
@@ -183,10 +194,13 @@ class Engine:
                     continue
                 log.write(line)
                 log.flush()
+                if re.search("Starting to load model|Loading model", line):
+                    self.loading.set()
                 for name, pattern in self.LINES:
                     if (match := pattern.search(line)) and not self._found[name]:
                         self._found[name] = match[1].replace("'", "")
         self._answers.put(None)
+        self.loading.set()
 
     def answer(self) -> dict[str, Any]:
         try:
@@ -239,7 +253,7 @@ def serve(options: dict[str, Any]) -> None:
     )
     vocab = llm.llm_engine.model_config.hf_config.vocab_size
     report = llm.collective_rpc("flashcomm_report")[0]
-    print("ANSWER", json.dumps({"start_s": time.perf_counter() - began, "report": report}), flush=True)
+    print("ANSWER", json.dumps({"start_s": time.perf_counter() - began, **counts({}, report)}), flush=True)
     for line in sys.stdin:
         cell = json.loads(line)
         value, before = generate(llm, vocab, **cell), report
