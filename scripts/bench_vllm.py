@@ -21,7 +21,6 @@ import contextlib
 import json
 import os
 import queue
-import random
 import re
 import shlex
 import signal
@@ -35,9 +34,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flashcomm.bench.records import read_csv, write_csv
+from flashcomm.settings import DEFAULT_FORMAT
+
 SET = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("FLASHCOMM_", "NCCL_", "VLLM_"))]
-WORLD = 2
 UNSET = "unset"
+ENGINE = Path(__file__).with_name("bench_vllm_engine.py")
 MAX_TOKENS = 8192  # of a batch, and of a prompt
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
 QWEN = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
@@ -65,13 +67,23 @@ CELLS: dict[str, dict[str, Any]] = {  # tokens: of each prompt; new: tokens to g
 }
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--engine"]:  # the process of an engine
-        serve(json.loads(sys.argv[2]))
-        return
-    from flashcomm.bench.records import read_csv, write_csv  # not in an engine's process, where vLLM comes first
-    from flashcomm.settings import DEFAULT_FORMAT
+OPTIONS = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "tensor_parallel_size": 2,
+    "dtype": "bfloat16",
+    "max_model_len": MAX_TOKENS + 256,
+    "max_num_batched_tokens": MAX_TOKENS,
+    "max_num_seqs": 128,
+    "enable_prefix_caching": False,
+    "seed": 0,
+    "kv_cache_memory_bytes": 6 << 30,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]},
+    "worker_extension_cls": "flashcomm.integrations.vllm.Report",
+}
 
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument(
@@ -173,13 +185,13 @@ class Engine:
         env |= {} if fmt == UNSET else {"FLASHCOMM_FORMAT": fmt}
         env |= {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
         env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # else a batch may begin before all its requests have come
-        options = {"model": str(model), "enforce_eager": asked.mode == "eager", **asked.options}
+        options = {"model": str(model), "enforce_eager": asked.mode == "eager", **OPTIONS, **asked.options}
         options["gpu_memory_utilization"] = round(0.88 / asked.at_once, 2)
         if asked.link == "no-peer":
             env |= {"NCCL_P2P_DISABLE": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
             options["disable_custom_all_reduce"] = True
         self.log = asked.logs / f"{asked.model}-{asked.link}-{asked.mode}-{fmt.replace('/', '-')}.log"
-        command = [sys.executable, __file__, "--engine", json.dumps(options)]
+        command = [sys.executable, str(ENGINE), json.dumps(options)]
         self._process = subprocess.Popen(
             command, env=env, stdin=-1, stdout=-1, stderr=-2, text=True, bufsize=1, start_new_session=True
         )
@@ -231,76 +243,6 @@ class Engine:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-
-
-def serve(options: dict[str, Any]) -> None:
-    """Start vLLM; then measure each cell that comes as a line of JSON, and print the answer."""
-    began = time.perf_counter()
-    import vllm
-
-    llm = vllm.LLM(
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        tensor_parallel_size=WORLD,
-        dtype="bfloat16",
-        max_model_len=MAX_TOKENS + 256,
-        max_num_batched_tokens=MAX_TOKENS,
-        max_num_seqs=128,
-        enable_prefix_caching=False,
-        seed=0,
-        worker_extension_cls="flashcomm.integrations.vllm.Report",
-        **{"kv_cache_memory_bytes": 6 << 30, "compilation_config": {"cudagraph_capture_sizes": CAPTURE}, **options},
-    )
-    vocab = llm.llm_engine.model_config.hf_config.vocab_size
-    report = llm.collective_rpc("flashcomm_report")[0]
-    print("ANSWER", json.dumps({"start_s": time.perf_counter() - began, **counts({}, report)}), flush=True)
-    for line in sys.stdin:
-        cell = json.loads(line)
-        value, before = generate(llm, vocab, **cell), report
-        report = llm.collective_rpc("flashcomm_report")[0]
-        print("ANSWER", json.dumps({"value": value, "vllm": vllm.__version__, **counts(before, report)}), flush=True)
-
-
-CAPTURE = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]  # tokens of the batches that become CUDA graphs
-
-
-def generate(llm: Any, vocab: int, batch: int, tokens: int | list[int], new: int | list[int], seed: int) -> float:
-    """Return ms to the first token (new=1) or ms for each later token; for a mixed load tokens/s, prompts included."""
-    import vllm
-
-    draw = random.Random(seed)
-    mixed = isinstance(new, list)
-    if mixed:
-        draw = random.Random(0)  # the same load each time
-    lengths = [(draw.randint(*tokens), draw.randint(*new)) if mixed else (tokens, new) for _ in range(batch)]  # type: ignore[misc]
-    prompts = [[draw.randrange(vocab) for _ in range(n)] for n, _ in lengths]
-    engine, waiting, first = llm.llm_engine, set(), 0.0
-    began = time.perf_counter()
-    for i, (prompt, (_, n)) in enumerate(zip(prompts, lengths, strict=True)):
-        waiting.add(name := f"{began}-{i}")
-        how = vllm.SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
-        engine.add_request(name, {"prompt_token_ids": prompt}, how)
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            waiting.discard(output.request_id)
-        if not waiting and not first:
-            first = time.perf_counter()
-    end = time.perf_counter()
-    if mixed:
-        return sum(n + m for n, m in lengths) / (end - began)
-    return 1e3 * (first - began if new == 1 else (end - first) / (new - 1))  # type: ignore[operator]
-
-
-def counts(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Return rank 0's all-reduces between two reports, without those that CUDA graphs replayed."""
-    old = before.get("low_bit", {})
-    calls = {k: n["calls"] - old.get(k, {"calls": 0})["calls"] for k, n in after.get("low_bit", {}).items()}
-    sent = sum(
-        n["sent_bytes"] - old.get(k, {"sent_bytes": 0})["sent_bytes"] for k, n in after.get("low_bit", {}).items()
-    )
-    own = sum(n - before.get("own", {}).get(k, 0) for k, n in after.get("own", {}).items() if ": " not in k)
-    routes = " ".join(f"{k}={n}" for k, n in calls.items() if n)
-    return {"low_bit_calls": sum(calls.values()), "own_calls": own, "sent_mb": round(sent / 1e6, 1), "routes": routes}
 
 
 if __name__ == "__main__":
