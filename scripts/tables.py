@@ -17,7 +17,7 @@ from flashcomm.predict import model as predict
 from flashcomm.wire.format import UNCOMPRESSED, WireFormat
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/accuracy.md", "docs/formats.md", "docs/performance.md", "docs/predict.md")
+PAGES = ("README.md", "docs/accuracy.md", "docs/formats.md", "docs/performance.md", "docs/predict.md", "docs/vllm.md")
 Row = dict[str, str]
 
 
@@ -393,6 +393,23 @@ def predict_claims() -> str:
     return table(["published", "claim", "predicted for `int4`"], body)
 
 
+def vllm() -> str:
+    """Return times and throughput of vLLM with and without flashcomm, by format."""
+    rows = rows_of("vllm-h200x2-no-peer-access.csv")
+    names = {"ttft": "first token, {} prompts x tokens", "decode": "a token, batch of {}", "mixed": "64 requests"}
+    formats, body = list(dict.fromkeys(r["format"] for r in rows)), []
+    for cell in dict.fromkeys(r["cell"] for r in rows):
+        kind, _, size = cell.partition(" ")
+        mine = {r["format"]: r for r in rows if r["cell"] == cell}
+        digits = 2 if kind == "decode" else 0
+        line = [names[kind].format(size.replace("x", " x "))]
+        for fmt in formats:
+            value = f"{float(mine[fmt]['median']):,.{digits}f} {mine[fmt]['unit']}"
+            line.append(value if fmt == formats[0] else f"{value}, {float(mine[fmt]['over_vllm']):.2f}x")
+        body.append(line)
+    return table(["", "vLLM alone", *(f"`{fmt}`" for fmt in formats[1:])], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -401,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(auto, nodes, nodes_times, real, predicted),
         *(needle, generation, families, tuned, third),
         *(predict_check, predict_ranks, predict_hosts, predict_claims),
+        vllm,
     )
 }
 
