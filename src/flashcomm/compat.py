@@ -106,7 +106,7 @@ def start_sequence_numbers(backend: Any) -> None:
     `Backend._set_sequence_number_for_group`, torch 2.11 and 2.13. Error messages of gloo and NCCL name the count. In
     torch 2.15 all backends count, and the name only prints a warning.
     """
-    if torch.__version__ < (2, 15):
+    if torch.__version__ < "2.15":
         backend._set_sequence_number_for_group()
 
 
