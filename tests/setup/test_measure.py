@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,21 @@ def test_a_machine_is_measured_once_and_the_table_is_kept(cache: Path, monkeypat
     assert len(measured) == 3 * 2
     tables("int4", "int6", measure="auto")  # by default CPUs are not measured, but what is there counts
     assert len(measured) == 3 * 2
+
+
+def test_no_size_is_left_out_because_the_first_call_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, compiled = measure._Case._run, set()
+
+    def compile_and_run(case: Any, i: int) -> None:
+        if (key := (id(case.ranks), case.key)) not in compiled:
+            compiled.add(key)
+            time.sleep(0.2 * measure.LIMIT_S)
+        run(case, i)
+
+    monkeypatch.setattr(measure._Case, "_run", compile_and_run)
+    table = tables("int8", measure="anew")[0][0]
+    assert table is not None
+    assert table.sizes == measure.SIZES
 
 
 actual = measure.measured

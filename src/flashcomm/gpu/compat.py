@@ -10,6 +10,7 @@ These names were checked in Triton 3.6, 3.7.1 and 3.9.0:
 | `triton.knobs.runtime.interpret`                   | finding out whether kernels run in Triton's interpreter     |
 | `triton.runtime.interpreter._patch_lang_tensor`    | mending 3.6's interpreter for NumPy 2.4                     |
 | `InterpreterBuilder.create_splat`                  | mending 3.9's interpreter for masks from run-time numbers   |
+| `triton.runtime.interpreter._implicit_cvt`         | holding `Int64` in 64 bits in the interpreter, too          |
 
 Kernels take three kinds of arguments, in this order:
 
@@ -24,6 +25,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -79,14 +81,29 @@ def _splat_conditions_as_bool() -> None:
     InterpreterBuilder.create_splat = create_splat
 
 
+class Int64(int):
+    """A run-time number that kernels always hold in 64 bits. A plain int gets 32 bits if it fits."""
+
+
+def _hold_int64() -> None:
+    """Let interpreted kernels hold an `Int64` in 64 bits, such as an address below 2 GB: NumPy widens no bitcast."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def convert_and_hold(arg: Any) -> Any:
+        if not isinstance(arg, Int64):
+            return convert(arg)
+        return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.int64), tl.int64), tl.int64)
+
+    interpreter._implicit_cvt = convert_and_hold
+
+
 if INTERPRETED and triton.__version__.startswith("3.6."):
     _convert_values_of_one_element()
 if INTERPRETED:
     _splat_conditions_as_bool()
-
-
-class Int64(int):
-    """A run-time number that kernels always hold in 64 bits. A plain int gets 32 bits if it fits."""
+    _hold_int64()
 
 
 def constants(bundle: _Bundle) -> _Bundle:
