@@ -202,6 +202,14 @@ MUTATIONS = {
         "routing/timings.py", "math.log(n_bytes / low) / math.log(high / low)", "(n_bytes - low) / (high - low)",
         "routing/test_policy.py::test_timings_are_read_between_and_beyond_their_sizes",
     ),
+    "a peer is taken for another rank": (
+        "gpu/sync.py", "return peer + (peer >= region.rank)", "return peer + (peer > region.rank)",
+        "gpu/test_kernels.py::test_collectives_of_shards_equal_the_reference[2]",
+    ),
+    "a kernel exchanges pieces whose sizes only two ranks know": (
+        "routing/policy.py", "if message.split is not None or not message.quantizable:", "if not message.quantizable:",
+        "collectives/test_pieces.py::test_routes_of_all_to_all",
+    ),
     "timings win over min_bytes": (
         "routing/policy.py", "uncompressed, min_bytes != AUTO)", "uncompressed, False)",
         "routing/test_policy.py::test_settings_win_over_timings",
