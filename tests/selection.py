@@ -30,7 +30,7 @@ THOROUGH = (
     "gpu/test_kernels.py::test_all_reduce_equals_the_reference[3]",  # 27
     "gpu/test_kernels.py::test_all_reduce_equals_the_reference[4]",  # 36
     "gpu/test_kernels.py::test_all_reduce_equals_the_reference[8]",  # 40
-    "gpu/test_kernels.py::test_reduce_scatter_and_all_gather_equal_the_reference[3]",  # 18
+    "gpu/test_kernels.py::test_collectives_of_shards_equal_the_reference[3]",  # 18
     "gpu/test_kernels.py::test_how_a_message_is_cut_changes_no_bit",  # 27
     "gpu/test_kernels.py::test_a_killed_peer_and_a_fresh_communicator",
     "gpu/test_kernels.py::test_subgroups_and_several_communicators",
@@ -71,7 +71,7 @@ CONTRACT: dict[int, tuple[str, ...]] = {
     2: (
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec",
         "gpu/test_kernels.py::test_all_reduce_equals_the_reference",
-        "gpu/test_kernels.py::test_reduce_scatter_and_all_gather_equal_the_reference",
+        "gpu/test_kernels.py::test_collectives_of_shards_equal_the_reference",
         "gpu/test_on_gpus.py::test_nccl_gives_the_bits_of_the_reference",
         "*test_compiled_codec_sums_to_the_same_bits",
         "*test_compiled_codec_writes_the_same_bytes",
