@@ -309,7 +309,8 @@ def test_small_messages_take_the_ll_protocol_and_fit() -> None:
             assert chosen[-1].stage_lag
             first = [how.ll for how in chosen].index(False)
             assert not any(how.ll for how in chosen[first:])
-            units = (1 << (7 + first - 1)) // fmt.unit // (world_size if algorithm == "reduce_scatter" else 1)
+            shards = world_size if launch.ALGORITHMS.index(algorithm) in launch.SHARDED else 1
+            units = (1 << (7 + first - 1)) // fmt.unit // shards
             assert units <= kernels.capacity(algorithm, fmt, 2, tuning.LL)
 
 
