@@ -51,6 +51,21 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_a_picture_of_vllm_has_a_bar_for_each_measurement_and_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot([RESULTS / "vllm-h200x2-no-peer-access.csv"], tmp_path / "vllm.svg")
+    rows = [r for r in records.read_csv(RESULTS / "vllm-h200x2-no-peer-access.csv") if r["format"] != "unset"]
+    axis = figures[0].axes[0]
+    assert sorted(bar.get_width() for bar in axis.patches) == sorted(float(r["over_vllm"]) for r in rows)
+    assert [line.get_xdata() for line in axis.get_lines()] == [[1.0, 1.0]], "vLLM alone"
+
+
 def test_pictures_of_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     lines = drawn(monkeypatch, RESULTS / "allreduce-2ranks-1gbit.csv", tmp_path / "old.svg")

@@ -1,4 +1,4 @@
-"""`flashcomm plot`: draws a CSV file of `bench`, `ttft` or `eval`."""
+"""`flashcomm plot`: draws a CSV file of `bench`, `ttft` or `eval`, or of scripts/bench-vllm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def plot(sources: Sequence[Path], target: Path, where: Mapping[str, str] | None 
     """Draw CSV files.
 
     The kind of plot depends on their columns: time and speed-up by size; time to first token by format, with a panel
-    for each model, link and batch; KL divergence by bits on the wire; sensitivity by layer.
+    for each model, link and batch; KL divergence by bits on the wire; sensitivity by layer; vLLM with flashcomm over
+    vLLM alone.
 
     Args:
         sources: CSV files. Several are allowed only for `flashcomm ttft`.
@@ -112,6 +113,9 @@ def _draw(rows: Rows, sources: Sequence[Path], target: Path) -> None:
     elif rows and "layer" in rows[0]:
         figure, axis = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
         _layers(rows, axis)
+    elif rows and "over_vllm" in rows[0]:
+        figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        _vllm(rows, axis)
     else:
         raise InputError(
             f"{', '.join(map(str, sources))} has no rows of `flashcomm bench`, `ttft` or `eval`: write one with --csv"
@@ -158,7 +162,7 @@ def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
         axis.grid(alpha=0.3)
     link = "" if rows[0].get("link", "none") == "none" else f" over {rows[0]['link']}"
     mode = ", CUDA graphs" if has_graphs else ""
-    time_axis.set_title(f"all-reduce, {rows[0]['world']} ranks{link}{mode}", loc="left")
+    time_axis.set_title(f"{rows[0].get('op', 'all-reduce')}, {rows[0]['world']} ranks{link}{mode}", loc="left")
 
 
 def _size(n_bytes: int) -> str:
@@ -235,6 +239,32 @@ def _ttft(rows: Rows, axis: Any) -> None:
     compiled = ", compiled" if first.get("compiled") == "True" else ""
     title = f"{first['model']}{cut}, {batch}{first['tokens']} tokens,\n{first['world']} ranks{link}{compiled}"
     axis.set_title(title, loc="left", fontsize=10)
+
+
+def _vllm(rows: Rows, axis: Any) -> None:
+    """Draw what vLLM gains: for each measurement a bar for each format, and a line at vLLM alone."""
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    formats = list(dict.fromkeys(row["format"] for row in rows if row["format"] != "unset"))
+    for i, fmt in enumerate(formats):
+        mine = {row["cell"]: row for row in rows if row["format"] == fmt}
+        places = [cells.index(cell) + 0.8 * (i / len(formats) - 0.5) + 0.4 / len(formats) for cell in mine]
+        gains = [float(row["over_vllm"]) for row in mine.values()]
+        axis.barh(places, gains, height=0.75 / len(formats), color=f"C{i}", label=fmt)
+        for y, x, row in zip(places, gains, mine.values(), strict=True):
+            axis.text(x, y, f" {x:.2f}x, {_median(row)}", va="center", fontsize=8)
+    alone = {row["cell"]: row for row in rows if row["format"] == "unset"}
+    names = [f"{cell}\nalone {_median(alone[cell])}" for cell in cells]
+    axis.set_yticks(range(len(cells)), names, fontsize=8)
+    axis.axvline(1.0, color=_gray(0.4), linestyle="--", linewidth=1.0)
+    axis.set(xlabel="speed-up over vLLM alone", xlim=(0, 1.35 * max(float(row["over_vllm"]) for row in rows)))
+    axis.invert_yaxis()
+    first = rows[0]
+    axis.set_title(f"vLLM {first['vllm']}, {first['model']}, {first['link']}, {first['mode']}", loc="left", fontsize=10)
+    axis.legend(fontsize=8, loc="center right")
+
+
+def _median(row: Mapping[str, str]) -> str:
+    return f"{float(row['median']):,.{1 if row['unit'] == 'ms' else 0}f} {row['unit']}"
 
 
 def _pareto(rows: Rows, axis: Any) -> None:
