@@ -396,7 +396,7 @@ def predict_claims() -> str:
 def vllm() -> str:
     """Return times and throughput of vLLM with and without flashcomm, by format."""
     rows = rows_of("vllm-h200x2-no-peer-access.csv")
-    names = {"ttft": "first token, {} prompts x tokens", "decode": "a token, batch of {}", "mixed": "64 requests"}
+    names = {"ttft": "first token, {} tokens", "decode": "a token, batch of {}", "mixed": "64 requests"}
     formats, body = list(dict.fromkeys(r["format"] for r in rows)), []
     for cell in dict.fromkeys(r["cell"] for r in rows):
         kind, _, size = cell.partition(" ")

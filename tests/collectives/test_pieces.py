@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -209,6 +210,7 @@ def test_routes_of_all_to_all() -> None:
 def test_bad_splits_on_one_rank_are_an_error_on_all(group: dist.ProcessGroup, rank: int) -> None:
     comm, x, ones = Communicator(group, "none"), torch.ones(3, 64), [1, 1, 1]
     bad = [([1, 1], ones), (ones, [1, 1, 2]), ([1, -1, 3], ones), ([0, 2, 1], [2, 0, 1]), (None, ones), (ones, "abc")]
+    bad += [(np.array(ones), np.array(ones))]
     for received, sent in bad:
         with pytest.raises(InputError, match=r"rank 1: .*input_split_sizes and output_split_sizes must each be 3"):
             comm.all_to_all_single(x, *((received, sent) if rank == 1 else (ones, ones)))  # type: ignore[arg-type]

@@ -278,7 +278,7 @@ def exchange_of(x: Any, out: Any, received: object, sent: object, world_size: in
         return None
     like = out if isinstance(out, Tensor) and not out.is_nested and out.dim() else x
     splits = Split.of(sent) or Split.even(len(x), world_size), Split.of(received) or Split.even(len(like), world_size)
-    return Exchange(*splits, explicit=(sent, received) != (None, None))
+    return Exchange(*splits, explicit=sent is not None or received is not None)
 
 
 def check_exchange(transport: ProcessGroupTransport, mine: Exchange) -> None:
