@@ -1,0 +1,66 @@
+"""gloo's event threads never preempt a thread that sends: their policy is SCHED_BATCH, unless somebody chose another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import raise_first, run_ranks
+
+from flashcomm.ranks.launch import RankContext, run
+from flashcomm.transports.process_group import ProcessGroupTransport
+
+
+def event_threads() -> list[int]:
+    """The ids of this process's gloo event threads."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(task.name) for task in tasks if task.joinpath("comm").read_text() == "gloo_tcp_loop\n"]
+
+
+def policies(_: RankContext | None = None) -> set[int]:
+    return {os.sched_getscheduler(thread_id) for thread_id in event_threads()}
+
+
+def sum_of_ranks(group: dist.ProcessGroup, rank: int) -> None:
+    transport = ProcessGroupTransport(group, torch.device("cpu"), 30)
+    out = torch.zeros((2, 1), dtype=torch.uint8)
+    transport.all_gather(out, torch.tensor([rank + 5], dtype=torch.uint8), "the test", overlap=False).wait()
+    assert out.tolist() == [[5], [6]]
+
+
+def test_with_a_transport() -> None:
+    def body(group: dist.ProcessGroup, rank: int) -> None:
+        assert policies() == {os.SCHED_OTHER}
+        group.barrier().wait()  # rank 1's transport would change the policy of all
+        sum_of_ranks(group, rank)
+        assert policies() == {os.SCHED_BATCH}
+        group.barrier().wait()
+
+    raise_first(run_ranks(2, body))
+
+
+def test_without_one() -> None:
+    assert run(policies, 2) == {os.SCHED_BATCH}
+
+
+def test_a_chosen_policy_stays() -> None:
+    def body(group: dist.ProcessGroup, rank: int) -> None:
+        for thread_id in event_threads():
+            os.sched_setscheduler(thread_id, os.SCHED_IDLE, os.sched_param(0))
+        group.barrier().wait()
+        sum_of_ranks(group, rank)
+        assert policies() == {os.SCHED_IDLE}
+        group.barrier().wait()
+
+    raise_first(run_ranks(2, body))
+
+
+def test_a_system_that_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    raise_first(run_ranks(2, sum_of_ranks))
