@@ -1,4 +1,4 @@
-"""gloo's event threads never preempt a thread that sends: their policy is SCHED_BATCH, unless somebody chose another."""
+"""gloo's event threads run under SCHED_BATCH, unless somebody chose another policy: so none preempts a sender."""
 
 from __future__ import annotations
 

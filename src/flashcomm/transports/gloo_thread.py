@@ -20,12 +20,15 @@ _NAME = "gloo_tcp_loop"  # of torch 2.11 to 2.15's gloo
 
 
 def never_preempt() -> None:
-    """Put the gloo event threads of this process under SCHED_BATCH, but for those whose policy somebody has chosen.
+    """Put this process's gloo event threads under SCHED_BATCH, except those whose policy somebody has chosen.
 
     Where the system forbids that, they stay as they are.
     """
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # the thread has ended, or a sandbox forbids the call
             thread_id = int(task.name)
-            if task.joinpath("comm").read_text().strip() == _NAME and os.sched_getscheduler(thread_id) == os.SCHED_OTHER:
+            if (
+                task.joinpath("comm").read_text().strip() == _NAME
+                and os.sched_getscheduler(thread_id) == os.SCHED_OTHER
+            ):
                 os.sched_setscheduler(thread_id, os.SCHED_BATCH, os.sched_param(0))
