@@ -81,6 +81,33 @@ def nodes() -> str:
     return table(["format", *head], body)
 
 
+def slow_first_token() -> str:
+    """Return the time to first token and the bytes sent over 100 Mbit/s, by format."""
+    names = {"results/plans/smollm2-4.6.json": "a plan of 4.6 bits", UNCOMPRESSED: "bf16, gloo"}
+    body = []
+    for r in rows_of("ttft-smollm2-3ranks-100mbit.csv"):
+        name = names.get(r["format"], f"`{r['format']}`")
+        speedup, sent = float(r["speedup"]), int(r["wire_bytes"]) / 1e6
+        body.append([name, f"{float(r['ttft_s']):.2f} s", f"{speedup:.2f}x", f"{sent:.1f} MB"])
+    return table(["all-reduces in", "time to first token", "speed-up", "each rank sends"], body)
+
+
+def slow_times() -> str:
+    """Return the times of all-reduces between two ranks over slow links: gloo's, and auto's with each format."""
+    body = []
+    for rate, label in (("200mbit", "200 Mbit/s"), ("1gbit", "1 Gbit/s")):
+        rows = rows_of(f"allreduce-2ranks-{rate}.csv")
+        formats = list(dict.fromkeys(r["format"] for r in rows if r["path"] == "auto"))
+        for size, message in ((64 << 10, "64 KB"), (256 << 10, "256 KB"), (1 << 20, "1 MB"), (16 << 20, "16 MB")):
+            found = {(r["path"], r["format"]): r for r in rows if r["size"] == str(size)}
+            line = [label, message, f"{float(found[BACKEND, UNCOMPRESSED]['time_us']) / 1e3:.3g} ms"]
+            for fmt in formats:
+                row = found["auto", fmt]
+                line.append(f"{float(row['time_us']) / 1e3:.3g} ms, {float(row['over_backend']):.2f}x")
+            body.append(line)
+    return table(["link", "message", "bf16, gloo", *(f"`{fmt}`" for fmt in formats)], body)
+
+
 def nodes_times() -> str:
     """Return the times of 16 MB over 2 hosts of 2 ranks: gloo, two-shot and hierarchical."""
     body = []
@@ -285,8 +312,8 @@ def links() -> str:
             faster = f"{before * 1e3:.0f} → {after * 1e3:.0f} ms, {before / after:.2f}x"
             body.append([link, f"`{fmt}`", f"{time:.2f}x", faster, rise(auto, once)])
     for fmt in ("int6-had", "int4-had"):
-        rows = [r for r in rows_of("allreduce-2ranks-1gbit.csv") if r["size"] == str(16 << 20)]
-        (time,) = (float(r["speedup"]) for r in rows if r["format"] == fmt)
+        rows = [r for r in rows_of("allreduce-2ranks-1gbit.csv") if r["size"] == str(16 << 20) and r["path"] == "auto"]
+        (time,) = (float(r["over_backend"]) for r in rows if r["format"] == fmt)
         body.append(["1 Gbit/s, emulated, 2 ranks", f"`{fmt}`", f"{time:.2f}x", "not measured", rise(auto, fmt)])
     real_ranks = "accuracy-smollm2-3ranks-real.csv"
     slow = rows_of("ttft-smollm2-3ranks-100mbit.csv")
@@ -415,7 +442,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         *(links, formats, nvlink, host_memory, four_nvlink, four_host_memory, first_token, first_token_nvlink),
         *(all_to_all_nvlink, all_to_all_host_memory, accuracy),
-        *(auto, nodes, nodes_times, real, predicted),
+        *(auto, nodes, slow_first_token, slow_times, nodes_times, real, predicted),
         *(needle, generation, families, tuned, third),
         *(predict_check, predict_ranks, predict_hosts, predict_claims),
         vllm,

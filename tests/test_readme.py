@@ -61,31 +61,6 @@ def test_commands_exist() -> None:
             assert option in done.stdout, f"{option} of: flashcomm {line}"
 
 
-def rows_of(name: str) -> dict[tuple[str, str], dict[str, str]]:
-    """A CSV of results/ by (size or link, format)."""
-    with (ROOT / "results" / name).open(newline="") as file:
-        return {(row.get("size") or row["link"], row["format"]): row for row in csv.DictReader(file)}
-
-
-def test_figures_are_those_of_the_results() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text()
-    ttft = rows_of("ttft-smollm2-3ranks-100mbit.csv")
-    named = {"bf16": "bf16, gloo", "int8": "int8", "int6-had/int7-had": "int6-had/int7-had, the default"}
-    named |= {"results/plans/smollm2-4.6.json": "a plan of 4.6 bits", "int4-had": "int4-had"}
-    for fmt, label in named.items():
-        row = ttft["100mbit", fmt]
-        seconds, speedup, sent = float(row["ttft_s"]), float(row["speedup"]), int(row["wire_bytes"]) / 1e6
-        assert f"| {label} | {seconds:.2f} s | {speedup:.2f}x | {sent:.1f} MB |" in page
-    for rate, label in (("200mbit", "200 Mbit/s"), ("1gbit", "1 Gbit/s")):
-        rows = rows_of(f"allreduce-2ranks-{rate}.csv")
-        cells = []
-        for fmt in ("bf16", "int8", "int6-had", "int4-had"):
-            row = rows[str(16 << 20), fmt]
-            times = "" if fmt == "bf16" else f", {float(row['speedup']):.2f}x"
-            cells.append(f"{float(row['time_us']) / 1e3:.0f} ms{times}")
-        assert f"| {label} | {' | '.join(cells)} |" in page
-
-
 def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """What scripts/tables.py would write is what stands there; every table it knows stands on one page."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))

@@ -6,10 +6,13 @@ for, why no public name would do, and with which releases it was tested.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import os
 import weakref
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +101,22 @@ def current_stream_handle(device_index: int) -> int:
     `torch._C._cuda_getCurrentRawStream`, torch 2.11, 2.13 and 2.15. Triton's launchers use it, too.
     """
     return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+def let_senders_finish() -> None:
+    """Put this process's gloo event threads under SCHED_BATCH, except those whose policy somebody has chosen.
+
+    The thread's name, "gloo_tcp_loop", torch 2.13. A thread that sends holds its connection's lock while the kernel
+    copies the bytes. The event thread only tries that lock, and then asks for events again (`Pair::handleEvents` in
+    gloo/transport/tcp/pair.cc). If it has just preempted the sender on the same core, it so computes until the
+    scheduler's next tick, up to 4 ms later. Under SCHED_BATCH a thread that wakes preempts no other. Where the system
+    forbids the change, and where the thread has another name, all stays as it is.
+    """
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # the thread has ended, or a sandbox forbids the call
+            thread, name = int(task.name), task.joinpath("comm").read_text().strip()
+            if name == "gloo_tcp_loop" and os.sched_getscheduler(thread) == os.SCHED_OTHER:
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
 
 
 def start_sequence_numbers(backend: Any) -> None:

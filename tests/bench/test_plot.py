@@ -1,4 +1,4 @@
-"""Plots of CSV files, new and old."""
+"""Plots of CSV files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, source: Path, target: Path) -> dict[s
 
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    common = {"type": "bfloat16", "world": 2, "speedup": 1.0}
+    common = {"type": "bfloat16", "world": 2, "over_backend": 1.0}
     rows = []
     for size in (1024, 2048):
         for mode, us in (("eager", 1000 * size), ("graph", size)):
@@ -66,10 +66,11 @@ def test_a_picture_of_vllm_has_a_bar_for_each_measurement_and_format(
     assert [line.get_xdata() for line in axis.get_lines()] == [[1.0, 1.0]], "vLLM alone"
 
 
-def test_pictures_of_older_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    lines = drawn(monkeypatch, RESULTS / "allreduce-2ranks-1gbit.csv", tmp_path / "old.svg")
-    assert set(lines) == {"best uncompressed", "int8", "int6-had", "int4-had", "int4"}
+    lines = drawn(monkeypatch, RESULTS / "allreduce-2ranks-1gbit.csv", tmp_path / "cpu.svg")
+    uncompressed = {"gloo", "uncompressed one_shot", "uncompressed two_shot"}
+    assert set(lines) == {*uncompressed, "int8", "int6-had", "int4-had", "int4"}
     lines = drawn(monkeypatch, RESULTS / "h200x2-nvlink.csv", tmp_path / "gpu.svg")
     assert lines["NCCL"][0] == "--"
     assert {"uncompressed one_shot", "symm two-shot", "int4"} < set(lines)

@@ -130,14 +130,13 @@ def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
     """Draw time and speed-up by size: a line for each format, and a gray, dashed line for each baseline.
 
     A line has the rows of CUDA graphs, if there are any. The route of `auto` is one of the other lines, so it is left
-    out. Older files have the best uncompressed route only, as one line.
+    out.
     """
     lines: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
         if row["path"] != "auto":
             lines.setdefault(_line_of(row), []).append(row)
     has_graphs = any(row.get("mode") == "graph" for row in rows)
-    speed = "over_backend" if rows[0].get("over_backend") else "speedup"
     for name in sorted(lines, key=lambda name: name not in _GRAYS):  # the baselines first, below the others
         mine = lines[name]
         graphs = [row for row in mine if row.get("mode") == "graph"]
@@ -148,11 +147,10 @@ def _bench(rows: Rows, time_axis: Any, speed_axis: Any) -> None:
         color, dashes = _GRAYS.get(name, (None, "-"))
         style = {"color": color and _gray(color), "linestyle": dashes, "linewidth": 1.0 if color else 1.5}
         time_axis.plot(sizes, [float(row["time_us"]) for row in mine], marker=".", label=label, **style)
-        speed_axis.plot(sizes, [float(row[speed] or "nan") for row in mine], marker=".", label=label, **style)
+        speed_axis.plot(sizes, [float(row["over_backend"] or "nan") for row in mine], marker=".", label=label, **style)
     time_axis.set(yscale="log", ylabel="time, us")
     time_axis.yaxis.set_major_formatter("{x:,.0f}")
-    than = _backend(rows) if speed == "over_backend" else "the best uncompressed path"
-    speed_axis.set(ylabel=f"speed-up over {than}", ylim=(0, None))
+    speed_axis.set(ylabel=f"speed-up over {_backend(rows)}", ylim=(0, None))
     powers = sorted({int(row["size"]).bit_length() - 1 for row in rows})
     ticks = [1 << power for power in range(powers[0] + powers[0] % 2, powers[-1] + 1, 2)]
     for axis in (time_axis, speed_axis):
@@ -201,8 +199,6 @@ def _line_of(row: Mapping[str, str]) -> str:
     """Return the name of the line that a row of `bench` belongs to."""
     if row["format"] != UNCOMPRESSED:
         return row["path"] if row["path"] in _GRAYS else row["format"]
-    if "mode" not in row:
-        return "best uncompressed"
     return f"uncompressed {row['path']}" if row["path"] in ("one_shot", "two_shot") else row["path"]
 
 

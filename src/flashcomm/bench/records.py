@@ -1,7 +1,4 @@
-"""Rows of measurements in CSV files, with the machine and versions that they were measured on.
-
-`read_csv` also reads files of older versions, in which the backend's own all-reduce was named "native".
-"""
+"""Rows of measurements in CSV files, with the machine and versions that they were measured on."""
 
 from __future__ import annotations
 
@@ -22,8 +19,6 @@ from flashcomm.errors import InputError
 from flashcomm.wire.format import UNCOMPRESSED
 
 BACKEND = "backend"  # the path of torch.distributed's own all-reduce
-_OLD_COLUMNS = {"over_native": "over_backend"}
-_OLD_VALUES = {"path": {"native": BACKEND}, "format": {"bf16": UNCOMPRESSED}}
 
 Row = Mapping[str, Any]
 
@@ -81,11 +76,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     except OSError as why:
         raise InputError(f"{path} cannot be read: {why.strerror}") from why
-    renamed = [{_OLD_COLUMNS.get(key, key): value for key, value in row.items()} for row in rows]
-    return [
-        {key: _OLD_VALUES[key].get(value, value) if key in _OLD_VALUES else value for key, value in row.items()}
-        for row in renamed
-    ]
+    return [{**row, "format": UNCOMPRESSED} if row.get("format") == "bf16" else row for row in rows]  # its old name
 
 
 def human_bytes(n_bytes: float) -> str:

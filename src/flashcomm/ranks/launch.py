@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from flashcomm import compat
 from flashcomm.errors import SettingsError, UnavailableError
 from flashcomm.ranks import link as links
 from flashcomm.ranks import processes
 from flashcomm.ranks.processes import Emit
-from flashcomm.transports import gloo_thread
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 _SHARES_GPUS = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # torch's variable for it
@@ -213,7 +213,7 @@ def _run_target(job: _Job, emit: Emit, store: TCPStore | None) -> object:
     timeout = timedelta(seconds=job.timeout_s)
     dist.init_process_group(**group, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if not nccl:
-        gloo_thread.never_preempt()  # with and without a Communicator, so that benchmarks compare like with like
+        compat.let_senders_finish()  # with and without a Communicator, so that benchmarks compare like with like
         dist.barrier()  # gloo: a target that destroys the group at once must not cut off a rank that still connects
     result = job.target(RankContext(rank, world_size, where, emit), *job.args)
     if dist.is_initialized():

@@ -40,8 +40,8 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     AllToAllOptions,
 )
 
+from flashcomm import compat
 from flashcomm.errors import ClosedError, CommunicationError
-from flashcomm.transports import gloo_thread
 
 CHECK_TAG = 0xF1A5  # of consistency checks; the same in every version, so that versions can be compared
 SMALL_BYTES = 2048  # up to this many bytes per rank, an exchange posts all its messages at once
@@ -131,7 +131,7 @@ class ProcessGroupTransport:
         self._lane: Lane | None = None
         if device.type == "cpu":
             self._lane = parent._lane if parent else Lane()
-            gloo_thread.never_preempt()
+            compat.let_senders_finish()
         # The works of the latest exchange. gloo hangs if the work of a message in flight is freed, so they must be kept
         # if an exception interrupts the exchange.
         self._in_flight: list[Any] = []
