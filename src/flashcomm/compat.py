@@ -112,10 +112,10 @@ def let_senders_finish() -> None:
     scheduler's next tick, up to 4 ms later. Under SCHED_BATCH a thread that wakes preempts no other. Where the system
     forbids the change, and where the thread has another name, all stays as it is.
     """
-    for task in Path("/proc/self/task").iterdir():
+    for name in Path("/proc/self/task").glob("*/comm"):
         with contextlib.suppress(OSError):  # the thread has ended, or a sandbox forbids the call
-            thread, name = int(task.name), task.joinpath("comm").read_text().strip()
-            if name == "gloo_tcp_loop" and os.sched_getscheduler(thread) == os.SCHED_OTHER:
+            thread = int(name.parent.name)
+            if name.read_text() == "gloo_tcp_loop\n" and os.sched_getscheduler(thread) == os.SCHED_OTHER:
                 os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
 
 
