@@ -437,6 +437,15 @@ def vllm() -> str:
     return table(["", "vLLM alone", *(f"`{fmt}`" for fmt in formats[1:])], body)
 
 
+def vllm_perplexity() -> str:
+    """Return the rise in perplexity in vLLM, and what eval predicted, by format."""
+    body = []
+    for r in rows_of("vllm-cpu-perplexity.csv"):
+        expected = {key: r[f"predicted_{key}"] for key in ("rise_pct", "low_pct", "high_pct")}
+        body.append([name_of(r), signed(r, True), signed(expected, True)])
+    return table(["format", "rise in vLLM, % [95 %]", "predicted by `flashcomm eval`"], body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -445,7 +454,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(auto, nodes, slow_first_token, slow_times, nodes_times, real, predicted),
         *(needle, generation, families, tuned, third),
         *(predict_check, predict_ranks, predict_hosts, predict_claims),
-        vllm,
+        *(vllm, vllm_perplexity),
     )
 }
 

@@ -773,3 +773,20 @@ def test_vllm_decodes_in_the_decode_format(how: str, tmp_path: Path) -> None:
     assert report["own"]["too small to pay"] == 61 * (1 + mixed), "the batches with prompts"
     one, two = (Layout(WireFormat.parse("int8").reduce, 576, 2).nbytes(0, n * 576) for n in (1, 2))
     assert low_bit["sent_bytes"] == 61 * ((31 - mixed) * two + mixed * one), "of two sequences, or of the last"
+
+
+@only_asked
+@pytest.mark.timeout(1500)
+def test_perplexity_rises_as_eval_predicts() -> None:
+    """The intervals overlap. vLLM sums embeddings, too, which the simulator does not."""
+    command = [PYTHON, str(ROOT / "scripts" / "vllm_run.py"), "--json", "--windows", "12", "--formats", "int8,int4-had"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1400)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.strip().splitlines()[-1])
+    assert [row["format"] for row in rows] == ["int8", "int4-had"]
+    for row in rows:
+        print(row)
+        assert row["low_bit_calls"] == 12 * 61
+        assert row["low_pct"] < row["predicted_high_pct"]
+        assert row["high_pct"] > row["predicted_low_pct"]
+    assert rows[1]["low_pct"] > rows[0]["high_pct"] > 0
