@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,14 @@ from torch import Tensor
 from flashcomm.collectives.add_rms_norm import add_rms_norm
 from flashcomm.collectives.recent import RecentCalls
 from flashcomm.counts import Counts
-from flashcomm.errors import ClosedError, FormatError, InputError
+from flashcomm.errors import ClosedError, InputError
 from flashcomm.routing import policy
 from flashcomm.routing.route import Choice, Message
 from flashcomm.settings import Arguments
 from flashcomm.setup import consistency, startup
+from flashcomm.setup.call import Call, Problem, exchange_of
 from flashcomm.wire.format import WireFormat
-from flashcomm.wire.split import Exchange, Split
+from flashcomm.wire.split import Split
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -99,7 +100,7 @@ class Communicator:
             self._counts.add(name, n_bytes, x)
             self._n_calls += 1
             return result
-        return self._collective("all_reduce", x, out, format, whole)
+        return self._collective(Call("all_reduce", x, out, format, whole))
 
     def reduce_scatter(
         self, x: Tensor, out: Tensor | None = None, *, format: Format = None, sizes: Sequence[int] | None = None
@@ -116,7 +117,7 @@ class Communicator:
         Raises:
             InputError: As in `all_reduce`, or dimension 0 is not divisible by world_size, or not sum(sizes).
         """
-        return self._collective("reduce_scatter", x, out, format, Split.of(sizes))
+        return self._collective(Call("reduce_scatter", x, out, format, split=Split.of(sizes)))
 
     def all_gather(
         self, x: Tensor, out: Tensor | None = None, *, format: Format = None, sizes: Sequence[int] | None = None
@@ -133,7 +134,7 @@ class Communicator:
         Raises:
             InputError: As in `all_reduce`, or this rank's rows are not sizes[rank].
         """
-        return self._collective("all_gather", x, out, format, Split.of(sizes))
+        return self._collective(Call("all_gather", x, out, format, split=Split.of(sizes)))
 
     def all_to_all_single(
         self,
@@ -160,8 +161,8 @@ class Communicator:
         Raises:
             InputError: As in `all_reduce`, or a rank expects other rows than its peer sends.
         """
-        exchange = consistency.exchange_of(x, out, output_split_sizes, input_split_sizes, self.world_size)
-        return self._collective("all_to_all_single", x, out, format, exchange)
+        exchange = exchange_of(x, out, output_split_sizes, input_split_sizes, self.world_size)
+        return self._collective(Call("all_to_all_single", x, out, format, exchange=exchange))
 
     def all_reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, format: Format = None
@@ -176,8 +177,7 @@ class Communicator:
             format: As in `all_reduce`.
         """
         eps = float(eps) if isinstance(eps, int) else eps  # ranks compare its text
-        problem = consistency.problem_with_add_rms_norm(x, residual, weight, eps, self.device, self.world_size)
-        total = self._collective("all_reduce_add_rms_norm", x, None, format, eps, problem)
+        total = self._collective(Call("all_reduce_add_rms_norm", x, None, format, norm=(residual, weight, eps)))
         return add_rms_norm(total, residual, weight, eps)
 
     def explain(
@@ -200,13 +200,12 @@ class Communicator:
             whole: As in `all_reduce`.
             sizes: As in `reduce_scatter` and `all_gather`; for an all-to-all the input_split_sizes.
         """
-        group, split = (self.world_size, self.device.type, self.machine.local_world_size), Split.of(sizes)
+        split = Split.of(sizes)
         if split is not None and not split.fits(self.world_size, 0):
-            raise InputError(f"explain: {consistency.Problem.SIZES.advice(self.device, self.world_size)}")
-        if split is not None and split.is_even and op != "all_to_all_single":
-            split = None
-        message = Message.of(op, shape, dtype, group, whole, split)
+            raise InputError(f"explain: {Problem.SIZES.advice(self.transport)}")
         fmt = self.format if format is None else WireFormat.parse(format)
+        group = (self.world_size, self.device.type, self.machine.local_world_size)
+        message = Message.of(op, shape, dtype, group, whole, split)
         return policy.choose(message, fmt, self.settings.algorithm, self.settings.min_bytes, self.machine)
 
     def synchronize(self) -> None:
@@ -245,67 +244,23 @@ class Communicator:
         state = ", closed" if self.closed else ""
         return f"Communicator(rank {self.rank} of {self.world_size}, {self.format}, {self.device.type}{state})"
 
-    def _collective(
-        self,
-        op: str,
-        x: Tensor,
-        out: Tensor | None,
-        format: Format,
-        same: Any = None,
-        problem: consistency.Problem | None = None,
-    ) -> Tensor:
-        """Validate, route, run and count a call. `same` (whole, eps or sizes) must be equal on all ranks, too."""
-        whole = same if op == "all_reduce" else None
-        split = same if isinstance(same, (Split, Exchange)) else None
+    def _collective(self, call: Call) -> Tensor:
+        """Validate, route, run and count a call."""
+        op, x, whole = call.op, call.x, call.whole
         with self._guard.call(op):
-            if problem is None:
-                problem = consistency.problem_with(op, x, self.device, self.world_size, out, whole, split, self.rank)
-            rows = None  # that ranks compare
-            if isinstance(split, Exchange):
-                same, rows = self.machine.transport == "process_group" or split.explicit, -1
-            elif split is not None and not problem:
-                same = split = None if split.is_even else split
-                rows = split.rows if split else None
-            fmt = self._validate(op, x, format, problem, same, rows)
-            if out is None:
-                shape = consistency.result_shape(op, tuple(x.shape), self.world_size, split, self.rank)
-                out = torch.empty(shape, dtype=x.dtype, device=x.device)
-            if isinstance(split, Exchange):
-                if self.world_size > 1 and self.settings.check:
-                    consistency.check_exchange(self.transport, split)
-                sent = split.sent.sizes if split.explicit else None
-                route = self.explain(x.shape, x.dtype, fmt, op=op, sizes=sent).route
-                route = replace(route, exchange=split)
-            elif x.numel() == out.numel() == 0:
+            if self.closed:
+                raise ClosedError(f"{op} on a closed Communicator: create a new one")
+            fmt = consistency.agree(self.transport, self.settings, call, self._n_calls + 1, self.machine.transport)
+            self._n_calls += 1
+            self.transport.tags.begin(self._n_calls)
+            consistency.check_exchange(self.transport, self.settings, call.exchange)
+            out = call.result(self.transport)
+            if x.numel() == out.numel() == 0 and not call.exchange:
                 return out
-            else:
-                sizes = split.sizes if split else None
-                route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole, sizes=sizes).route
-            launch = self._executors[route.executor].run(route, x, out)
+            route = self.explain(x.shape, x.dtype, fmt, op=op, whole=whole, sizes=call.sizes).route
+            launch = self._executors[route.executor].run(replace(route, exchange=call.exchange), x, out)
             name, n_bytes = f"{op}/{route.label}", route.wire_bytes * x.numel() // whole if whole else route.wire_bytes
             self._counts.add(name, n_bytes, x)
             if launch and op == "all_reduce" and x.is_cuda and self.settings.debug == "off" and not self.settings.check:
-                self._recent.keep(x, format, whole, name, n_bytes, launch)
+                self._recent.keep(x, call.format, whole, name, n_bytes, launch)
             return out
-
-    def _validate(
-        self, op: str, x: Tensor, format: Format, problem: consistency.Problem, same: object, rows: int | None
-    ) -> WireFormat:
-        """Return the format of a call. Raise if this rank's input is wrong or, with check=True, if ranks differ."""
-        if self.closed:
-            raise ClosedError(f"{op} on a closed Communicator: create a new one")
-        fmt, unknown = self.format, None
-        try:
-            fmt = self.format if format is None else WireFormat.parse(format)
-        except FormatError as why:
-            unknown = why  # raised below, after all ranks exchanged it
-            problem = problem or consistency.Problem.FORMAT
-        if self.settings.check and self.world_size > 1:
-            consistency.check_call(self.transport, op, x, problem, self._n_calls + 1, (self.settings, fmt, same), rows)
-        elif problem == consistency.Problem.FORMAT and unknown:
-            raise unknown
-        elif problem:
-            raise InputError(f"{op}: {problem.text(x, self.device, self.world_size)}")
-        self._n_calls += 1
-        self.transport.tags.begin(self._n_calls)
-        return fmt

@@ -74,9 +74,11 @@ class Message:
             dtype: The dtype of the input.
             group: world_size, device_type and local_world_size.
             whole: If the input is only some rows of a message: the number of values of that message.
-            split: As in `Message`.
+            split: Rows of each rank's piece. Equal pieces are the same as None, except in an all-to-all.
         """
         row = shape[-1] if shape else 1
+        if split is not None and split.is_even and op != "all_to_all_single":
+            split = None
         if split is not None or op == "all_to_all_single":
             row = row if len(shape) > 1 else 1  # the pieces of a vector are rows of different lengths
             rows = split.largest if split is not None and op == "all_gather" else shape[0]
