@@ -185,6 +185,18 @@ def families() -> str:
     return table(["format", "bits/value", *(f"{name}, KL" for name in files)], body)
 
 
+def halved() -> str:
+    """Return the KL divergence of int4-had, of smaller groups and of a plan of as many bits, by model."""
+    body, labels = [], {"smollm2-135m-instruct": "SmolLM2-135M", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B"}
+    rows = low_bit("accuracy-half-of-int4-had.csv")
+    whole = {r["model"]: float(r["kl"]) for r in rows if r["format"] == "int4-had"}
+    for r in rows:
+        name = "a plan" if r["format"].endswith(".json") else name_of(r)
+        interval = f"{float(r['kl']):.4f} [{float(r['kl_low']):.4f}, {float(r['kl_high']):.4f}]"
+        body.append([labels[r["model"]], name, r["bits"], interval, f"{float(r['kl']) / whole[r['model']]:.2f}"])
+    return table(["model", "format", "bits/value", "KL [95 %]", "of `int4-had`'s"], body)
+
+
 def tuned() -> str:
     """Return what `tune` promised and measured, by model and budget."""
     body = []
@@ -452,7 +464,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(links, formats, nvlink, host_memory, four_nvlink, four_host_memory, first_token, first_token_nvlink),
         *(all_to_all_nvlink, all_to_all_host_memory, accuracy),
         *(auto, nodes, slow_first_token, slow_times, nodes_times, real, predicted),
-        *(needle, generation, families, tuned, third),
+        *(needle, generation, families, halved, tuned, third),
         *(predict_check, predict_ranks, predict_hosts, predict_claims),
         *(vllm, vllm_perplexity),
     )
