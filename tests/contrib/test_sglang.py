@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from flashcomm import WireFormat, reference
 from flashcomm.errors import FormatError, SettingsError, UnavailableError
+from flashcomm.ranks import processes
 from flashcomm.ranks.launch import RankContext, run
 
 HERE = Path(__file__).parent
@@ -52,11 +54,23 @@ def write_info(site: Path, name: str, version: str, entry_points: str = "") -> N
 
 
 def python(code: str, **env: str) -> tuple[str, int]:
-    """Run code in a new Python process. Return its stderr and stdout, and its exit status."""
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
-    )
-    return output.stderr + output.stdout, output.returncode
+    """Run code in a Python process that has imported torch only. Return its output and its exit status."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(processes.PRELOADED)
+    with tempfile.NamedTemporaryFile("r") as output:
+        process = context.Process(target=_execute, args=(code, {**os.environ, **env}, sys.path, output.name))
+        process.start()
+        process.join(120)
+        return output.read(), process.exitcode
+
+
+def _execute(code: str, env: dict[str, str], path: list[str], output: str) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[:] = path
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
+    exec(compile(code, "<a new process>", "exec"), {"__name__": "__main__"})
 
 
 def start(ctx: RankContext, group_name: str = "tp", ranks: list[list[int]] | None = None, **more: Any) -> Any:
