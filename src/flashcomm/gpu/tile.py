@@ -29,6 +29,7 @@ TWO_23_BITS = tl.constexpr(0x4B000000)  # the bits of 2^23; plus a code they are
 LIMIT_BITS = tl.constexpr(0x7E800000)  # of 2^126, see StepFormat.limit; in the Hadamard domain minus log2(n) << 23
 SCALE_MIN = tl.constexpr(torch_codec.SCALE_MIN)
 SCALE_NAN = tl.constexpr(torch_codec.SCALE_NAN)
+SWAPS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))  # see `swap`
 assert LIMIT == 2.0**126
 
 
@@ -86,6 +87,19 @@ def scalar(value: tl.constexpr, like):
 
 
 @triton.jit
+def swap(x):
+    """Swap the first two axes of a tile of pointers, of a mask or of what was loaded, if Triton is 3.7 or newer.
+
+    Triton spreads the axes of a load or store over threads in the order of how contiguous addresses are along them.
+    GROUPS and PIECES are equally contiguous. Up to 3.6 the first of such axes is spread first, since 3.7 the last one.
+    """
+    if SWAPS and len(x.shape) == 3:
+        return tl.permute(x, (1, 0, 2))
+    else:
+        return x
+
+
+@triton.jit
 def integer(x):
     """Return x rounded to an integer, int32. |x| must be below 2^22."""
     return (x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
@@ -118,7 +132,7 @@ def narrow(y, dtype: tl.constexpr, BF16: tl.constexpr):
 @triton.jit
 def store(out, at, keep, y, BF16: tl.constexpr):
     """Round y (float32) and store it at out + at. With BF16 out is an int16 pointer to bfloat16s."""
-    tl.store(out + at, narrow(y, out.dtype.element_ty, BF16), mask=keep)
+    tl.store(swap(out + at), swap(narrow(y, out.dtype.element_ty, BF16)), mask=swap(keep))
 
 
 @triton.jit
@@ -282,14 +296,14 @@ def put_plane(plane, begin, keep, codes, STRIDE: tl.constexpr, WIDTH: tl.constex
     """
     part = pack_plane(codes, WIDTH, step)
     at = _plane_pointers(plane, begin, STRIDE, WIDTH, step)
-    tl.store(at, part.to(at.dtype.element_ty), mask=keep[:, None, None])
+    tl.store(swap(at), swap(part.to(at.dtype.element_ty)), mask=swap(keep[:, None, None]))
 
 
 @triton.jit
 def fetch_plane(plane, begin, keep, STRIDE: tl.constexpr, WIDTH: tl.constexpr, CACHE: tl.constexpr, step: tl.constexpr):
     """Load what `put_plane` stored, 0 for groups that are not in keep."""
     at = _plane_pointers(plane, begin, STRIDE, WIDTH, step)
-    return tl.load(at, mask=keep[:, None, None], other=0, cache_modifier=CACHE)
+    return swap(tl.load(swap(at), mask=swap(keep[:, None, None]), other=0, cache_modifier=CACHE))
 
 
 @triton.jit
@@ -321,7 +335,7 @@ def put_scales(out, at, keep, word, CACHE: tl.constexpr, step: tl.constexpr):
         thread = tl.arange(0, step.LANES // 8)[None, None, :]
         to = tl.max_contiguous(out + (at + thread), [1, 1, min(step.LANES // 8, 2)])
         word = tl.broadcast_to(word, (step.GROUPS, 1, step.LANES // 8)).to(out.dtype.element_ty)
-        tl.store(to, word, mask=keep[:, None, None] & (thread == 0), cache_modifier=CACHE)
+        tl.store(swap(to), swap(word), mask=swap(keep[:, None, None] & (thread == 0)), cache_modifier=CACHE)
     else:
         tl.store(out + at, word.to(out.dtype.element_ty), mask=keep[:, None, None], cache_modifier=CACHE)
 
@@ -373,7 +387,8 @@ def fetch(base, x, step: tl.constexpr):
     x: a pointer to the message's dtype, in which values travel uncompressed.
     """
     if step.BITS == 16:
-        return (tl.load(base.to(tl.pointer_type(x.dtype.element_ty)) + in_order(step, step.LANES), cache_modifier=".cg"),)  # fmt: skip
+        at = base.to(tl.pointer_type(x.dtype.element_ty)) + in_order(step, step.LANES)
+        return (swap(tl.load(swap(at), cache_modifier=".cg")),)
     else:
         b = tl.arange(0, step.GROUPS)
         raw = ()
