@@ -189,11 +189,15 @@ def _grid(low, high, BITS: tl.constexpr):
 
 @triton.jit
 def _square_error(y, scale, inverse, zero_point, unit, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
-    """Return the sum of squared errors that chooses the range, int32. WHOLE: no value is below the range."""
-    below = MAGIC - zero_point.to(tl.float32)
-    kept = tl.minimum(y * inverse + MAGIC, below + LEVELS)
+    """Return the sum of squared errors that chooses the range, int32.
+
+    WHOLE: the whole range needs no clamping. No value is below it. A code is LEVELS + 1, 1 above it, only if both
+    extremes are halfway between two codes. There either code is off by half a step: the square is the same.
+    """
+    kept = y * inverse + MAGIC
     if not WHOLE:
-        kept = tl.maximum(kept, below)
+        below = MAGIC - zero_point.to(tl.float32)
+        kept = tl.maximum(tl.minimum(kept, below + LEVELS), below)
     error = tl.fma(0.0 - scale, kept - MAGIC, y)  # the product is exact
     steps = (error * (unit * 16.0) + MAGIC).to(tl.int32, bitcast=True)  # an integer plus MAGIC_BITS
     total = tl.sum(tl.sum(steps * steps, 1, keep_dims=True), 2, keep_dims=True)
