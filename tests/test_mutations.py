@@ -255,7 +255,7 @@ MUTATIONS = {
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int4]",
     ),
     "the Triton codec prefers the part if equal": (
-        "gpu/tile.py", "inverse, LEVELS, False) < error", "inverse, LEVELS, False) <= error",
+        "gpu/tile.py", "better = error2 < _square", "better = error2 <= _square",
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int2-g16-had]",
     ),
     "a kernel for every length": (

@@ -2,7 +2,7 @@
 
 A tile is a float32 or int32 tensor of shape (GROUPS, PIECES, LANES): GROUPS groups of PIECES * LANES values. Value i of
 a group is at [group, i div LANES, i mod LANES]. So values that share a byte of a plane differ only in the middle index.
-Triton spreads first the last index over threads, then the first one, and keeps the middle one within a thread.
+Triton spreads first the last index over threads, then the first one, and keeps the middle one within a thread (`swap`).
 Therefore packing, unpacking and the Hadamard rounds over the middle index move no data between threads.
 
 The bits are those of `torch_codec`, because
@@ -100,12 +100,6 @@ def swap(x):
 
 
 @triton.jit
-def integer(x):
-    """Return x rounded to an integer, int32. |x| must be below 2^22."""
-    return (x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
-
-
-@triton.jit
 def widen(x):
     """Return x as float32. A bfloat16 is widened by its bits, which saves an instruction for every other value."""
     if x.dtype == tl.bfloat16:
@@ -178,17 +172,17 @@ def from_hadamard(y, step: tl.constexpr):
 
 @triton.jit
 def _grid(low, high, BITS: tl.constexpr):
-    """Return the scale and its inverse (float32) and the zero point (int32) of ranges."""
+    """Return the scales of ranges, their inverses, and low in steps of the scale, rounded, plus MAGIC: all float32."""
     MANTISSA: tl.constexpr = 8 - BITS if BITS <= 5 else 7
     BELOW: tl.constexpr = (1 << (23 - MANTISSA)) - 1
     scale = tl.maximum(tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1, tl.float32)), SCALE_MIN)
     scale = ((scale.to(tl.int32, bitcast=True) + BELOW) & ~BELOW).to(tl.float32, bitcast=True)
     inverse = tl.div_rn(tl.full(low.shape, 1.0, tl.float32), scale)
-    return scale, inverse, 0 - integer(low * inverse)
+    return scale, inverse, low * inverse + MAGIC
 
 
 @triton.jit
-def _square_error(y, scale, inverse, zero_point, unit, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
+def _square_error(y, scale, inverse, below, unit, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
     """Return the sum of squared errors that chooses the range, int32.
 
     WHOLE: the whole range needs no clamping. No value is below it. A code is LEVELS + 1, 1 above it, only if both
@@ -196,7 +190,6 @@ def _square_error(y, scale, inverse, zero_point, unit, LEVELS: tl.constexpr, WHO
     """
     kept = y * inverse + MAGIC
     if not WHOLE:
-        below = MAGIC - zero_point.to(tl.float32)
         kept = tl.maximum(tl.minimum(kept, below + LEVELS), below)
     error = tl.fma(0.0 - scale, kept - MAGIC, y)  # the product is exact
     steps = (error * (unit * 16.0) + MAGIC).to(tl.int32, bitcast=True)  # an integer plus MAGIC_BITS
@@ -231,16 +224,17 @@ def quantize(y, n, step: tl.constexpr):
     not_finite = tl.maximum(high, low) >= limit
     high = tl.where(not_finite, 0, high).to(tl.float32, bitcast=True)
     low = 0.0 - tl.where(not_finite, 0, low).to(tl.float32, bitcast=True)
-    scale, inverse, zero_point = _grid(low, high, step.BITS)
+    scale, inverse, below = _grid(low, high, step.BITS)
     if step.CLIP > 0.0:
         ratio = tl.where(n & (n - 1) == 0, step.CLIP, 1.0)
-        scale2, inverse2, zero_point2 = _grid(low * ratio, high * ratio, step.BITS)
-        error = _square_error(y, scale, inverse, zero_point, inverse, LEVELS, True)
-        better = _square_error(y, scale2, inverse2, zero_point2, inverse, LEVELS, False) < error
+        scale2, inverse2, below2 = _grid(low * ratio, high * ratio, step.BITS)
+        error2 = _square_error(y, scale2, inverse2, below2, inverse, LEVELS, False)
+        better = error2 < _square_error(y, scale, inverse, below, inverse, LEVELS, True)
         scale, inverse = tl.where(better, scale2, scale), tl.where(better, inverse2, inverse)
-        zero_point = tl.where(better, zero_point2, zero_point)
-    codes = (y * inverse + MAGIC).to(tl.int32, bitcast=True) + (zero_point - MAGIC_BITS)
+        below = tl.where(better, below2, below)
+    codes = (y * inverse + MAGIC).to(tl.int32, bitcast=True) - below.to(tl.int32, bitcast=True)
     codes = tl.maximum(tl.minimum(codes, tl.where(not_finite, 0, LEVELS)), 0)
+    zero_point = MAGIC_BITS - below.to(tl.int32, bitcast=True)
     word = tl.where(not_finite, SCALE_NAN, scale.to(tl.int32, bitcast=True) >> 16)
     if step.BITS <= 5:
         word = ((word >> (step.BITS - 1)) << step.BITS) | zero_point
