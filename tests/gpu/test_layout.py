@@ -1,4 +1,4 @@
-"""Kernels compiled for an H100, without a GPU: a thread holds whole runs of a group, so that few values change threads."""
+"""Kernels are compiled for an H100, without a GPU, to see that all pieces of a group stay within a thread."""
 
 from __future__ import annotations
 
