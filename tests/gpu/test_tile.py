@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(N_GPUS > 0, reason="kernels are not interpreted 
 import triton.language as tl
 
 from flashcomm.gpu import low_latency, tile, tuning
+from flashcomm.gpu.quantize import quantize
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import StepFormat, WireFormat
 
@@ -51,7 +52,7 @@ def _hadamard(x, out, back, step: tl.constexpr):
 @triton.jit
 def _quantize(x, sizes, codes, words, zero_points, step: tl.constexpr):
     at, g = _order(step), tl.arange(0, step.GROUPS)
-    code, word, zero_point = tile.quantize(tl.load(x + at), tl.load(sizes + g), step)
+    code, word, zero_point = quantize(tl.load(x + at), tl.load(sizes + g), step)
     tl.store(codes + at, code)
     tl.store(words + g[:, None, None], word)
     tl.store(zero_points + g[:, None, None], zero_point)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashcomm.gpu.compat import INTERPRETED, Start, launcher
+from flashcomm.gpu.quantize import quantize
 from flashcomm.gpu.tile import (
     Step,
     expand,
@@ -28,7 +29,6 @@ from flashcomm.gpu.tile import (
     put_plane,
     put_scales,
     quads,
-    quantize,
     step_of,
     store,
     swap,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashcomm.gpu.quantize import quantize
 from flashcomm.gpu.sync import arrives_at, give_up, longs_at, poll
 from flashcomm.gpu.tile import (
     expand,
@@ -26,7 +27,6 @@ from flashcomm.gpu.tile import (
     plane_words,
     put_scales,
     quads,
-    quantize,
     scalar,
     swap,
 )
@@ -49,7 +49,7 @@ def _with_epoch(payload, epoch):
 
 @triton.jit
 def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
-    """Quantize a tile, as `tile.quantize` does, and store it as LL words.
+    """Quantize a tile, as `quantize` does, and store it as LL words.
 
     Args:
         base: int64 pointer, 16-byte aligned: where the tile is stored.
