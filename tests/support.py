@@ -31,6 +31,7 @@ from flashcomm.compat import start_sequence_numbers
 from flashcomm.ranks import launch
 from flashcomm.routing.route import Executor
 from flashcomm.wire import torch_codec
+from flashcomm.wire.format import StepFormat
 
 T = TypeVar("T")
 TIMEOUT_S = float(os.environ.get("RANKS_TIMEOUT_S", 30))  # mutations set less: some make a rank wait in vain
@@ -243,6 +244,19 @@ def tough(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Te
         flat[14] = -0.0
         flat[20:36] = 1.7
     return x.to(dtype)
+
+
+def halfway(step: StepFormat, n_groups: int, seed: int = 0) -> torch.Tensor:
+    """Groups whose extremes are halfway between two codes: the largest value is rounded to a code above the last one.
+
+    All values are multiples of 1/32 of the scale, so that many squares of errors are equal. They are to be quantized as
+    they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low = 0.5 - torch.randint(1, step.levels // 2 + 1, (n_groups, 1), generator=generator) * 2
+    x = torch.randint(0, 32 * step.levels + 1, (n_groups, step.group), generator=generator) / 32
+    x[:, 0], x[:, 1] = 0, step.levels
+    return (low + x) * torch.randint(16, 32, (n_groups, 1), generator=generator)
 
 
 def over_cuda(fmt: str, **settings: Any) -> Communicator:

@@ -251,11 +251,11 @@ MUTATIONS = {
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int4]",
     ),
     "the Triton codec hides NaN": (
-        "gpu/tile.py", "tl.where(not_finite, SCALE_NAN, scale", "tl.where(not_finite, 0, scale",
+        "gpu/quantize.py", "tl.where(not_finite, SCALE_NAN, scale", "tl.where(not_finite, 0, scale",
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int4]",
     ),
     "the Triton codec prefers the part if equal": (
-        "gpu/tile.py", "inverse, LEVELS, False) < error", "inverse, LEVELS, False) <= error",
+        "gpu/quantize.py", "better = error2 < _square", "better = error2 <= _square",
         "gpu/test_gpu_codec.py::test_the_bytes_of_the_torch_codec[int2-g16-had]",
     ),
     "a kernel for every length": (
@@ -283,7 +283,7 @@ MUTATIONS = {
         "gpu/test_kernels.py::test_strided_misaligned_and_refused_tensors",
     ),
     "transforms have the limit of values": (
-        "gpu/tile.py", "if step.HADAMARD:\n        power", "if False:\n        power",
+        "gpu/quantize.py", "if step.HADAMARD:\n        power", "if False:\n        power",
         "gpu/test_gpu_codec.py::test_transforms_have_a_smaller_limit",
     ),
     "strides are not looked at": (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DTYPES, same_bits, tough
+from support import DTYPES, halfway, same_bits, tough
 from wire_formats import ALL, FORMATS, IN_HADAMARD_DOMAIN, SHAPES, name
 
 from flashcomm.cpu import codec as cpu_codec
@@ -98,6 +99,22 @@ def test_any_message_gives_the_same_bits(data: st.DataObject) -> None:
         for codec, out in zip((torch_codec, cpu_codec), outs, strict=True):
             codec.decode_sum(wires, layout, start, stop, out, dtype)
         assert same_bits(*outs)
+
+
+@pytest.mark.parametrize("fmt", ["int2-had", "int3-had", "int4-had", "int4-g16-had"])
+def test_a_code_above_the_range_counts_half_a_step(fmt: str) -> None:
+    """The choice between two ranges, where the code of the largest value is 1 too large before it is clamped."""
+    step = replace(StepFormat.parse(fmt), in_hadamard_domain=True)
+    x = halfway(step, 2048)
+    codes, scale, zero_point = torch_codec.quantize(x, replace(step, hadamard=False))
+    largest = torch.round(x[:, 1] * (1.0 / scale)) + zero_point
+    assert (codes[:, 1] == step.levels).all()
+    assert (largest == step.levels + 1).float().mean() > 0.9
+    layout, n = Layout(step, 16 * step.group, 4), x.numel()
+    wires = [torch.full((layout.nbytes(0, n),), poison, dtype=torch.uint8) for poison in (0x11, 0xEE)]
+    for codec, wire in zip((torch_codec, cpu_codec), wires, strict=True):
+        codec.encode(x.view(-1), layout, 0, n, wire)
+    assert torch.equal(*wires)
 
 
 def test_wires_may_be_strided_and_values_unaligned() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import DTYPES, N_GPUS, same_bits, tough
+from support import DTYPES, N_GPUS, halfway, same_bits, tough
 
 from flashcomm.wire import torch_codec
 from flashcomm.wire.format import Layout, StepFormat, WireFormat
@@ -53,6 +53,20 @@ def test_the_bytes_of_the_torch_codec(name: str) -> None:
             for codec, out in zip((torch_codec, gpu_codec), outs, strict=True):
                 codec.decode_sum(torch.stack(wires), layout, start, stop, out, dtype)  # type: ignore[attr-defined]
             assert same_bits(*outs), (row, dtype, start, stop)
+
+
+@pytest.mark.parametrize("name", ["int2-had", "int3-had", "int4-had", "int4-g16-had"])
+def test_a_code_above_the_range_counts_half_a_step(name: str) -> None:
+    """The choice between two ranges, where the code of the largest value is 1 too large before it is clamped."""
+    from flashcomm.gpu import codec as gpu_codec
+
+    step = replace(StepFormat.parse(name), in_hadamard_domain=True)
+    x = halfway(step, 512)
+    layout, n = Layout(step, 16 * step.group, 4), x.numel()
+    wires = [torch.full((layout.nbytes(0, n),), poison, dtype=torch.uint8) for poison in (0x11, 0xEE)]
+    for codec, wire in zip((torch_codec, gpu_codec), wires, strict=True):
+        codec.encode(x.view(-1), layout, 0, n, wire)  # type: ignore[attr-defined]
+    assert torch.equal(*wires)
 
 
 def test_sums_run_in_rank_order() -> None:

@@ -114,15 +114,19 @@ class BlockQuantizer:
         self._put_row(j, fold([worse], "+"))
 
     def _errors(self, j: Vec, range_: str, vectors: list[Vec]) -> list[Vec]:
-        """The errors of each vector in sixteenths of a step of the whole range, rounded."""
+        """The errors of each vector in sixteenths of a step of the whole range, rounded.
+
+        The whole range needs no clamping. No value is below it. A code is 1 above it only if both extremes are halfway
+        between two codes. There either code is off by half a step: the square is the same.
+        """
         inverse, minus_scale, bottom, top, whole_inverse = (
             self._get(j, *name).view(F32).splat(vectors[0].lanes)
             for name in [*((range_, n) for n in ("inverse", "minus scale", "bottom", "top")), ("whole", "inverse")]
         )
         errors = []
         for x in vectors:
-            steps = (x * inverse).intrinsic("rint").minimum(top)
-            steps = steps.maximum(bottom) if range_ == "clipped" else steps  # no value is below the whole range
+            steps = (x * inverse).intrinsic("rint")
+            steps = steps.minimum(top).maximum(bottom) if range_ == "clipped" else steps
             errors.append((minus_scale.intrinsic("fmuladd", steps, x) * (whole_inverse * 16.0)).intrinsic("rint"))
         return errors
 

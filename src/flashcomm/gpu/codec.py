@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashcomm.gpu.compat import INTERPRETED, Start, launcher
+from flashcomm.gpu.quantize import quantize
 from flashcomm.gpu.tile import (
     Step,
     expand,
@@ -28,9 +29,9 @@ from flashcomm.gpu.tile import (
     put_plane,
     put_scales,
     quads,
-    quantize,
     step_of,
     store,
+    swap,
     values,
     warps,
     widen,
@@ -157,7 +158,7 @@ def encode_kernel(x, out, planes, place, step: tl.constexpr, how: tl.constexpr):
     """Quantize groups of a message, and store them in its wire buffer."""
     tile, keep, r, inside, group = _groups_of(place, how, step)
     i, kept = _values_of(keep, r, inside, place, how, step)
-    y = widen(tl.load(x + tile * (step.PIECES * step.LANES) + i, mask=kept, other=0.0))
+    y = widen(swap(tl.load(swap(x + tile * (step.PIECES * step.LANES) + i), mask=swap(kept), other=0.0)))
     n = tl.zeros((step.GROUPS,), tl.int32) + (place.n if how.SHORT else step.PIECES * step.LANES)
     if how.TRANSFORM:
         y = hadamard(y, step)

@@ -46,7 +46,7 @@ import triton.language as tl
 
 from flashcomm.gpu import low_latency
 from flashcomm.gpu.sync import arrive, arrive_and_wait, arrives_at, bytes_at, longs_at, publish, rank_of
-from flashcomm.gpu.tile import expand, fetch, from_hadamard, hadamard, put, scalar, store, widen
+from flashcomm.gpu.tile import expand, fetch, from_hadamard, hadamard, put, scalar, store, swap, widen
 
 ONE_SHOT, TWO_SHOT, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL = range(5)
 _ONE_SHOT, _TWO_SHOT, _REDUCE_SCATTER, _ALL_GATHER, _ALL_TO_ALL = (tl.constexpr(algorithm) for algorithm in range(5))
@@ -113,7 +113,7 @@ def load_tile(x, tile, shard, message, call: tl.constexpr, step: tl.constexpr):
     """Load a tile of x as float32, with 0 for values that do not exist."""
     unit, left = tile_at(tile, shard, message, call)
     at, keep = values_at(left, call.UNIT, step)
-    return widen(tl.load(x + unit * call.UNIT + at, mask=keep, other=0.0))
+    return widen(swap(tl.load(swap(x + unit * call.UNIT + at), mask=swap(keep), other=0.0)))
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _reduce(x, out, tile, region, message, call: tl.constexpr, ranks: tl.constex
     at, keep = values_at(left, call.UNIT, reduce)
     if call.ALGORITHM == _TWO_SHOT:  # a load of nothing, which gives the sum the layout of x: it packs best
         never = message.stage_lag < 0
-        like_x = tl.load(x + at, mask=keep & never, other=0.0).to(tl.float32)
+        like_x = swap(tl.load(swap(x + at), mask=swap(keep & never), other=0.0)).to(tl.float32)
         total = tl.where(never, like_x, total)
     if reduce.HADAMARD and not call.SUM_IN_HADAMARD:
         total = from_hadamard(total, reduce)

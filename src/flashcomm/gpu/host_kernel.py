@@ -71,6 +71,7 @@ from flashcomm.gpu.tile import (
     put,
     scalar,
     store,
+    swap,
 )
 
 _MAX_WAVES, _ABORT = tl.constexpr(MAX_WAVES), tl.constexpr(ABORT)
@@ -99,7 +100,7 @@ def _fetch(source, place, x, here, region, outbox, step: tl.constexpr):
     if step.BITS == 16:
         at = in_order(step, step.LANES)
         values = base.to(tl.pointer_type(x.dtype.element_ty)) + at
-        return (tl.load(values, mask=(at >= 0) & here, other=0.0, cache_modifier=".cg"),)
+        return (swap(tl.load(swap(values), mask=swap((at >= 0) & here), other=0.0, cache_modifier=".cg")),)
     else:
         b = tl.arange(0, step.GROUPS)
         keep = (b >= 0) & here

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashcomm.gpu.quantize import quantize
 from flashcomm.gpu.sync import arrives_at, give_up, longs_at, poll
 from flashcomm.gpu.tile import (
     expand,
@@ -26,8 +27,8 @@ from flashcomm.gpu.tile import (
     plane_words,
     put_scales,
     quads,
-    quantize,
     scalar,
+    swap,
 )
 from flashcomm.wire.format import StepFormat
 
@@ -48,7 +49,7 @@ def _with_epoch(payload, epoch):
 
 @triton.jit
 def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
-    """Quantize a tile, as `tile.quantize` does, and store it as LL words.
+    """Quantize a tile, as `quantize` does, and store it as LL words.
 
     Args:
         base: int64 pointer, 16-byte aligned: where the tile is stored.
@@ -63,12 +64,13 @@ def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
         payload = narrow(y, out.dtype.element_ty, BF16)
         if payload.dtype.primitive_bitwidth == 32:
             word = _with_epoch(payload.to(tl.int32, bitcast=True), epoch)
-            tl.store(base + in_order(step, step.LANES), word, cache_modifier=".wt")
+            tl.store(swap(base + in_order(step, step.LANES)), swap(word), cache_modifier=".wt")
         else:
             pairs = payload.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             pairs = tl.reshape(pairs, (step.GROUPS, step.PIECES, step.LANES // 2, 2))
             pairs = tl.sum(pairs << (tl.arange(0, 2) * 16)[None, None, None, :], 3)
-            tl.store(base + in_order(step, step.LANES // 2), _with_epoch(pairs, epoch), cache_modifier=".wt")
+            pairs = _with_epoch(pairs, epoch)
+            tl.store(swap(base + in_order(step, step.LANES // 2)), swap(pairs), cache_modifier=".wt")
     else:
         b = tl.arange(0, step.GROUPS)
         codes, word, zero_point = quantize(y, n, step)
@@ -78,7 +80,8 @@ def put(base, y, n, epoch, out, step: tl.constexpr, BF16: tl.constexpr):
             if step.BITS & (8 >> i):
                 plane = base + plane_offset(8 >> i, step) // step.WORD_BYTES
                 at = plane_words(b * step.LANES, step.GROUPS * step.LANES, 8 >> i, step)
-                tl.store(plane + at, _with_epoch(pack_plane(codes, 8 >> i, step), epoch), cache_modifier=".wt")
+                packed = _with_epoch(pack_plane(codes, 8 >> i, step), epoch)
+                tl.store(swap(plane + at), swap(packed), cache_modifier=".wt")
         if step.BITS > 5:
             word = (word & 0xFFFF) | (zero_point << 16)
         scales = base + plane_offset(0, step) // step.WORD_BYTES
@@ -90,7 +93,7 @@ def fetch(base, epoch, x, step: tl.constexpr):
     """Load all LL words of the tile at base as they are now, bypassing L1. x: a pointer to the message's dtype."""
     if step.BITS == 16:
         LANES: tl.constexpr = step.LANES * x.dtype.element_ty.primitive_bitwidth // 32
-        return (tl.load(base + in_order(step, LANES), volatile=True),)
+        return (swap(tl.load(swap(base + in_order(step, LANES)), volatile=True)),)
     else:
         b = tl.arange(0, step.GROUPS)
         raw = ()
@@ -98,7 +101,7 @@ def fetch(base, epoch, x, step: tl.constexpr):
             if step.BITS & (8 >> i):
                 plane = base + plane_offset(8 >> i, step) // step.WORD_BYTES
                 at = plane_words(b * step.LANES, step.GROUPS * step.LANES, 8 >> i, step)
-                raw = raw + (tl.load(plane + at, volatile=True),)
+                raw = raw + (swap(tl.load(swap(plane + at), volatile=True)),)
         # One of the threads of a group loads its scale's word, as in `put_scales`. So there are as many pointers as
         # threads. With fewer pointers Triton would repeat even a volatile load where it needs a second layout. Then
         # the payload could come from another load than the epoch that was compared.

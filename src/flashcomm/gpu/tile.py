@@ -1,16 +1,11 @@
-"""Quantize, pack, unpack and transform a tile of groups: the functions that all Triton kernels share.
+"""Pack, unpack and transform a tile of groups: the functions that all Triton kernels share.
 
 A tile is a float32 or int32 tensor of shape (GROUPS, PIECES, LANES): GROUPS groups of PIECES * LANES values. Value i of
 a group is at [group, i div LANES, i mod LANES]. So values that share a byte of a plane differ only in the middle index.
-Triton spreads first the last index over threads, then the first one, and keeps the middle one within a thread.
+Triton spreads first the last index over threads, then the first one, and keeps the middle one within a thread (`swap`).
 Therefore packing, unpacking and the Hadamard rounds over the middle index move no data between threads.
 
-The bits are those of `torch_codec`, because
-
-* divisions are `div_rn`, and kernels are compiled without fused multiply-adds,
-* adding 1.5 * 2^23 rounds to an integer, half to even, and leaves that integer in the low bits,
-* integer maxima of the bits of y and -y find the range, and values that are not finite,
-* sums over ranks run in rank order.
+The bits are those of `torch_codec`. `quantize.py` says why, and sums over ranks run in rank order.
 """
 
 from __future__ import annotations
@@ -20,16 +15,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from flashcomm.wire import torch_codec
-from flashcomm.wire.format import LIMIT, StepFormat
+from flashcomm.gpu.quantize import SCALE_NAN, quantize
+from flashcomm.wire.format import StepFormat
 
-MAGIC = tl.constexpr(1.5 * 2.0**23)
-MAGIC_BITS = tl.constexpr(0x4B400000)
 TWO_23_BITS = tl.constexpr(0x4B000000)  # the bits of 2^23; plus a code they are the bits of 2^23 + code
-LIMIT_BITS = tl.constexpr(0x7E800000)  # of 2^126, see StepFormat.limit; in the Hadamard domain minus log2(n) << 23
-SCALE_MIN = tl.constexpr(torch_codec.SCALE_MIN)
-SCALE_NAN = tl.constexpr(torch_codec.SCALE_NAN)
-assert LIMIT == 2.0**126
+SWAPS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))  # see `swap`
 
 
 class Step(NamedTuple):
@@ -86,9 +76,16 @@ def scalar(value: tl.constexpr, like):
 
 
 @triton.jit
-def integer(x):
-    """Return x rounded to an integer, int32. |x| must be below 2^22."""
-    return (x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
+def swap(x):
+    """Swap the first two axes of a tile of pointers, of a mask or of what was loaded, if Triton is 3.7 or newer.
+
+    Triton spreads the axes of a load or store over threads in the order of how contiguous addresses are along them.
+    GROUPS and PIECES are equally contiguous. Up to 3.6 the first of such axes is spread first, since 3.7 the last one.
+    """
+    if SWAPS and len(x.shape) == 3:
+        return tl.permute(x, (1, 0, 2))
+    else:
+        return x
 
 
 @triton.jit
@@ -118,7 +115,7 @@ def narrow(y, dtype: tl.constexpr, BF16: tl.constexpr):
 @triton.jit
 def store(out, at, keep, y, BF16: tl.constexpr):
     """Round y (float32) and store it at out + at. With BF16 out is an int16 pointer to bfloat16s."""
-    tl.store(out + at, narrow(y, out.dtype.element_ty, BF16), mask=keep)
+    tl.store(swap(out + at), swap(narrow(y, out.dtype.element_ty, BF16)), mask=swap(keep))
 
 
 @triton.jit
@@ -160,73 +157,6 @@ def hadamard(y, step: tl.constexpr):
 def from_hadamard(y, step: tl.constexpr):
     """Return the values whose Hadamard transforms are y."""
     return hadamard(y, step) * (1.0 / (step.PIECES * step.LANES))
-
-
-@triton.jit
-def _grid(low, high, BITS: tl.constexpr):
-    """Return the scale and its inverse (float32) and the zero point (int32) of ranges."""
-    MANTISSA: tl.constexpr = 8 - BITS if BITS <= 5 else 7
-    BELOW: tl.constexpr = (1 << (23 - MANTISSA)) - 1
-    scale = tl.maximum(tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1, tl.float32)), SCALE_MIN)
-    scale = ((scale.to(tl.int32, bitcast=True) + BELOW) & ~BELOW).to(tl.float32, bitcast=True)
-    inverse = tl.div_rn(tl.full(low.shape, 1.0, tl.float32), scale)
-    return scale, inverse, 0 - integer(low * inverse)
-
-
-@triton.jit
-def _square_error(y, scale, inverse, zero_point, unit, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
-    """Return the sum of squared errors that chooses the range, int32. WHOLE: no value is below the range."""
-    below = MAGIC - zero_point.to(tl.float32)
-    kept = tl.minimum(y * inverse + MAGIC, below + LEVELS)
-    if not WHOLE:
-        kept = tl.maximum(kept, below)
-    error = tl.fma(0.0 - scale, kept - MAGIC, y)  # the product is exact
-    steps = (error * (unit * 16.0) + MAGIC).to(tl.int32, bitcast=True)  # an integer plus MAGIC_BITS
-    total = tl.sum(tl.sum(steps * steps, 1, keep_dims=True), 2, keep_dims=True)
-    return total & 0x7FFFFF  # what MAGIC_BITS adds to the square is 0 in these bits
-
-
-@triton.jit
-def quantize(y, n, step: tl.constexpr):
-    """Quantize a tile.
-
-    Args:
-        y: float32 (GROUPS, PIECES, LANES), in the Hadamard domain if HADAMARD, and 0 behind the end of a short group.
-        n: int32 (GROUPS,), the number of values in each group.
-
-    Returns:
-        Codes: int32 (GROUPS, PIECES, LANES).
-        Scale words: int32 (GROUPS, 1, 1), the 16 bits of the section of scales. Up to 5 bits they hold the zero point.
-        Zero points: int32 (GROUPS, 1, 1).
-    """
-    LEVELS: tl.constexpr = (1 << step.BITS) - 1
-    n = n[:, None, None]
-    bits = y.to(tl.int32, bitcast=True)
-    high = tl.maximum(tl.max(tl.max(bits, 1, keep_dims=True), 2, keep_dims=True), 0)
-    bits = y.to(tl.uint32, bitcast=True)  # as unsigned numbers negative values are the largest
-    low = tl.max(tl.max(bits, 1, keep_dims=True), 2, keep_dims=True).to(tl.int32, bitcast=True)
-    low = tl.maximum(low ^ -0x80000000, 0)
-    limit = LIMIT_BITS
-    if step.HADAMARD:
-        power = tl.where((n & (n - 1) == 0) & (n > 0), n, 1).to(tl.float32)
-        limit = LIMIT_BITS - (power.to(tl.int32, bitcast=True) - 0x3F800000)
-    not_finite = tl.maximum(high, low) >= limit
-    high = tl.where(not_finite, 0, high).to(tl.float32, bitcast=True)
-    low = 0.0 - tl.where(not_finite, 0, low).to(tl.float32, bitcast=True)
-    scale, inverse, zero_point = _grid(low, high, step.BITS)
-    if step.CLIP > 0.0:
-        ratio = tl.where(n & (n - 1) == 0, step.CLIP, 1.0)
-        scale2, inverse2, zero_point2 = _grid(low * ratio, high * ratio, step.BITS)
-        error = _square_error(y, scale, inverse, zero_point, inverse, LEVELS, True)
-        better = _square_error(y, scale2, inverse2, zero_point2, inverse, LEVELS, False) < error
-        scale, inverse = tl.where(better, scale2, scale), tl.where(better, inverse2, inverse)
-        zero_point = tl.where(better, zero_point2, zero_point)
-    codes = (y * inverse + MAGIC).to(tl.int32, bitcast=True) + (zero_point - MAGIC_BITS)
-    codes = tl.maximum(tl.minimum(codes, tl.where(not_finite, 0, LEVELS)), 0)
-    word = tl.where(not_finite, SCALE_NAN, scale.to(tl.int32, bitcast=True) >> 16)
-    if step.BITS <= 5:
-        word = ((word >> (step.BITS - 1)) << step.BITS) | zero_point
-    return codes, word, zero_point
 
 
 @triton.jit
@@ -282,14 +212,14 @@ def put_plane(plane, begin, keep, codes, STRIDE: tl.constexpr, WIDTH: tl.constex
     """
     part = pack_plane(codes, WIDTH, step)
     at = _plane_pointers(plane, begin, STRIDE, WIDTH, step)
-    tl.store(at, part.to(at.dtype.element_ty), mask=keep[:, None, None])
+    tl.store(swap(at), swap(part.to(at.dtype.element_ty)), mask=swap(keep[:, None, None]))
 
 
 @triton.jit
 def fetch_plane(plane, begin, keep, STRIDE: tl.constexpr, WIDTH: tl.constexpr, CACHE: tl.constexpr, step: tl.constexpr):
     """Load what `put_plane` stored, 0 for groups that are not in keep."""
     at = _plane_pointers(plane, begin, STRIDE, WIDTH, step)
-    return tl.load(at, mask=keep[:, None, None], other=0, cache_modifier=CACHE)
+    return swap(tl.load(swap(at), mask=swap(keep[:, None, None]), other=0, cache_modifier=CACHE))
 
 
 @triton.jit
@@ -321,7 +251,7 @@ def put_scales(out, at, keep, word, CACHE: tl.constexpr, step: tl.constexpr):
         thread = tl.arange(0, step.LANES // 8)[None, None, :]
         to = tl.max_contiguous(out + (at + thread), [1, 1, min(step.LANES // 8, 2)])
         word = tl.broadcast_to(word, (step.GROUPS, 1, step.LANES // 8)).to(out.dtype.element_ty)
-        tl.store(to, word, mask=keep[:, None, None] & (thread == 0), cache_modifier=CACHE)
+        tl.store(swap(to), swap(word), mask=swap(keep[:, None, None] & (thread == 0)), cache_modifier=CACHE)
     else:
         tl.store(out + at, word.to(out.dtype.element_ty), mask=keep[:, None, None], cache_modifier=CACHE)
 
@@ -373,7 +303,8 @@ def fetch(base, x, step: tl.constexpr):
     x: a pointer to the message's dtype, in which values travel uncompressed.
     """
     if step.BITS == 16:
-        return (tl.load(base.to(tl.pointer_type(x.dtype.element_ty)) + in_order(step, step.LANES), cache_modifier=".cg"),)  # fmt: skip
+        at = base.to(tl.pointer_type(x.dtype.element_ty)) + in_order(step, step.LANES)
+        return (swap(tl.load(swap(at), cache_modifier=".cg")),)
     else:
         b = tl.arange(0, step.GROUPS)
         raw = ()
