@@ -154,6 +154,15 @@ def needle() -> str:
     return table(["format", *(f"{length} tokens" for length in lengths)], body)
 
 
+def needle_served() -> str:
+    """Return what plans tuned at 512 and at 8,192 tokens find in 8,192, by three ranks."""
+    names = {"smollm2-4.6.json": "a plan of 4.6 bits, tuned at 512 tokens"}
+    names |= {"smollm2-4.6-8192.json": "a plan of 4.6 bits, tuned at 8,192 tokens"}
+    rows = rows_of("needle-smollm2-8192.csv")
+    body = [[names.get(r["format"], name_of(r)), f"{float(r['found_pct']):.0f} %", r["nats"]] for r in rows]
+    return table(["format, 3 ranks", "found in 8,192 tokens", "nats"], body)
+
+
 def generation() -> str:
     rows = rows_of("generation-smollm2.csv")
     body = [[name_of(r), r["median_first"], r["mean_same"], f"{r['never_pct']} %"] for r in rows]
@@ -464,7 +473,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(links, formats, nvlink, host_memory, four_nvlink, four_host_memory, first_token, first_token_nvlink),
         *(all_to_all_nvlink, all_to_all_host_memory, accuracy),
         *(auto, nodes, slow_first_token, slow_times, nodes_times, real, predicted),
-        *(needle, generation, families, halved, tuned, third),
+        *(needle, needle_served, generation, families, halved, tuned, third),
         *(predict_check, predict_ranks, predict_hosts, predict_claims),
         *(vllm, vllm_perplexity),
     )
