@@ -11,9 +11,10 @@ from transformers.utils import logging
 
 import flashcomm.integrations.transformers as integration
 
+logging.disable_progress_bar()
+
 
 def rank_main(rank, world_size, store, path):
-    logging.disable_progress_bar()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     integration.enable("int4-had")
     model = AutoModelForCausalLM.from_pretrained(
