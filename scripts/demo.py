@@ -36,7 +36,7 @@ def main() -> None:
     console.print(f"Prompt: [bold]{PROMPT}")
     results = []
     for fmt in FORMATS:
-        with console.status(f"generating with {fmt} all-reduces"):
+        with console.status(f"generating with all-reduces in {LABELS.get(fmt, fmt)}"):
             results.append(
                 flashcomm("generate", "--format", fmt, "--prompt", PROMPT, "--tokens", "32", "--min-bytes", "0")
             )

@@ -95,3 +95,13 @@ def test_ci_runs_the_scripts_of_the_workflows() -> None:
 
 def test_the_citation_has_the_version() -> None:
     assert f"\nversion: {flashcomm.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere() -> None:
+    """docs/releases.md says in which files it stands."""
+    names = re.findall(r"`(pyproject\.toml|mkdocs\.yml|CITATION\.cff)`", (ROOT / "docs" / "releases.md").read_text())
+    assert sorted(set(names)) == ["CITATION.cff", "mkdocs.yml", "pyproject.toml"]
+    texts = [(ROOT / name).read_text() for name in set(names)]
+    found = [re.findall(r"https://github\.com/[^/]+/[^/\"\s]+", text) for text in texts]
+    assert all(found)
+    assert {address for addresses in found for address in addresses} == {"https://github.com/flashcomm/flashcomm"}

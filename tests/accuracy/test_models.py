@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,3 +88,15 @@ def test_memory_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.check_memory("big", needed, "cpu")
     assert memory.check_memory("small", 3 << 29, "cpu") == "takes about 1.5 GiB of memory"
     assert torch.zeros(()).device.type == "cpu"
+
+
+def test_a_conversion_writes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def noisy(**_: object) -> None:
+        print("Converting:  50%", file=sys.stderr)
+        raise ValueError("no such type")
+
+    monkeypatch.setattr(models.import_transformers().AutoTokenizer, "from_pretrained", noisy)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(InputError, match="cannot be converted: ValueError: no such type"):
+        models.convert_gguf(Path("m.gguf"), Path("out"))
+    assert capsys.readouterr().err == ""

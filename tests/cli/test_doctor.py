@@ -16,7 +16,8 @@ from flashcomm.settings import Settings
 def test_json() -> None:
     got = as_json(flashcomm("doctor", "--world", 3, "--format", "int4", "--row", 576, "--json"))
     assert set(got) == {"machine", "versions", "paths", "settings", "accuracy", "predicted", "choices"}
-    assert got["predicted"] == "nothing for CPUs; flashcomm predict --gpu NAME --world N says it for GPUs"
+    assert got["predicted"] == "GPUs only; try `flashcomm predict --gpu NAME --world N`"
+    assert got["paths"]["table of times"] == "none: rules of thumb; `flashcomm calibrate` measures"
     assert got["accuracy"]["int4"].startswith("a plain format, as in the paper")
     assert got["accuracy"]["int6-had/int7-had"] == "raised perplexity by less than 1 % on every model measured"
     paths = {c["size"]: c["path"] for c in got["choices"]}
@@ -30,7 +31,7 @@ def test_table_and_environment() -> None:
     done = process("doctor", FLASHCOMM_FORMAT="int5-g32", FLASHCOMM_MIN_BYTE="7")
     assert done.returncode == 0
     assert "as int5-g32, 2 ranks" in done.stdout
-    assert "predicted: nothing for CPUs" in done.stdout.splitlines()[-1]
+    assert "predicted: GPUs only" in done.stdout.splitlines()[-1]
     assert "FLASHCOMM_MIN_BYTE is not a flashcomm setting" in done.stderr
 
 

@@ -12,6 +12,7 @@ def test_table_json_csv_and_plot(tmp_path: Path) -> None:
     asked = ("predict", "--gpu", "rtx-4090", "--world", 4, "--formats", "int8,int4-had")
     shown = flashcomm(*asked)
     assert "predicted: llama-3-8b, 8 x 1024 tokens, 4 x rtx-4090, host-memory (31.5 GB/s)" in shown.stdout
+    assert "rise in perplexity: SmolLM2-135M on as many ranks; `flashcomm eval` measures your model" in shown.stdout
     files = ("--csv", tmp_path / "p.csv", "--plot", tmp_path / "p.svg")
     rows = as_json(flashcomm(*asked, *files, "--json"))["rows"]
     assert [(r["format"], r["algorithm"]) for r in rows] == [

@@ -157,7 +157,7 @@ def _paths(device: str, found: Machine) -> dict[str, str]:
         "chosen transport": found.transport,
         "table of times": found.timings.source
         if found.timings
-        else "none: rules of thumb; `flashcomm calibrate` or FLASHCOMM_MEASURE=anew measures",
+        else "none: rules of thumb; `flashcomm calibrate` measures",
         **{name: f"no: {why}" for name, why in found.rejected},
     }
 

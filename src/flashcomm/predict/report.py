@@ -96,7 +96,7 @@ def sentence(gpu: str, transport: str, world_size: int, fmt: str) -> str:
     """Return what a format would bring an 8B model on this machine's GPUs, or why that cannot be said."""
     links = {"symmetric": "nvlink", "host_memory": "host-memory"}
     if not gpu or transport not in links:
-        return "nothing for CPUs; flashcomm predict --gpu NAME --world N says it for GPUs"
+        return "GPUs only; try `flashcomm predict --gpu NAME --world N`"
     try:
         found = machines.gpu_of(gpu)
         machine = model.Machine(found, machines.link_of(links[transport], found, world_size), world_size)
