@@ -49,9 +49,10 @@ def main() -> None:
         widen(ASSETS / "smollm2-135m-instruct", model)
         options = ["--compiled"] * asked.compiled + ["--together"] * asked.together
         options += ["--windows", str(asked.windows)] * (asked.windows > 0)
-        results = [run(model, fmt, asked.tokens, options) for fmt in ["", *asked.formats.split(",")]]
+        formats = [fmt for fmt in asked.formats.split(",") if fmt != "none" or not asked.windows]
+        results = [run(model, fmt, asked.tokens, options) for fmt in ["", *formats]]
         if asked.windows:
-            compare(model, results, asked.formats, asked.csv, asked.json)
+            compare(model, results, asked.csv, asked.json)
             return
     if asked.json:
         print(json.dumps(results))
@@ -70,24 +71,24 @@ def main() -> None:
     print(results[0]["text"])
 
 
-def compare(model: Path, results: list[dict[str, Any]], formats: str, csv: Path | None, as_json: bool) -> None:
+def compare(model: Path, results: list[dict[str, Any]], csv: Path | None, as_json: bool) -> None:
     """Show the rise in perplexity by format: in vLLM, and as predicted for the same windows."""
     from flashcomm.accuracy.intervals import Interval
     from flashcomm.bench import records
 
-    plain = results[0]
+    plain, formats = results[0], ",".join(result["format"] for result in results[1:])
     command = [sys.executable, "-m", "flashcomm.cli.main", "eval", "--model", str(model), "--text", str(TEXT)]
     command += ["--windows", str(len(plain["nats"])), "--context", str(CONTEXT), "--formats", formats, "--json"]
     command += ["--worlds", str(WORLD), "--algorithm", "one_shot", "--dtype", "bf16", "--continuation", "0"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    predicted = {row["format"]: row for row in json.loads(done.stdout)["rows"]}
+    predicted = [row for row in json.loads(done.stdout)["rows"] if row["format"] != "none"]
     rows = []
-    for result in results[1:]:
+    for result, expected in zip(results[1:], predicted, strict=True):
         nats = [mine - base for mine, base in zip(result["nats"], plain["nats"], strict=True)]
         low_bit = result["report"]["low_bit"]["all_reduce/one_shot"]["calls"]
         row = {"format": result["format"], "windows": len(nats), "context": CONTEXT, "low_bit_calls": low_bit}
         row |= Interval.of(nats).expm1().columns("rise_pct", "low_pct", "high_pct", 2, 0.01)
-        row |= {f"predicted_{key}": predicted[result["format"]][key] for key in ("rise_pct", "low_pct", "high_pct")}
+        row |= {f"predicted_{key}": expected[key] for key in ("rise_pct", "low_pct", "high_pct")}
         rows.append(row | {"vllm": result["vllm"], "command": " ".join(["scripts/vllm_run.py", *sys.argv[1:]])})
     if csv:
         records.write_csv(csv, rows)

@@ -90,13 +90,16 @@ def test_memory_is_told_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.zeros(()).device.type == "cpu"
 
 
-def test_a_conversion_writes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_conversion_shows_its_progress_on_a_terminal_only(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def noisy(**_: object) -> None:
         print("Converting:  50%", file=sys.stderr)
         raise ValueError("no such type")
 
     monkeypatch.setattr(models.import_transformers().AutoTokenizer, "from_pretrained", noisy)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with pytest.raises(InputError, match="cannot be converted: ValueError: no such type"):
         models.convert_gguf(Path("m.gguf"), Path("out"))
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == ("Converting:  50%\n" if terminal else "")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import io
 import shutil
+import sys
 import tempfile
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     transformers = import_transformers()
     transformers.utils.logging.disable_progress_bar()
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())  # in a log each step is a line
     try:
-        with redirect_stderr(io.StringIO()):  # a progress bar that disable_progress_bar does not reach
+        with bar:  # disable_progress_bar does not reach it, and a large file takes a minute
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
             dequantized = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as why:
