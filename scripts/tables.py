@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flashcomm.bench.records import BACKEND, read_csv
@@ -237,7 +238,7 @@ def gpu_times(name: str, baselines: dict[str, tuple[str, ...]], formats: tuple[s
     """Return times in graphs and, for flashcomm, how many times as fast as the backend, from 64 KB on.
 
     Args:
-        name: A CSV file of `bench all_reduce` or `bench all_to_all`, of which equal pieces count.
+        name: A CSV file of `flashcomm bench`, of which equal pieces count.
         baselines: The heads of columns, and the paths of which the fastest counts.
         formats: Those to show.
     """
@@ -245,10 +246,12 @@ def gpu_times(name: str, baselines: dict[str, tuple[str, ...]], formats: tuple[s
     body = []
     for power in range(16, 29, 2):
         rows = [r for r in graph if int(r["size"]) == 1 << power]
+        if not rows:
+            continue
         line = [f"{1 << power - 20} MB" if power >= 20 else f"{1 << power - 10} KB"]
         line += [f"{min(float(r['time_us']) for r in rows if r['path'] in paths):.1f}" for paths in baselines.values()]
         for fmt in formats:
-            ours = "all_to_all", "one_shot" if fmt == "none" else "auto"
+            ours = "all_to_all", "all_gather", "reduce_scatter", "one_shot" if fmt == "none" else "auto"
             (row,) = (r for r in rows if r["format"] == fmt and r["path"] in ours)
             line.append(f"{float(row['time_us']):.1f}, {float(row['over_backend']):.2f}x")
         body.append(line)
@@ -272,14 +275,6 @@ def four_nvlink() -> str:
 
 def four_host_memory() -> str:
     return gpu_times("h200x4-host-memory.csv", {"NCCL": (BACKEND,)}, GPU_FORMATS[1:])
-
-
-def all_to_all_nvlink() -> str:
-    return gpu_times("h200x2-all-to-all-nvlink.csv", {"NCCL": (BACKEND,)})
-
-
-def all_to_all_host_memory() -> str:
-    return gpu_times("h200x2-all-to-all-host-memory.csv", {"NCCL": (BACKEND,)})
 
 
 def first_token() -> str:
@@ -471,13 +466,17 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         *(links, formats, nvlink, host_memory, four_nvlink, four_host_memory, first_token, first_token_nvlink),
-        *(all_to_all_nvlink, all_to_all_host_memory, accuracy),
+        accuracy,
         *(auto, nodes, slow_first_token, slow_times, nodes_times, real, predicted),
         *(needle, needle_served, generation, families, halved, tuned, third),
         *(predict_check, predict_ranks, predict_hosts, predict_claims),
         *(vllm, vllm_perplexity),
     )
 }
+for file in sorted((ROOT / "results").glob("h200x2-*-*.csv")):
+    if file.stem.startswith(("h200x2-all-to-all", "h200x2-all-gather", "h200x2-reduce-scatter")):
+        name = file.stem.removeprefix("h200x2-").replace("-", "_")
+        TABLES[name] = partial(gpu_times, file.name, {"NCCL": (BACKEND,)})
 
 
 def rendered(page: str) -> str:

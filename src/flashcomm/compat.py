@@ -106,11 +106,11 @@ def current_stream_handle(device_index: int) -> int:
 def let_senders_finish() -> None:
     """Put this process's gloo event threads under SCHED_BATCH, except those whose policy somebody has chosen.
 
-    The thread's name, "gloo_tcp_loop", torch 2.13. A thread that sends holds its connection's lock while the kernel
-    copies the bytes. The event thread only tries that lock, and then asks for events again (`Pair::handleEvents` in
-    gloo/transport/tcp/pair.cc). If it has just preempted the sender on the same core, it so computes until the
-    scheduler's next tick, up to 4 ms later. Under SCHED_BATCH a thread that wakes preempts no other. Where the system
-    forbids the change, and where the thread has another name, all stays as it is.
+    The thread's name, "gloo_tcp_loop", torch 2.13. In torch 2.11 it has none, and stays as it is. A thread that sends
+    holds its connection's lock while the kernel copies the bytes. The event thread only tries that lock, and then asks
+    for events again (`Pair::handleEvents` in gloo/transport/tcp/pair.cc). If it has just preempted the sender on the
+    same core, it so computes until the scheduler's next tick, up to 4 ms later. Under SCHED_BATCH a thread that wakes
+    preempts no other. Where the system forbids the change, and where the thread has another name, all stays as it is.
     """
     for name in Path("/proc/self/task").glob("*/comm"):
         with contextlib.suppress(OSError):  # the thread has ended, or a sandbox forbids the call

@@ -361,7 +361,7 @@ def kills(ctx: RankContext, way: str, after_s: float) -> None:
 
 
 def asynchronous(ctx: RankContext, path: str) -> None:
-    """async_op=True returns before the peers call, also with other collectives in between."""
+    """After the first sum async_op=True returns before the peers call, also with other collectives in between."""
     import flashcomm.integrations.process_group  # noqa: F401
 
     dist.destroy_process_group()
@@ -370,6 +370,7 @@ def asynchronous(ctx: RankContext, path: str) -> None:
     )
     group: Any = dist.group.WORLD
     inputs, seen = [tough((700, 1024), BF16, rank) for rank in range(ctx.world_size)], Counter[str]()
+    dist.all_reduce(inputs[ctx.rank].to(ctx.device))  # sets up, and so waits for the peers
     for turn in range(20):
         xs = [inputs[ctx.rank].to(ctx.device) * (i + 1) for i in range(3)]
         if ctx.rank == turn % 2:

@@ -82,14 +82,17 @@ def interrupted(ctx: RankContext, cases: list[tuple[str, int]], trials: int, see
     for case, (kind, chunk_bytes) in enumerate(cases):
         for trial in range(trials):
             victim, part = rng.randrange(ctx.world_size), rng.uniform(0.0, 1.2)
+            if trial == 0:
+                part = 0.3  # in the middle, even if this call takes half of the time of the one before
             group = gloo_group(dist.PrefixStore(f"case{case}trial{trial}", store), ctx.rank, ctx.world_size)
             comm = make(group, kind, chunk_bytes)
             context = comm._executors[Executor.PIPELINED].context  # type: ignore[attr-defined]
             want = [wanted(kind, comm, ctx.rank, turn, ctx.world_size) for turn in range(4)]
-            for _ in range(2):
+            seconds = TIMEOUT_S
+            for _ in range(3):
                 begin = time.perf_counter()
                 assert same_bits(call(comm, kind, message(ctx.rank, 0)), want[0])
-                seconds = time.perf_counter() - begin
+                seconds = min(seconds, time.perf_counter() - begin)
             dist.barrier()
             for transport in (comm.transport, *(context.nodes or ())):
                 transport.timeout_s = TIMEOUT_S  # creating a Communicator may take longer
