@@ -20,7 +20,7 @@ itself, after the backward pass, flashcomm cannot recognize them: use another ba
 
 All-reduces of CPU tensors run on a thread of the group, in the order of the calls. So `async_op=True` returns at once,
 as with gloo. Their time-out is FLASHCOMM_TIMEOUT_S if that is set, else the group's. All-reduces of CUDA tensors are
-enqueued by the call itself. Only the first one waits for the other ranks, as it sets up; so does NCCL's first.
+enqueued by the call itself. Only the first one waits for the other ranks, because it sets up.
 
 The integration is a Python subclass of ProcessGroup, not of Backend: torch (2.11 to 2.15) calls the methods of a Python
 Backend from Python only, but functional collectives and DTensor call from C++. Such a subclass must pass on *every*
